@@ -1,0 +1,40 @@
+"""CASN for person re-identification: losses, attention and attention-fused ranking.
+
+Re-Identification with Consistent Attentive Siamese Networks (Zheng, Karanam, Wu and Radke,
+CVPR 2019), as a plugin for torchreid and for any other training loop.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from casn_plugin.attention import grad_cam
+from casn_plugin.losses import IdentificationAttentionLoss, SiameseAttentionLoss
+from casn_plugin.model import CASN, CASNOutput, PairClassifier
+from casn_plugin.ranking import Encoding, attention_distmat, fuse_distmats
+from casn_plugin.sampler import PairSampler
+
+if TYPE_CHECKING:
+    from casn_plugin.engine import ImageCASNEngine as ImageCASNEngine
+
+__version__ = "0.1.0"
+__all__ = [
+    "CASN",
+    "CASNOutput",
+    "Encoding",
+    "IdentificationAttentionLoss",
+    "ImageCASNEngine",
+    "PairClassifier",
+    "PairSampler",
+    "SiameseAttentionLoss",
+    "attention_distmat",
+    "fuse_distmats",
+    "grad_cam",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Returns the engine, which alone needs torchreid, when it is first asked for."""
+    if name == "ImageCASNEngine":
+        from casn_plugin.engine import ImageCASNEngine
+
+        return ImageCASNEngine
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

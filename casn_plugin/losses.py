@@ -1,0 +1,379 @@
+"""The losses of the paper: one pure function an equation, and the two drop-in loss modules."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from casn_plugin.attention import (
+    PairScorer,
+    attention_distance,
+    frozen_batchnorm,
+    grad_cam,
+    row_profiles,
+    siamese_attention,
+    soft_mask,
+    split_pairs,
+)
+
+Logits = Tensor | Sequence[Tensor]
+"""(B, classes) scores y, or one such tensor for each part classifier (PCB) or branch (HACNN)."""
+
+
+def identification_loss(
+    logits: Logits, pids: Int[Tensor, " batch"], *, label_smoothing: float = 0.0
+) -> Float[Tensor, ""]:
+    """Returns L_ide, the cross-entropy over identities, mean over images (paper, Eq. 1).
+
+    Several part classifiers are averaged, as torchreid's ``DeepSupervision`` does. The engine
+    uses torchreid's own criterion; this is for training loops without torchreid.
+
+    Example:
+        >>> identification_loss(torch.zeros(2, 4), torch.tensor([0, 3]))
+        tensor(1.3863)
+    """
+    parts = _parts(logits)
+    losses = [F.cross_entropy(part, pids, label_smoothing=label_smoothing) for part in parts]
+    return torch.stack(losses).mean()
+
+
+def identity_scores(
+    logits: Logits,
+    pids: Int[Tensor, " batch"],
+    score: Literal["logit", "probability"] = "logit",
+) -> Float[Tensor, " batch"]:
+    """Returns y_c, the score of each image's true identity.
+
+    Args:
+        logits: scores y of all identities; of several part classifiers, the scores are summed
+            ("logit", unbounded) or averaged ("probability", in [0, 1]).
+        pids: the true identities c, in [0, classes).
+        score: the class score itself (the paper's y_c), or its softmax probability.
+
+    Raises:
+        ValueError: an unknown `score`, or identities outside of the classes.
+
+    Example:
+        >>> identity_scores(torch.tensor([[1.0, 5.0]]), torch.tensor([1]))
+        tensor([5.])
+    """
+    parts = _parts(logits)
+    if score not in ("logit", "probability"):
+        raise ValueError(f"score must be 'logit' or 'probability', got {score!r}")
+    classes = parts[0].shape[1]
+    if len(pids) and not 0 <= int(pids.min()) <= int(pids.max()) < classes:
+        raise ValueError(
+            f"pids must lie in [0, {classes}), the classes of the logits, but they go from "
+            f"{int(pids.min())} to {int(pids.max())}"
+        )
+    stacked = torch.stack([part.float() if part.itemsize < 4 else part for part in parts])
+    if score == "probability":
+        stacked = stacked.softmax(-1)
+    chosen = stacked[:, torch.arange(len(pids), device=pids.device), pids]
+    return chosen.sum(0) if score == "logit" else chosen.mean(0)
+
+
+def identification_attention_loss(masked_scores: Float[Tensor, " batch"]) -> Float[Tensor, ""]:
+    """Returns L_ia = y_c of the masked images, mean over images (paper, Eq. 2).
+
+    An empty batch gives a zero that is attached to the graph.
+
+    Example:
+        >>> identification_attention_loss(torch.tensor([1.0, 3.0]))
+        tensor(2.)
+    """
+    return masked_scores.mean() if len(masked_scores) else masked_scores.sum()
+
+
+def pair_loss(
+    pair_scores: Float[Tensor, "pairs 2"], same: Bool[Tensor, " pairs"]
+) -> Float[Tensor, ""]:
+    """Returns L_bce, the cross-entropy of same and different, mean over pairs (paper, Eq. 3).
+
+    No pair gives a zero that is attached to the graph.
+
+    Args:
+        pair_scores: z; column 1 = same identity, column 0 = different.
+        same: whether each pair shows one identity.
+
+    Example:
+        >>> pair_loss(torch.zeros(3, 2), torch.tensor([True, False, True]))
+        tensor(0.6931)
+    """
+    if not len(pair_scores):
+        return pair_scores.sum()
+    return F.cross_entropy(pair_scores, same.long())
+
+
+def siamese_attention_loss(
+    pair_scores: Float[Tensor, "rows 2"],
+    distances: Float[Tensor, " pairs"],
+    same: Bool[Tensor, " pairs"],
+    *,
+    attention_weight: float = 0.2,
+) -> Float[Tensor, ""]:
+    """Returns L_sa = L_bce + α‖M*_m1 − M*_m2‖₂ (paper, Eq. 5).
+
+    The distance is averaged over the positive pairs; where there is none, its term is a zero
+    attached to the graph.
+
+    Args:
+        pair_scores: z, one row a pair; or two, in sequence, where both orders of a pair are
+            shown (f1 − f2 and f2 − f1).
+        distances: attention distance of each pair.
+        same: whether each pair shows one identity.
+        attention_weight: α, 0.2 in the paper.
+
+    Example:
+        >>> same = torch.tensor([True, False])
+        >>> siamese_attention_loss(torch.zeros(2, 2), torch.tensor([1.0, 9.0]), same)
+        tensor(0.8931)
+    """
+    orders = len(pair_scores) // max(len(same), 1)
+    loss_bce = pair_loss(pair_scores, same.repeat_interleave(orders))
+    return loss_bce + attention_weight * consistency(distances, same)
+
+
+def consistency(
+    distances: Float[Tensor, " pairs"], same: Bool[Tensor, " pairs"]
+) -> Float[Tensor, ""]:
+    """Returns the mean attention distance of the positive pairs: Eq. 5's second term, without α.
+
+    Example:
+        >>> consistency(torch.tensor([1.0, 9.0]), torch.tensor([True, False]))
+        tensor(1.)
+    """
+    positives = torch.where(same, distances, torch.zeros_like(distances))
+    return positives.sum() / same.sum().clamp(min=1)
+
+
+def casn_loss(
+    loss_ide: Tensor,
+    loss_ia: Tensor,
+    loss_sa: Tensor,
+    *,
+    lambda_ia: float = 0.5,
+    lambda_sa: float = 0.05,
+) -> Tensor:
+    """Returns L = L_ide + λ1 L_ia + λ2 L_sa (paper, Eq. 6).
+
+    Example:
+        >>> casn_loss(torch.tensor(1.0), torch.tensor(2.0), torch.tensor(4.0))
+        tensor(2.2000)
+    """
+    return loss_ide + lambda_ia * loss_ia + lambda_sa * loss_sa
+
+
+class IdentificationAttentionLoss(nn.Module):
+    """L_ia (paper, Section 3.1.2 and Eq. 2): the image without its attended pixels must score low.
+
+    The Grad-CAM map of the true identity is turned into a soft mask, the image is masked, and
+    what the classifier still finds of the identity in it is the loss. The map stays
+    differentiable, so the loss trains where the network looks.
+
+    Args:
+        score: what Eq. 2 calls y_c: "logit" as in the paper (unbounded below), or "probability"
+            (bounded in [0, 1]).
+        mask_scale: α of the soft mask, its steepness.
+        mask_threshold: β of the soft mask, a share of the map's maximum.
+        fill: the value that a hidden pixel takes: a number or a tensor that broadcasts to
+            (B, 3, H, W). 0 is the mean colour where images are normalised.
+
+    Raises:
+        ValueError: an unknown `score` or a mask scale that is not positive.
+
+    Example:
+        >>> net = nn.Conv2d(3, 4, 3)
+        >>> def classify(imgs):
+        ...     return net(imgs).mean((2, 3))
+        >>> imgs, pids = torch.rand(2, 3, 16, 8), torch.tensor([0, 3])
+        >>> activations = net(imgs)
+        >>> loss = IdentificationAttentionLoss(score="probability")
+        >>> loss(classify, imgs, pids, activations.mean((2, 3)), activations).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        score: Literal["logit", "probability"] = "probability",
+        mask_scale: float = 10.0,
+        mask_threshold: float = 0.5,
+        fill: float | Tensor = 0.0,
+    ) -> None:
+        super().__init__()
+        if score not in ("logit", "probability"):
+            raise ValueError(f"score must be 'logit' or 'probability', got {score!r}")
+        if mask_scale <= 0:
+            raise ValueError(f"mask_scale must be positive, got {mask_scale}")
+        self.score = score
+        self.mask_scale = mask_scale
+        self.mask_threshold = mask_threshold
+        self.fill: float | Tensor
+        if isinstance(fill, Tensor):
+            self.register_buffer("fill", fill, persistent=False)
+        else:
+            self.fill = fill
+
+    def mask(
+        self,
+        imgs: Float[Tensor, "batch channels rows columns"],
+        pids: Int[Tensor, " batch"],
+        logits: Logits,
+        activations: Float[Tensor, "batch maps height width"],
+    ) -> Float[Tensor, "batch channels rows columns"]:
+        """Returns the masked images I·(1 − Σ(M)) (paper, Section 3.1.2)."""
+        maps = grad_cam(identity_scores(logits, pids), activations)
+        rows, columns = imgs.shape[-2:]
+        mask = soft_mask(
+            maps, (rows, columns), scale=self.mask_scale, threshold=self.mask_threshold
+        )
+        mask = mask[:, None].to(imgs.dtype)
+        return imgs * (1 - mask) + self.fill * mask
+
+    def scores(
+        self,
+        classify: Callable[[Tensor], Logits],
+        imgs: Float[Tensor, "batch channels rows columns"],
+        pids: Int[Tensor, " batch"],
+        logits: Logits,
+        activations: Float[Tensor, "batch maps height width"],
+    ) -> Float[Tensor, " batch"]:
+        """Returns y_c of each masked image; the arguments are those of the loss."""
+        masked = self.mask(imgs, pids, logits, activations)
+        if isinstance(classify, nn.Module):
+            with frozen_batchnorm(classify):
+                return identity_scores(classify(masked), pids, self.score)
+        return identity_scores(classify(masked), pids, self.score)
+
+    def forward(
+        self,
+        classify: Callable[[Tensor], Logits],
+        imgs: Float[Tensor, "batch channels rows columns"],
+        pids: Int[Tensor, " batch"],
+        logits: Logits,
+        activations: Float[Tensor, "batch maps height width"],
+    ) -> Float[Tensor, ""]:
+        """Returns L_ia, a scalar.
+
+        Args:
+            classify: maps images to logits: the network whose attention is trained. Where it is
+                an ``nn.Module``, its BatchNorm statistics are kept from the masked images;
+                otherwise see :func:`casn_plugin.attention.frozen_batchnorm`.
+            imgs: the images as the network takes them (normalised).
+            pids: true identities.
+            logits: of `imgs`, computed from `activations`.
+            activations: the last feature map A of `imgs`.
+
+        Raises:
+            ValueError: logits that do not depend on the activations, identities outside of the
+                classes.
+        """
+        return identification_attention_loss(self.scores(classify, imgs, pids, logits, activations))
+
+
+class SiameseAttentionLoss(nn.Module):
+    """L_sa (paper, Section 3.2 and Eq. 5): pairs told apart, positive ones by the same rows.
+
+    Rows 2i and 2i+1 of a batch are pair i, as :class:`casn_plugin.PairSampler` draws them.
+
+    Args:
+        attention_weight: α of Eq. 5, the weight of the attention distance.
+        threshold: t, the share of a map's maximum above which a row counts as attended.
+        unit: compare aligned profiles of unit length.
+        both_orders: show the pair classifier f1 − f2 and f2 − f1 of each pair.
+
+    Raises:
+        ValueError: a threshold outside [0, 1).
+
+    Example:
+        >>> activations = torch.rand(4, 8, 6, 3, requires_grad=True)
+        >>> classifier = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> loss = SiameseAttentionLoss()
+        >>> pids = torch.tensor([5, 5, 2, 7])
+        >>> loss(classifier, activations.mean((2, 3)), pids, activations).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        attention_weight: float = 0.2,
+        threshold: float = 0.2,
+        unit: bool = False,
+        both_orders: bool = True,
+    ) -> None:
+        super().__init__()
+        if not 0 <= threshold < 1:
+            raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
+        self.attention_weight = attention_weight
+        self.threshold = threshold
+        self.unit = unit
+        self.both_orders = both_orders
+
+    def pairs(
+        self,
+        pair_classifier: PairScorer,
+        features: Float[Tensor, "batch dim"],
+        activations: Float[Tensor, "batch maps height width"],
+    ) -> tuple[Float[Tensor, "rows 2"], Float[Tensor, " pairs"]]:
+        """Returns the scores z of each pair (two rows for both orders) and its distance."""
+        first, second = split_pairs(features)
+        differences = first - second
+        if self.both_orders:
+            differences = torch.stack([differences, -differences], dim=1).flatten(0, 1)
+        maps = siamese_attention(pair_classifier, features, activations)
+        distances = attention_distance(
+            *split_pairs(row_profiles(maps)), threshold=self.threshold, unit=self.unit
+        )
+        return pair_classifier(differences), distances
+
+    def forward(
+        self,
+        pair_classifier: PairScorer,
+        features: Float[Tensor, "batch dim"],
+        pids: Int[Tensor, " batch"],
+        activations: Float[Tensor, "batch maps height width"],
+    ) -> Float[Tensor, ""]:
+        """Returns L_sa, a scalar.
+
+        Args:
+            pair_classifier: gives (P, 2) scores of (P, D) differences, column 1 = same identity;
+                its parameters belong into the optimizer.
+            features: f, computed from `activations`.
+            pids: identities; pair i is positive where rows 2i and 2i+1 agree.
+            activations: the last feature map A.
+
+        Raises:
+            ValueError: an odd batch, or features that do not depend on the activations.
+        """
+        pair_scores, distances = self.pairs(pair_classifier, features, activations)
+        return siamese_attention_loss(
+            pair_scores, distances, same_identity(pids), attention_weight=self.attention_weight
+        )
+
+
+def same_identity(pids: Int[Tensor, " batch"]) -> Bool[Tensor, " pairs"]:
+    """Returns whether each pair (rows 2i and 2i+1) shows one identity.
+
+    Raises:
+        ValueError: an odd number of identities.
+
+    Example:
+        >>> same_identity(torch.tensor([4, 4, 1, 2]))
+        tensor([ True, False])
+    """
+    first, second = split_pairs(pids)
+    return first == second
+
+
+def _parts(logits: Logits) -> Sequence[Tensor]:
+    """Returns logits as a sequence of (B, classes) tensors."""
+    parts = [logits] if isinstance(logits, Tensor) else list(logits)
+    if not parts or any(part.ndim != 2 for part in parts):
+        raise ValueError(
+            "logits must be a (B, classes) tensor or a sequence of them, got shapes "
+            f"{[tuple(part.shape) for part in parts]}"
+        )
+    return parts

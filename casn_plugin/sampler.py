@@ -1,0 +1,265 @@
+"""The pair sampler: which images form the pairs of an epoch. Indices only, no torchreid import."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from torch.utils.data import DataLoader, Sampler
+
+Manager = TypeVar("Manager")
+
+
+class PairSampler(Sampler[int]):
+    """Draws image indices so that rows 2i and 2i+1 of each batch are pair i.
+
+    A share of the pairs shows one identity, seen by two cameras wherever it was; the others show
+    two identities. Every image is drawn at least once an epoch, and most are drawn exactly once,
+    so an epoch is about as long as one of the plain engine. The length is exact and a multiple
+    of the batch size. Each epoch has another order; all follow from the seed.
+
+    Args:
+        pids: identity of each image.
+        camids: camera of each image; without it, all count as one camera.
+        batch_size: images in a batch, even.
+        positive_fraction: share of the pairs that show one identity, in [0, 1].
+        seed: of the sampler's own generator, >= 0.
+
+    Raises:
+        ValueError: an odd batch size, no image, pids and camids of unequal length, a fraction
+            outside [0, 1], a single identity where different pairs are wanted, no identity with
+            two images where same pairs are wanted, or identities with one image where all pairs
+            must be positive.
+
+    Example:
+        >>> sampler = PairSampler([0, 0, 1, 1, 2, 2, 3, 3], [0, 1] * 4, batch_size=4)
+        >>> len(sampler), len(list(sampler))
+        (8, 8)
+    """
+
+    def __init__(
+        self,
+        pids: Sequence[int] | np.ndarray,
+        camids: Sequence[int] | np.ndarray | None = None,
+        *,
+        batch_size: int,
+        positive_fraction: float = 0.5,
+        seed: int = 0,
+    ) -> None:
+        self.pids = np.asarray(pids, dtype=np.int64)
+        self.camids = np.zeros_like(self.pids) if camids is None else np.asarray(camids, np.int64)
+        if batch_size < 2 or batch_size % 2:
+            raise ValueError(
+                f"rows 2i and 2i+1 of a batch are pair i, so batch_size must be even, "
+                f"got {batch_size}"
+            )
+        if not 0 <= positive_fraction <= 1:
+            raise ValueError(f"positive_fraction must lie in [0, 1], got {positive_fraction}")
+        if self.pids.ndim != 1 or not len(self.pids):
+            raise ValueError(f"pids must be a non-empty list, got shape {self.pids.shape}")
+        if self.pids.shape != self.camids.shape:
+            raise ValueError(
+                f"pids and camids must be of one length, got {len(self.pids)} and "
+                f"{len(self.camids)}"
+            )
+        if seed < 0:
+            raise ValueError(f"seed must be >= 0, got {seed}")
+        self.batch_size = batch_size
+        self.positive_fraction = positive_fraction
+        self.seed = seed
+        self.epoch = 0
+        self._images = {int(pid): np.flatnonzero(self.pids == pid) for pid in set(self.pids)}
+        single = sum(len(images) == 1 for images in self._images.values())
+        if positive_fraction < 1 and len(self._images) < 2:
+            raise ValueError(
+                "pairs of different identities need at least two identities, got one; "
+                "positive_fraction=1 draws same-identity pairs only"
+            )
+        if positive_fraction > 0 and single == len(self._images):
+            raise ValueError(
+                "same-identity pairs need an identity with two images, but each has one; "
+                "positive_fraction=0 draws different-identity pairs only"
+            )
+        if positive_fraction == 1 and single:
+            raise ValueError(
+                f"{single} identities have one image and can be drawn in different-identity "
+                "pairs only: positive_fraction must be below 1"
+            )
+        self._num_batches = self._count_batches()
+
+    @classmethod
+    def install(
+        cls,
+        datamanager: Manager,
+        *,
+        batch_size: int | None = None,
+        positive_fraction: float = 0.5,
+        seed: int = 0,
+    ) -> Manager:
+        """Returns the torchreid data manager with a train loader that draws pairs.
+
+        The loader is replaced in place, keeping its data set, workers and other settings. Engines
+        copy the loader when they are built, so call this first.
+
+        Args:
+            datamanager: a ``torchreid.data.ImageDataManager``.
+            batch_size: images in a batch; by default that of the data manager's loader.
+            positive_fraction: see the class.
+            seed: see the class.
+
+        Raises:
+            TypeError: not a data manager with a train loader of images.
+            ValueError: see the class.
+        """
+        loader: Any = getattr(datamanager, "train_loader", None)
+        rows = getattr(getattr(loader, "dataset", None), "train", None)
+        if not isinstance(loader, DataLoader) or rows is None:
+            raise TypeError(
+                "expected a torchreid data manager, whose train_loader.dataset.train lists the "
+                f"training images, got {type(datamanager).__name__}"
+            )
+        sampler = cls(
+            [row[1] for row in rows],
+            [row[2] for row in rows],
+            batch_size=loader.batch_size if batch_size is None else batch_size,  # type: ignore[arg-type]
+            positive_fraction=positive_fraction,
+            seed=seed,
+        )
+        datamanager.train_loader = DataLoader(  # type: ignore[attr-defined]
+            loader.dataset,
+            batch_size=sampler.batch_size,
+            sampler=sampler,
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
+            pin_memory=loader.pin_memory,
+            drop_last=True,
+            timeout=loader.timeout,
+            worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context,
+            generator=loader.generator,
+            prefetch_factor=loader.prefetch_factor,
+            persistent_workers=loader.persistent_workers,
+        )
+        return datamanager
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes the next iteration draw the pairs of this epoch, for an exact resume."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Returns the number of images drawn in an epoch, a multiple of the batch size."""
+        return self._num_batches * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        """Yields the image indices of the next epoch."""
+        rng = np.random.default_rng([self.seed, self.epoch])
+        self.epoch += 1
+        counts = self._positives_per_batch(self._num_batches)
+        positives = self._draw_positives(rng, int(counts.sum()))
+        drawn = np.zeros(len(self.pids), dtype=bool)
+        drawn[positives.ravel()] = True
+        num_pairs = self._num_batches * self.batch_size // 2
+        negatives = self._draw_negatives(rng, num_pairs - len(positives), np.flatnonzero(~drawn))
+        start = np.concatenate([[0], counts.cumsum()])
+        for batch in range(self._num_batches):
+            same = positives[start[batch] : start[batch + 1]]
+            first = batch * self.batch_size // 2 - start[batch]
+            different = negatives[first : first + self.batch_size // 2 - len(same)]
+            pairs = rng.permuted(np.concatenate([same, different]), axis=1)
+            yield from rng.permutation(pairs).ravel().tolist()
+
+    def _positives_per_batch(self, num_batches: int) -> np.ndarray:
+        """Returns how many pairs of each batch show one identity: exact over the epoch."""
+        per_batch = self.positive_fraction * (self.batch_size // 2)
+        return np.diff(np.round(np.arange(num_batches + 1) * per_batch, 6).astype(np.int64))
+
+    def _count_batches(self) -> int:
+        """Returns the fewest batches whose pairs can hold every image."""
+        disjoint, leftover = 0, 0
+        for images in self._images.values():
+            if len(images) > 1:
+                _, per_camera = np.unique(self.camids[images], return_counts=True)
+                pairs = len(images) // 2
+                if len(per_camera) > 1:
+                    pairs = min(pairs, len(images) - int(per_camera.max()))
+                disjoint += pairs
+                leftover += len(images) - 2 * pairs
+        most = max(len(images) for images in self._images.values())
+        num_batches = -(-len(self.pids) // self.batch_size)
+        while True:
+            same = int(self._positives_per_batch(num_batches).sum())
+            different = num_batches * self.batch_size // 2 - same
+            held = 2 * min(same, disjoint) + min(max(same - disjoint, 0), leftover)
+            # a negative pair holds one image of an identity, and pairs are drawn blindly
+            missing = len(self.pids) - held
+            if missing <= 0 or (missing <= 2 * different and min(most, missing) <= different):
+                return num_batches
+            num_batches += 1
+
+    def _partner(self, rng: np.random.Generator, image: int) -> int:
+        """Returns another image of the same identity, of another camera where there is one."""
+        others = self._images[int(self.pids[image])]
+        others = others[others != image]
+        elsewhere = others[self.camids[others] != self.camids[image]]
+        return int(rng.choice(elsewhere if len(elsewhere) else others))
+
+    def _draw_positives(self, rng: np.random.Generator, number: int) -> np.ndarray:
+        """Returns (number, 2) same-identity pairs, disjoint as far as there are such."""
+        pairs: list[tuple[int, int]] = []
+        leftover: list[int] = []
+        for images in self._images.values():
+            if len(images) > 1:
+                matched, rest = self._match(rng, images)
+                pairs += matched
+                leftover += rest
+        pairs = [pairs[i] for i in rng.permutation(len(pairs))[:number]]
+        anchors = [leftover[i] for i in rng.permutation(len(leftover))]
+        several = [image for images in self._images.values() if len(images) > 1 for image in images]
+        for i in range(number - len(pairs)):
+            image = anchors[i] if i < len(anchors) else int(rng.choice(several))
+            pairs.append((image, self._partner(rng, image)))
+        drawn = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+        return rng.permutation(drawn)
+
+    def _match(
+        self, rng: np.random.Generator, images: np.ndarray
+    ) -> tuple[list[tuple[int, int]], list[int]]:
+        """Returns disjoint cross-camera pairs of one identity's images, and what is left over.
+
+        Sorted by camera, image i is paired with image i + n/2: no camera with at most half of the
+        images meets itself. Of a larger camera, a random part is left over.
+        """
+        images = rng.permutation(images)
+        cameras, camera, per_camera = np.unique(
+            self.camids[images], return_inverse=True, return_counts=True
+        )
+        left = np.zeros(len(images), dtype=bool)
+        if len(cameras) > 1:
+            surplus = max(2 * int(per_camera.max()) - len(images), 0)
+            left[np.flatnonzero(camera == per_camera.argmax())[:surplus]] = True
+        if (len(images) - left.sum()) % 2:
+            left[0] = True
+        kept = images[~left]
+        kept = kept[np.argsort(rng.permutation(len(cameras))[camera[~left]], kind="stable")]
+        half = len(kept) // 2
+        pairs = list(zip(kept[:half].tolist(), kept[half:].tolist(), strict=True))
+        return pairs, images[left].tolist()
+
+    def _draw_negatives(
+        self, rng: np.random.Generator, number: int, undrawn: np.ndarray
+    ) -> np.ndarray:
+        """Returns (number, 2) pairs of different identities that hold all undrawn images."""
+        if not number:
+            return np.empty((0, 2), dtype=np.int64)
+        fill = rng.choice(len(self.pids), size=2 * number - len(undrawn))
+        pids, counts = np.unique(self.pids[np.concatenate([undrawn, fill])], return_counts=True)
+        if counts.max() > number:  # one identity would have to meet itself: draw others instead
+            frequent = pids[counts.argmax()]
+            surplus = np.flatnonzero(self.pids[fill] == frequent)[: counts.max() - number]
+            fill[surplus] = rng.choice(np.flatnonzero(self.pids != frequent), size=len(surplus))
+        pairs = rng.permutation(np.concatenate([undrawn, fill])).reshape(number, 2)
+        for i in np.flatnonzero(self.pids[pairs[:, 0]] == self.pids[pairs[:, 1]]):
+            pid = self.pids[pairs[i, 0]]
+            if self.pids[pairs[i, 1]] == pid:  # swap with a pair without this identity
+                j = rng.choice(np.flatnonzero((self.pids[pairs] != pid).all(axis=1)))
+                pairs[i, 1], pairs[j, 1] = pairs[j, 1], pairs[i, 1]
+        return pairs

@@ -1,0 +1,258 @@
+#!/usr/bin/env python
+"""Trains CASN on a PCB backbone and ranks with attention fused in.
+
+Without arguments: on the embedded data set of rendered pedestrians, on the CPU, in minutes.
+
+    python examples/train_casn_pcb.py
+
+The paper's protocol, on a data set that torchreid reads from --root:
+
+    python examples/train_casn_pcb.py --preset paper --root reid-data --sources market1501
+"""
+
+import argparse
+import json
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchreid
+from torch import nn
+from torchvision.models import resnet50
+
+from casn_plugin import CASN, ImageCASNEngine, PairSampler, attention_distmat, fuse_distmats
+from casn_plugin.engine import EMBEDDED_DATASET
+from casn_plugin.ranking import Encoding, pair_attention
+from casn_plugin.visualization import denormalize, plot_curves, plot_pairs
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "embedded": {
+        "sources": [EMBEDDED_DATASET],
+        "backbone": "pcb_r10",
+        "height": 128,
+        "width": 64,
+        "batch_size": 32,
+        "max_epoch": 8,
+        "stepsize": 6,
+        "lr": 0.03,
+        "base_lr_mult": 1.0,
+        "weights": "none",
+        "eval_freq": -1,
+    },
+    "paper": {
+        "sources": ["market1501"],
+        "backbone": "pcb_p6",
+        "height": 384,
+        "width": 128,
+        "batch_size": 16,
+        "max_epoch": 40,
+        "stepsize": 30,
+        "lr": 0.03,
+        "base_lr_mult": 1.0,
+        "weights": "imagenet",
+        "eval_freq": 10,
+    },
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Returns the options; those not given come from the preset."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, default="embedded", help="defaults of all options below")
+    add("--root", default="", help="folder of torchreid's data sets")
+    add("--sources", nargs="+", help=f"data sets to train on, e.g. market1501, {EMBEDDED_DATASET}")
+    add("--targets", nargs="+", help="data sets to rank; by default the sources")
+    add("--cuhk03-labeled", action="store_true", help="cuhk03: labeled boxes, not detected ones")
+    add("--backbone", help="pcb_r10 (small), or a name of torchreid's model factory")
+    add("--height", type=int, help="rows of the images")
+    add("--width", type=int, help="columns of the images")
+    add("--batch-size", type=int, help="images in a batch, even")
+    add("--max-epoch", type=int, help="epochs to train")
+    add("--stepsize", type=int, help="epochs until the learning rate is divided by 10")
+    add("--lr", type=float, help="learning rate of SGD")
+    add("--base-lr-mult", type=float, help="learning rate of the layers below the classifiers, "
+                                           "as a multiple of --lr")  # fmt: skip
+    add("--lambda-ia", type=float, default=0.5, help="weight of identification attention (Eq. 6)")
+    add("--lambda-sa", type=float, default=0.05, help="weight of Siamese attention (Eq. 6)")
+    add("--eval-freq", type=int, help="epochs between checkpoints with evaluation; -1: at the end")
+    add("--seed", type=int, default=0)
+    add("--device", choices=["cpu", "cuda"], help="by default CUDA where there is one")
+    add("--workers", type=int, default=0 if sys.platform == "win32" else 2)
+    add("--weights", help="file with the backbone's initial weights (ImageNet ResNet-50, or a "
+                          "torchreid checkpoint), 'imagenet' to download them, or 'none'")  # fmt: skip
+    add("--resume", metavar="CHECKPOINT", help="go on from a checkpoint of this script")
+    add("--test-only", action="store_true", help="rank with --resume or --weights, do not train")
+    add("--save-dir", default="log/casn_pcb", help="folder for checkpoints, curves and pictures")
+    add("--visrank", action="store_true", help="with --test-only: save torchreid's ranked lists")
+    add("--rerank", action="store_true", help="with --test-only: re-rank (Zhong et al.)")
+    args = parser.parse_args(argv)
+    for name, value in PRESETS[args.preset].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no CUDA device is available here")
+    if args.batch_size < 2 or args.batch_size % 2:
+        parser.error(f"--batch-size must be even, got {args.batch_size}")
+    for option in ("resume", "weights"):
+        file = getattr(args, option)
+        if file and file not in ("imagenet", "none") and not os.path.isfile(file):
+            parser.error(f"--{option}: there is no file {file}")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return args
+
+
+def build_backbone(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    """Returns the backbone with its initial weights.
+
+    Raises:
+        SystemExit: ImageNet weights that can't be downloaded, or a file that doesn't fit.
+    """
+    if args.backbone == "pcb_r10":  # PCB on a ResNet-10: for the CPU
+        pcb = torchreid.models.pcb
+        backbone: nn.Module = pcb.PCB(num_classes, "softmax", pcb.BasicBlock, [1, 1, 1, 1], parts=4)
+    else:
+        try:
+            backbone = torchreid.models.build_model(
+                args.backbone,
+                num_classes,
+                pretrained=args.weights == "imagenet",
+                use_gpu=args.device == "cuda",
+            )
+        except OSError as error:
+            raise SystemExit(
+                f"The ImageNet weights of {args.backbone} could not be downloaded ({error}). Get "
+                "the file by other means and name it with --weights FILE (for pcb_p6: torchvision's "
+                f"{resnet50.__name__}, https://download.pytorch.org/models/resnet50-19c8e357.pth), "
+                "or train from scratch with --weights none."
+            ) from error
+    if args.weights not in ("imagenet", "none"):
+        state = torch.load(args.weights, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+        own = backbone.state_dict()
+        fitting = {
+            name: value
+            for name, value in state.items()
+            if name in own and own[name].shape == value.shape
+        }
+        if len(fitting) < len(own) / 2:
+            raise SystemExit(
+                f"{args.weights} does not fit {args.backbone}: {len(fitting)} of its "
+                f"{len(own)} tensors are in the file with the same name and shape"
+            )
+        backbone.load_state_dict(fitting, strict=False)
+        print(f"{len(fitting)} of {len(own)} tensors taken from {args.weights}")
+    return backbone
+
+
+def save_pairs(engine: ImageCASNEngine, name: str, path: Path, number: int = 6) -> None:
+    """Saves a picture of queries with their best match and the attention of each pair."""
+    device = next(engine.casn.parameters()).device
+    datasets = [engine.test_loader[name][part].dataset for part in ("query", "gallery")]
+    rows = np.random.default_rng(0).permutation(len(datasets[0]))[:number].tolist()
+    queries = [datasets[0][row] for row in rows]
+    imgs = torch.stack([item["img"] for item in queries])
+    query = engine.casn.encode(imgs.to(device)).to("cpu")
+    encodings, pids, camids = [], [], []
+    for batch in engine.test_loader[name]["gallery"]:
+        encodings.append(engine.casn.encode(batch["img"].to(device)).to("cpu"))
+        pids += batch["pid"].tolist()
+        camids += batch["camid"].tolist()
+    gallery = Encoding.cat(encodings)
+    unit = [nn.functional.normalize(part.features) for part in (query, gallery)]
+    distmat = fuse_distmats(
+        torch.cdist(*unit), attention_distmat(engine.casn, query, gallery, unit=True),
+        normalization="unit", attention_weight=engine.attention_weight,
+    )  # fmt: skip
+    matches = []
+    for i, item in enumerate(queries):
+        junk = (torch.tensor(pids) == item["pid"]) & (torch.tensor(camids) == item["camid"])
+        matches.append(int(distmat[i].masked_fill(junk, float("inf")).argmin()))
+    maps = pair_attention(engine.casn, query, gallery[torch.tensor(matches)])
+    matched = torch.stack([datasets[1][match]["img"] for match in matches])
+    figure = plot_pairs(
+        denormalize(imgs),
+        denormalize(matched),
+        *maps,
+        [pids[match] == item["pid"] for match, item in zip(matches, queries, strict=True)],
+        titles=[f"person {item['pid']}" for item in queries],
+        threshold=engine.siamese.threshold,
+    )
+    figure.savefig(path)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Trains, ranks and saves; returns the results of each target data set."""
+    args = parse_args(argv)
+    torch.manual_seed(args.seed)
+    np.random.seed(args.seed)
+    random.seed(args.seed)
+    save_dir = Path(args.save_dir)
+    save_dir.mkdir(parents=True, exist_ok=True)
+    use_gpu = args.device == "cuda"
+
+    datamanager = torchreid.data.ImageDataManager(
+        root=args.root,
+        sources=args.sources,
+        targets=args.targets,
+        height=args.height,
+        width=args.width,
+        batch_size_train=args.batch_size,
+        batch_size_test=64,
+        workers=args.workers,
+        use_gpu=use_gpu,
+        cuhk03_labeled=args.cuhk03_labeled,
+    )
+    backbone = build_backbone(args, datamanager.num_train_pids)
+    model = CASN(backbone, input_size=(args.height, args.width), seed=args.seed).to(args.device)
+    datamanager = PairSampler.install(datamanager, seed=args.seed)
+    optimizer = torchreid.optim.build_optimizer(
+        model,
+        optim="sgd",
+        lr=args.lr,
+        momentum=0.9,
+        weight_decay=5e-4,
+        staged_lr=True,
+        new_layers=["classifier", "conv5", "pair_classifier"],
+        base_lr_mult=args.base_lr_mult,
+    )
+    scheduler = torchreid.optim.build_lr_scheduler(
+        optimizer, lr_scheduler="single_step", stepsize=args.stepsize
+    )
+    engine = ImageCASNEngine(
+        datamanager,
+        model,
+        optimizer,
+        scheduler,
+        use_gpu=use_gpu,
+        lambda_ia=args.lambda_ia,
+        lambda_sa=args.lambda_sa,
+    )
+    start_epoch = engine.resume(args.resume) if args.resume else 0
+    engine.run(
+        save_dir=str(save_dir),
+        start_epoch=start_epoch,
+        max_epoch=args.max_epoch,
+        eval_freq=args.eval_freq,
+        test_only=args.test_only,
+        visrank=args.visrank,
+        rerank=args.rerank,
+    )
+    (save_dir / "results.json").write_text(
+        json.dumps({"args": vars(args), "results": engine.results, "history": engine.history})
+    )
+    for name, results in engine.results.items():
+        plot_curves(engine.history, results).savefig(save_dir / f"curves_{name}.png")
+        save_pairs(engine, name, save_dir / f"pairs_{name}.png")
+        print(f"Saved curves and pairs of {name} to {save_dir}")
+    return engine.results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Shape checking of the whole package, small models, and the data that the tests run on."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from jaxtyping import config, install_import_hook
+
+# every shape annotation of the package is checked at run time, in tests only
+install_import_hook("casn_plugin", "beartype.beartype")
+
+import cv2  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+SHARED = Path(__file__).parents[2] / "shared"
+WARD = SHARED / "data" / "ward"
+MOBILENET = SHARED / "weights" / "mobilenet_v2-b0353104.pth"
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Turns shape checking off, so that bad input meets the package's own errors."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Starts each test from one random state."""
+    torch.manual_seed(0)
+
+
+class TinyBackbone(nn.Module):
+    """A plain module with convolution, BatchNorm, an in-place ReLU and two-layer head."""
+
+    def __init__(self, num_classes: int = 5, dim: int = 6) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=4, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
+            nn.Conv2d(8, 8, 3, stride=2, padding=1),
+        )  # fmt: skip
+        self.relu = nn.ReLU(inplace=True)
+        self.embed = nn.Sequential(nn.Linear(8, dim), nn.Tanh())
+        self.classifier = nn.Linear(dim, num_classes)
+
+
+def tiny_forward(backbone: TinyBackbone, imgs: Tensor) -> tuple[Tensor, Tensor]:
+    features = backbone.embed(backbone.relu(backbone.features(imgs)).mean((2, 3)))
+    return backbone.classifier(features), features
+
+
+@pytest.fixture(scope="session")
+def market_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small data set in Market-1501's layout, of rendered pedestrians."""
+    from casn_plugin.data import render_pedestrian
+
+    root = tmp_path_factory.mktemp("reid-data")
+    folder = root / "market1501" / "Market-1501-v15.09.15"
+    for part in ("bounding_box_train", "query", "bounding_box_test"):
+        (folder / part).mkdir(parents=True)
+    for pid in range(1, 9):
+        for camid in range(3):
+            for index in range(3):
+                part = "bounding_box_train" if pid <= 4 else "bounding_box_test"
+                if pid > 4 and index == 0:
+                    part = "query"
+                imgs, _ = render_pedestrian(pid, camid, index, height=64, width=32)
+                name = f"{pid:04d}_c{camid + 1}s1_{index + 1:06d}_00.jpg"
+                assert cv2.imwrite(str(folder / part / name), imgs[..., ::-1])
+    return root

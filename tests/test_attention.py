@@ -1,0 +1,332 @@
+"""Maps, masks, profiles and the capture of activations."""
+
+import threading
+
+import numpy as np
+import pytest
+import reference
+import torch
+from conftest import TinyBackbone, tiny_forward
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from casn_plugin.attention import (
+    align_profiles,
+    attended_span,
+    attention_distance,
+    capture,
+    frozen_batchnorm,
+    grad_cam,
+    indicator,
+    row_profiles,
+    scale_maps,
+    siamese_attention,
+    soft_mask,
+    split_pairs,
+)
+
+profile_values = st.lists(
+    st.one_of(st.just(0.0), st.just(1.0), st.floats(0, 1)), min_size=1, max_size=24
+)
+
+
+@pytest.fixture
+def backbone() -> TinyBackbone:
+    return TinyBackbone().double().eval()
+
+
+@pytest.fixture
+def imgs() -> torch.Tensor:
+    return torch.rand(4, 3, 48, 24, dtype=torch.float64)
+
+
+def test_grad_cam_agrees_with_the_reference(backbone, imgs):
+    with capture(backbone.features) as captured:
+        logits, _ = tiny_forward(backbone, imgs)
+    activations = captured.require()
+    scores = logits[torch.arange(4), torch.tensor([0, 1, 2, 3])]
+    maps = grad_cam(scores, activations)
+    assert maps.max() > 0
+    for i in range(4):
+        torch.testing.assert_close(
+            maps[i].detach(), reference.grad_cam(scores[i], activations, i), rtol=0, atol=1e-14
+        )
+
+
+def test_grad_cam_agrees_with_pytorch_grad_cam(imgs):
+    public = pytest.importorskip("pytorch_grad_cam")
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=4), nn.Sigmoid(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, 5),
+    ).eval()  # fmt: skip
+    inputs = imgs.float()
+    with capture(net[1]) as captured:
+        logits = net(inputs)
+    maps = grad_cam(logits[torch.arange(4), torch.tensor([4, 3, 2, 1])], captured.require())
+    with public.GradCAM(model=net, target_layers=[net[1]]) as cam:
+        theirs = cam(inputs, [ClassifierOutputTarget(pid) for pid in (4, 3, 2, 1)])
+    rows, columns = inputs.shape[2:]
+    ours = nn.functional.interpolate(maps[:, None].detach(), (rows, columns), mode="bilinear")[:, 0]
+    assert theirs.max() > 0.5
+    for mine, other in zip(ours.numpy(), theirs, strict=True):  # they rescale min to 0, max to 1
+        mine = mine - mine.min()
+        if other.max() > 0:
+            # theirs is resized by OpenCV after scaling; ours before: compare the pattern
+            assert np.corrcoef(mine.ravel(), other.ravel())[0, 1] > 0.999
+
+
+def test_grad_cam_can_be_trained(backbone, imgs):
+    """The gradient of a function of the maps agrees with finite differences of the weights."""
+    weight = backbone.classifier.weight
+
+    def total() -> torch.Tensor:
+        with capture(backbone.features) as captured:
+            logits, _ = tiny_forward(backbone, imgs)
+        return grad_cam(logits[:, 1], captured.require()).pow(2).sum()
+
+    (gradient,) = torch.autograd.grad(total(), weight)
+    assert gradient.abs().max() > 0
+    step = 1e-6
+    with torch.no_grad():
+        weight[1, 2] += step
+    above = total().item()
+    with torch.no_grad():
+        weight[1, 2] -= 2 * step
+    below = total().item()
+    assert gradient[1, 2].item() == pytest.approx((above - below) / (2 * step), rel=1e-5)
+
+
+def test_grad_cam_rejects_scores_of_another_graph():
+    activations = torch.rand(2, 3, 4, 4, requires_grad=True)
+    with pytest.raises(ValueError, match="do not depend"):
+        grad_cam(torch.rand(2, requires_grad=True), activations)
+    with pytest.raises(ValueError, match="do not depend"):
+        grad_cam(torch.rand(2), activations)
+
+
+@pytest.mark.parametrize("at", ["input", "output"])
+def test_capture_survives_in_place_layers(imgs, at):
+    """The recorded map is the one before the in-place layer, and its gradient is right."""
+    conv = nn.Conv2d(3, 8, 3, stride=4).double()
+    net = nn.Sequential(conv, nn.Identity(), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1))
+    expected = conv(imgs)
+    assert (expected < 0).any()
+    with capture(net[1], at=at) as captured:
+        out = net(imgs)
+    torch.testing.assert_close(captured.require(), expected, rtol=0, atol=0)
+    (gradient,) = torch.autograd.grad(out.sum(), captured.require())
+    torch.testing.assert_close(gradient, (expected > 0).double() / expected[0, 0].numel())
+
+
+def test_capture_leaves_no_hook_behind_after_an_exception(backbone, imgs):
+    with pytest.raises(RuntimeError, match="mid-way"), capture(backbone.features):
+        raise RuntimeError("mid-way")
+    assert not backbone.features._forward_hooks and not backbone.features._forward_pre_hooks
+
+
+def test_capture_rejects_another_place(backbone, unchecked):
+    with pytest.raises(ValueError, match="at must be"), capture(backbone.features, at="inside"):
+        pass
+
+
+def test_capture_gives_a_frozen_map_a_gradient(backbone, imgs):
+    backbone.features.requires_grad_(False)
+    with capture(backbone.features) as captured:
+        logits, _ = tiny_forward(backbone, imgs)
+    assert grad_cam(logits[:, 0], captured.require()).shape == (4, 6, 3)
+
+
+def test_capture_of_the_head_only_keeps_no_graph_of_the_backbone(backbone, imgs):
+    with torch.no_grad():
+        with capture(backbone.features, head_only=True) as captured:
+            _, features = tiny_forward(backbone, imgs)
+        assert captured.require().is_leaf and features.requires_grad
+    assert torch.is_grad_enabled()
+    with torch.no_grad():
+        assert not torch.is_grad_enabled()
+
+
+def test_capture_keeps_threads_apart(backbone):
+    """Replicas of nn.DataParallel share their hooks: each thread must see its own map."""
+    inputs = [torch.full((1, 3, 48, 24), float(i), dtype=torch.float64) for i in range(8)]
+    expected = [backbone.features(each).detach() for each in inputs]
+    barrier, seen = threading.Barrier(8), [None] * 8
+
+    def work(i: int) -> None:
+        with capture(backbone.features) as captured:
+            barrier.wait()
+            tiny_forward(backbone, inputs[i])
+            barrier.wait()
+        seen[i] = captured.require().detach()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for mine, wanted in zip(seen, expected, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=0, atol=0)
+    assert not backbone.features._forward_hooks
+
+
+def test_capture_takes_the_first_tensor_of_a_tuple():
+    class Two(nn.Module):
+        def forward(self, x):
+            return x * 2, x * 3
+
+    with capture(Two()) as captured:
+        pass
+    assert captured.activations is None
+    with pytest.raises(ValueError, match="not called"):
+        captured.require()
+    layer = Two()
+    with capture(layer) as captured:
+        first, second = layer(torch.ones(1, 2, 3, 3))
+    assert captured.require().max() == 2 and first.max() == 2 and second.max() == 3
+    with capture(layer) as captured:
+        layer(torch.ones(1, 2))
+    with pytest.raises(ValueError, match=r"\(B, C, H, W\).*\(1, 2\)"):
+        captured.require()
+
+
+def test_capture_under_autocast_is_in_float32(backbone):
+    backbone.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with capture(backbone.features) as captured:
+            logits, _ = tiny_forward(backbone, torch.rand(2, 3, 48, 24))
+        maps = grad_cam(logits[:, 0], captured.require())
+    assert logits.dtype == torch.bfloat16
+    assert captured.require().dtype == maps.dtype == torch.float32
+
+
+def test_frozen_batchnorm_keeps_statistics_and_flags(backbone, imgs):
+    norm = backbone.features[1].train()
+    before = norm.running_mean.clone()
+    with pytest.raises(RuntimeError), frozen_batchnorm(backbone):
+        frozen = backbone.features[:2](imgs)
+        raise RuntimeError
+    assert norm.track_running_stats and norm.num_batches_tracked == 0
+    torch.testing.assert_close(norm.running_mean, before, rtol=0, atol=0)
+    torch.testing.assert_close(frozen, backbone.features[:2](imgs))  # batch statistics in both
+    assert not torch.equal(norm.running_mean, before)
+
+
+def pair_classifier(dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(dim, 16), nn.ReLU(), nn.Linear(16, 2)).double()
+
+
+def test_indicator_agrees_with_the_reference():
+    classifier, features = pair_classifier(9), torch.randn(20, 9, dtype=torch.float64)
+    first, second = split_pairs(features)
+    alpha = indicator(classifier, first - second)
+    assert set(alpha.unique().tolist()) == {0.0, 1.0} and not alpha.requires_grad
+    for i in range(10):
+        expected = reference.indicator(classifier, first[i], second[i])
+        torch.testing.assert_close(alpha[i], expected.double(), rtol=0, atol=0)
+
+
+def test_siamese_attention_agrees_with_the_reference_and_ignores_other_pairs(backbone, imgs):
+    classifier = pair_classifier(6)
+    backbone.embed[0].weight.data.abs_()
+    backbone.features[3].bias.data.abs_()
+    classifier[0].weight.data.neg_()
+
+    def head(activations: torch.Tensor) -> torch.Tensor:
+        return backbone.embed(activations.relu().mean((2, 3)))
+
+    with capture(backbone.features) as captured:
+        _, features = tiny_forward(backbone, imgs)
+    activations = captured.require()
+    maps = siamese_attention(classifier, features, activations).detach()
+    assert maps.max() > 0
+    for i in (0, 2):
+        first, second = activations[i].detach(), activations[i + 1].detach()
+        expected = reference.siamese_maps(head, classifier, first, second)
+        torch.testing.assert_close(maps[i], expected[0], rtol=0, atol=1e-14)
+        torch.testing.assert_close(maps[i + 1], expected[1], rtol=0, atol=1e-14)
+    order = [2, 3, 0, 1]
+    with capture(backbone.features) as captured:
+        _, features = tiny_forward(backbone, imgs[order])
+    permuted = siamese_attention(classifier, features, captured.require()).detach()
+    torch.testing.assert_close(permuted, maps[order], rtol=0, atol=1e-14)
+
+
+def test_split_pairs_needs_an_even_batch():
+    with pytest.raises(ValueError, match="even.*has 3"):
+        split_pairs(torch.rand(3, 2))
+
+
+def test_scale_maps_is_per_image_and_leaves_blank_maps_at_zero():
+    maps = torch.rand(3, 4, 2, dtype=torch.float64)
+    maps[1] = 0
+    scaled = scale_maps(maps * torch.tensor([1e-9, 1.0, 1e9]).double()[:, None, None])
+    for i in range(3):
+        np.testing.assert_allclose(scaled[i], reference.scale_map(maps[i].numpy()), rtol=1e-12)
+    maps = maps.requires_grad_()
+    (gradient,) = torch.autograd.grad(scale_maps(maps).sum(), maps)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_soft_mask_agrees_with_the_reference(dtype):
+    maps = torch.rand(2, 5, 3).to(dtype)
+    maps[1] = 0
+    mask = soft_mask(maps, (20, 10), scale=7.0, threshold=0.4)
+    assert mask.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for i in range(2):
+        expected = reference.soft_mask(maps[i].double().numpy(), 20, 10, 7.0, 0.4)
+        np.testing.assert_allclose(mask[i], expected, rtol=0, atol=1e-6)
+
+
+@given(values=profile_values, threshold=st.floats(0, 0.99))
+@settings(deadline=None, max_examples=300)
+def test_alignment_agrees_with_the_reference(values, threshold):
+    profile = torch.tensor(values, dtype=torch.float64)
+    first, last = attended_span(profile, threshold)
+    assert (int(first), int(last)) == reference.span(profile.numpy(), threshold)
+    aligned = align_profiles(profile, threshold)
+    expected = reference.align(profile.numpy(), threshold)
+    np.testing.assert_allclose(aligned, expected, rtol=0, atol=1e-12)
+    assert aligned.min() >= profile.min() and aligned.max() <= profile.max()
+
+
+@given(
+    values=st.lists(st.floats(0.3, 1), min_size=1, max_size=6),
+    shift=st.integers(0, 6),
+    other=st.integers(0, 6),
+)
+@settings(deadline=None)
+def test_alignment_ignores_where_the_person_stands(values, shift, other):
+    """The same rows at two heights in the picture are at distance zero."""
+    profiles = torch.zeros(2, 12, dtype=torch.float64)
+    for row, start in enumerate((shift, other)):
+        profiles[row, start : start + len(values)] = torch.tensor(values, dtype=torch.float64)
+    assert attention_distance(profiles[0], profiles[1]).item() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("unit", [False, True])
+def test_attention_distance_agrees_with_the_reference(unit):
+    maps = torch.rand(30, 9, 4, dtype=torch.float64) ** 3
+    maps[3] = 0
+    profiles = row_profiles(maps)
+    distances = attention_distance(*split_pairs(profiles), threshold=0.3, unit=unit)
+    swapped = attention_distance(*reversed(split_pairs(profiles)), threshold=0.3, unit=unit)
+    torch.testing.assert_close(distances, swapped, rtol=0, atol=0)
+    for i in range(15):
+        pair = maps[2 * i].numpy(), maps[2 * i + 1].numpy()
+        expected = reference.attention_distance(*pair, threshold=0.3, unit=unit)
+        assert distances[i].item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_gradients_of_mask_and_distance():
+    maps = (torch.rand(4, 5, 3, dtype=torch.float64) + 0.01).requires_grad_()
+    assert torch.autograd.gradcheck(lambda m: soft_mask(m, (8, 6)), maps)
+    assert torch.autograd.gradcheck(
+        lambda m: attention_distance(*split_pairs(row_profiles(m))), maps
+    )
+    equal = torch.rand(1, 5, 3).repeat(2, 1, 1).requires_grad_()  # the kink at distance zero
+    attention_distance(*split_pairs(row_profiles(equal))).sum().backward()
+    assert equal.grad.isfinite().all()

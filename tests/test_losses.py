@@ -1,0 +1,235 @@
+"""Each loss against the reference, and as a part of somebody else's training loop."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import reference
+import torch
+from conftest import TinyBackbone, tiny_forward
+from torch import nn
+
+from casn_plugin import IdentificationAttentionLoss, PairClassifier, SiameseAttentionLoss
+from casn_plugin.attention import capture, grad_cam
+from casn_plugin.losses import (
+    casn_loss,
+    consistency,
+    identification_attention_loss,
+    identification_loss,
+    identity_scores,
+    pair_loss,
+    same_identity,
+    siamese_attention_loss,
+)
+
+PIDS = torch.tensor([0, 0, 3, 4])
+
+
+def test_identification_loss_agrees_with_the_reference():
+    logits, pids = torch.randn(4, 5, dtype=torch.float64), PIDS
+    expected = reference.cross_entropy(logits.numpy(), pids.tolist(), 0.1)
+    assert identification_loss(logits, pids, label_smoothing=0.1).item() == pytest.approx(expected)
+    parts = [logits, 2 * logits]
+    both = (expected + reference.cross_entropy(2 * logits.numpy(), pids.tolist(), 0.1)) / 2
+    assert identification_loss(parts, pids, label_smoothing=0.1).item() == pytest.approx(both)
+
+
+@pytest.mark.parametrize("score", ["logit", "probability"])
+def test_identification_attention_loss_agrees_with_the_reference(score):
+    logits = torch.randn(4, 5, dtype=torch.float64)
+    expected = reference.identification_attention_loss(logits.numpy(), PIDS.tolist(), score)
+    loss = identification_attention_loss(identity_scores(logits, PIDS, score))
+    assert loss.item() == pytest.approx(expected)
+
+
+def test_identity_scores_of_parts_are_summed_as_logits_and_averaged_as_probabilities():
+    parts = [torch.randn(4, 5), torch.randn(4, 5)]
+    each = torch.stack([part[torch.arange(4), PIDS] for part in parts])
+    torch.testing.assert_close(identity_scores(parts, PIDS), each.sum(0))
+    shares = torch.stack([part.softmax(1)[torch.arange(4), PIDS] for part in parts])
+    torch.testing.assert_close(identity_scores(parts, PIDS, "probability"), shares.mean(0))
+    half = identity_scores([part.half() for part in parts], PIDS, "probability")
+    assert half.dtype == torch.float32
+
+
+def test_pair_and_siamese_losses_agree_with_the_reference():
+    scores, distances = torch.randn(6, 2, dtype=torch.float64), torch.rand(6, dtype=torch.float64)
+    same = torch.tensor([True, False, True, True, False, False])
+    arrays = scores.numpy(), distances.numpy(), same.tolist()
+    assert pair_loss(scores, same).item() == pytest.approx(
+        reference.pair_loss(arrays[0], arrays[2])
+    )
+    expected = reference.siamese_attention_loss(*arrays, 0.7)
+    loss = siamese_attention_loss(scores, distances, same, attention_weight=0.7)
+    assert loss.item() == pytest.approx(expected)
+    both = torch.stack([scores, scores], dim=1).flatten(0, 1)  # both orders of each pair
+    loss = siamese_attention_loss(both, distances, same, attention_weight=0.7)
+    assert loss.item() == pytest.approx(expected)
+
+
+def test_casn_loss_agrees_with_the_reference():
+    terms = [torch.rand(()) for _ in range(3)]
+    expected = reference.casn_loss(*(term.item() for term in terms), 0.5, 0.05)
+    assert casn_loss(*terms).item() == pytest.approx(expected)
+
+
+def test_no_valid_pair_gives_a_zero_attached_to_the_graph():
+    distances = torch.rand(3, requires_grad=True)
+    loss = consistency(distances, torch.zeros(3, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0 and distances.grad.tolist() == [0, 0, 0]
+    scores = torch.rand(0, 2, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.bool)
+    loss = siamese_attention_loss(scores, torch.rand(0), none)
+    loss.backward()
+    assert loss.item() == 0
+    scores = torch.rand(0, requires_grad=True)
+    identification_attention_loss(scores).backward()
+
+
+def test_distances_of_negative_pairs_do_not_count():
+    distances = torch.tensor([1.0, float("nan")])
+    assert consistency(distances, torch.tensor([True, False])).item() == 1
+
+
+def test_the_masked_image_agrees_with_the_reference():
+    backbone, imgs = TinyBackbone().double().eval(), torch.rand(4, 3, 48, 24).double()
+    with capture(backbone.features) as captured:
+        logits, _ = tiny_forward(backbone, imgs)
+    loss = IdentificationAttentionLoss(mask_scale=6.0, mask_threshold=0.3, fill=0.7)
+    masked = loss.mask(imgs, PIDS, logits, captured.require()).detach()
+    for i in range(4):
+        map_ = reference.grad_cam(logits[i, PIDS[i]], captured.require(), i).numpy()
+        mask = reference.soft_mask(map_, 48, 24, 6.0, 0.3)
+        expected = reference.masked_image(imgs[i].numpy(), mask, 0.7)
+        np.testing.assert_allclose(masked[i], expected, rtol=0, atol=1e-12)
+    coloured = IdentificationAttentionLoss(fill=torch.rand(3, 1, 1)).double()
+    assert "fill" not in coloured.state_dict()
+    assert coloured.mask(imgs, PIDS, logits, captured.require()).shape == imgs.shape
+
+
+def test_the_masked_pass_keeps_batchnorm_statistics_and_trains_the_map():
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(8, 5),
+    )  # fmt: skip
+    imgs = torch.rand(4, 3, 48, 24)
+    with capture(net[2]) as captured:
+        logits = net(imgs)
+    before = net[1].running_mean.clone()
+    loss = IdentificationAttentionLoss("logit")(net, imgs, PIDS, logits, captured.require())
+    torch.testing.assert_close(net[1].running_mean, before, rtol=0, atol=0)
+    frozen = [parameter.detach().clone() for parameter in net.parameters()]
+
+    def classify(masked):  # the same network with constant weights: what is left goes by the map
+        constant = dict(zip(dict(net.named_parameters()), frozen, strict=True))
+        return torch.func.functional_call(net, constant, (masked,))
+
+    loss = IdentificationAttentionLoss("logit")(classify, imgs, PIDS, logits, captured.require())
+    gradients = torch.autograd.grad(loss, [net[0].weight, net[5].weight])
+    assert all(gradient.abs().max() > 0 for gradient in gradients)
+
+
+def test_swapping_a_pair_changes_neither_score_sum_nor_distance():
+    """With both orders shown, the two images of a pair may change places."""
+    activations = torch.rand(4, 8, 6, 3, dtype=torch.float64, requires_grad=True)
+    classifier = PairClassifier(8).double()
+    loss = SiameseAttentionLoss(attention_weight=0.0)
+    first = loss(classifier, activations.mean((2, 3)), PIDS, activations)
+    order = [1, 0, 3, 2]
+    swapped = activations.detach()[order].requires_grad_()
+    second = loss(classifier, swapped.mean((2, 3)), PIDS[order], swapped)
+    assert first.item() == pytest.approx(second.item(), abs=1e-12)
+    one = SiameseAttentionLoss(both_orders=False)
+    scores, distances = one.pairs(classifier, activations.mean((2, 3)), activations)
+    assert scores.shape == (2, 2) and distances.shape == (2,)
+
+
+def test_blank_maps_give_finite_gradients():
+    activations = torch.zeros(4, 8, 6, 3, requires_grad=True)
+    classifier = PairClassifier(8)
+    loss = SiameseAttentionLoss()(classifier, activations.mean((2, 3)), PIDS, activations)
+    loss.backward()
+    assert loss.isfinite() and activations.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_under_autocast(dtype):
+    backbone, classifier = TinyBackbone(), PairClassifier(6)
+    imgs = torch.rand(4, 3, 48, 24)
+    with torch.autocast("cpu", dtype=dtype):
+        with capture(backbone.features) as captured:
+            logits, features = tiny_forward(backbone, imgs)
+        loss = IdentificationAttentionLoss()(
+            lambda masked: tiny_forward(backbone, masked)[0], imgs, PIDS, logits, captured.require()
+        ) + SiameseAttentionLoss()(classifier, features, PIDS, captured.require())
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in backbone.parameters() if p.grad is not None)
+    assert backbone.features[0].weight.grad.abs().max() > 0
+
+
+def test_a_training_loop_of_ones_own_without_torchreid():
+    """The losses in a plain loop: L falls, attention is trained, and torchreid is not imported."""
+    script = """
+import sys
+import torch
+from casn_plugin import IdentificationAttentionLoss, PairClassifier, SiameseAttentionLoss
+from casn_plugin.losses import casn_loss, identification_loss
+torch.manual_seed(0)
+body = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3, 4), torch.nn.ReLU())
+classifier, pairs = torch.nn.Linear(16, 4), PairClassifier(16, 32)
+loss_ia, loss_sa = IdentificationAttentionLoss(), SiameseAttentionLoss()
+modules = torch.nn.ModuleList([body, classifier, pairs])
+optimizer = torch.optim.SGD(modules.parameters(), lr=0.05, momentum=0.9)
+colours = torch.rand(4, 3, 1, 1)
+pids = torch.tensor([0, 0, 1, 1, 2, 3, 1, 2])
+losses = []
+for step in range(60):
+    imgs = colours[pids] + 0.1 * torch.rand(8, 3, 32, 16)
+    activations = body(imgs)
+    features = activations.mean((2, 3))
+    logits = classifier(features)
+    loss = casn_loss(
+        identification_loss(logits, pids),
+        loss_ia(lambda masked: classifier(body(masked).mean((2, 3))),
+                imgs, pids, logits, activations),
+        loss_sa(pairs, features, pids, activations),
+    )
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+assert losses[-1] < 0.7 * losses[0], losses
+assert 'torchreid' not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_bad_input_says_what_was_expected(unchecked):
+    activations = torch.rand(3, 8, 6, 3, requires_grad=True)
+    with pytest.raises(ValueError, match="even"):
+        SiameseAttentionLoss()(PairClassifier(8), activations.mean((2, 3)), PIDS[:3], activations)
+    with pytest.raises(ValueError, match=r"pids must lie in \[0, 4\)"):
+        identity_scores(torch.rand(4, 4), PIDS)
+    with pytest.raises(ValueError, match="'logit' or 'probability', got 'loss'"):
+        IdentificationAttentionLoss("loss")
+    with pytest.raises(ValueError, match="mask_scale must be positive, got 0"):
+        IdentificationAttentionLoss(mask_scale=0)
+    with pytest.raises(ValueError, match=r"threshold must lie in \[0, 1\), got 1"):
+        SiameseAttentionLoss(threshold=1.0)
+    with pytest.raises(ValueError, match=r"logits must be .* got shapes \[\(3,\)\]"):
+        identification_loss(torch.rand(3), PIDS)
+    with pytest.raises(ValueError, match="even"):
+        same_identity(PIDS[:1])
+
+
+def test_grad_cam_of_summed_parts_is_that_of_the_summed_score():
+    activations = torch.rand(2, 3, 4, 4, requires_grad=True)
+    heads = [nn.Linear(3, 5), nn.Linear(3, 5)]
+    logits = [head(activations.mean((2, 3))) for head in heads]
+    pids = torch.tensor([1, 2])
+    together = grad_cam(identity_scores(logits, pids), activations)
+    summed = grad_cam(sum(part[torch.arange(2), pids] for part in logits), activations)
+    torch.testing.assert_close(together, summed)

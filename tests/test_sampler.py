@@ -1,0 +1,126 @@
+"""What every epoch of the pair sampler must hold, for any data set."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader, Dataset
+
+from casn_plugin import PairSampler
+
+data_sets = st.lists(st.tuples(st.integers(-1, 6), st.integers(0, 3)), min_size=1, max_size=60)
+
+
+@given(
+    rows=data_sets,
+    half_batch=st.integers(1, 8),
+    fraction=st.sampled_from([0.0, 0.1, 0.25, 1 / 3, 0.5, 0.7, 0.9, 1.0]),
+    seed=st.integers(0, 2**32),
+)
+@settings(deadline=None, max_examples=400)
+def test_every_epoch_holds_what_is_promised(rows, half_batch, fraction, seed):
+    pids, camids = np.array(rows).T
+    try:
+        sampler = PairSampler(
+            pids, camids, batch_size=2 * half_batch, positive_fraction=fraction, seed=seed
+        )
+    except ValueError:
+        return  # which inputs are refused is tested below
+    for _ in range(2):
+        drawn = np.array(list(sampler))
+        assert len(drawn) == len(sampler) and len(sampler) % (2 * half_batch) == 0
+        assert set(drawn) == set(range(len(rows)))  # every image
+        first, second = drawn[0::2], drawn[1::2]
+        assert (first != second).all()
+        same = pids[first] == pids[second]
+        assert abs(same.sum() - fraction * len(same)) < 1
+        per_batch = same.reshape(-1, half_batch).sum(1)
+        assert (abs(per_batch - fraction * half_batch) < 1).all()
+        for a, b in zip(first[same], second[same], strict=True):
+            if len(set(camids[pids == pids[a]])) > 1:
+                assert camids[a] != camids[b]
+
+
+def test_an_ordinary_epoch_draws_each_image_once():
+    pids = np.repeat(np.arange(20), 8)
+    sampler = PairSampler(pids, np.tile([0, 1], 80), batch_size=16)
+    assert len(sampler) == len(pids)
+    assert sorted(sampler) == list(range(len(pids)))
+
+
+def test_seed_and_epoch_decide_the_order():
+    def make(seed: int) -> PairSampler:
+        return PairSampler(np.repeat(np.arange(9), 4), batch_size=4, seed=seed)
+
+    sampler, twin = make(1), make(1)
+    epochs = [list(sampler) for _ in range(3)]
+    assert epochs == [list(twin) for _ in range(3)]
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert list(make(2)) != epochs[0]
+    fresh = make(1)
+    fresh.set_epoch(2)
+    assert list(fresh) == epochs[2]
+    before = np.random.get_state()[1].tolist()
+    list(sampler)
+    assert np.random.get_state()[1].tolist() == before  # its own generator
+
+
+def test_pairs_meet_all_identities_and_both_orders():
+    """Over epochs, negative pairs are not of the same few identities, and no camera comes first."""
+    sampler = PairSampler(np.repeat(np.arange(8), 4), np.tile([0, 1], 16), batch_size=8)
+    met, first_camera = set(), 0
+    for _ in range(30):
+        drawn = np.array(list(sampler)).reshape(-1, 2)
+        met |= {tuple(sorted(pair)) for pair in (drawn // 4) if pair[0] != pair[1]}
+        first_camera += int((drawn[:, 0] % 2 == 0).sum())
+    assert len(met) == 8 * 7 // 2
+    assert 0.4 < first_camera / (30 * len(sampler) / 2) < 0.6
+
+
+@pytest.mark.parametrize(
+    ("pids", "options", "message"),
+    [
+        ([0, 0, 1], {"batch_size": 3}, "batch_size must be even, got 3"),
+        ([0, 0, 1], {"batch_size": 0}, "batch_size must be even, got 0"),
+        ([], {"batch_size": 2}, "non-empty"),
+        ([0, 0], {"batch_size": 2}, "at least two identities"),
+        ([0, 1], {"batch_size": 2}, "an identity with two images"),
+        ([0, 0, 1], {"batch_size": 2, "positive_fraction": 1.0}, "1 identities have one image"),
+        ([0, 0, 1], {"batch_size": 2, "positive_fraction": 1.5}, r"\[0, 1\], got 1.5"),
+        ([0, 0, 1], {"batch_size": 2, "camids": [0]}, "one length, got 3 and 1"),
+        ([0, 0, 1], {"batch_size": 2, "seed": -1}, "seed must be >= 0, got -1"),
+    ],
+)
+def test_bad_input_says_what_was_expected(pids, options, message):
+    with pytest.raises(ValueError, match=message):
+        PairSampler(pids, **options)
+
+
+class Rows(Dataset):
+    train = [(f"{i}.jpg", i // 4, i % 2, 0) for i in range(40)]  # noqa: RUF012
+
+    def __len__(self) -> int:
+        return len(self.train)
+
+    def __getitem__(self, index: int) -> dict:
+        _, pid, camid, _ = self.train[index]
+        return {"pid": pid, "camid": camid}
+
+
+def test_install_replaces_the_loader_and_keeps_its_settings():
+    loader = DataLoader(Rows(), batch_size=8, num_workers=0, pin_memory=False, timeout=0)
+    manager = SimpleNamespace(train_loader=loader)
+    assert PairSampler.install(manager, seed=3) is manager
+    assert isinstance(manager.train_loader.sampler, PairSampler)
+    assert manager.train_loader.dataset is loader.dataset
+    batches = list(manager.train_loader)
+    assert len(batches) == len(manager.train_loader) == 5
+    for batch in batches:
+        assert (batch["pid"][0::2] == batch["pid"][1::2]).sum() == 2
+    PairSampler.install(manager, batch_size=4, positive_fraction=1.0)
+    assert manager.train_loader.batch_size == 4
+    for wrong in (SimpleNamespace(), SimpleNamespace(train_loader=[1])):
+        with pytest.raises(TypeError, match="expected a torchreid data manager"):
+            PairSampler.install(wrong)
