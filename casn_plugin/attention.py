@@ -387,7 +387,8 @@ def attention_distance(
     first, second = align_profiles(first, threshold), align_profiles(second, threshold)
     if unit:
         first, second = F.normalize(first, dim=-1), F.normalize(second, dim=-1)
-    return torch.linalg.vector_norm(first - second, dim=-1)
+    distances: Tensor = torch.linalg.vector_norm(first - second, dim=-1)
+    return distances
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import os.path as osp
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,6 +84,8 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         ValueError: a train loader that draws no pairs although λ2 > 0, an unknown normalization,
             or an optimizer that lacks parameters of the model.
     """
+
+    train_loader: Any
 
     def __init__(
         self,
@@ -261,7 +263,10 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         query, q_pids, q_camids = self._encode(query_loader, "query")
         gallery, g_pids, g_camids = self._encode(gallery_loader, "gallery")
         print(f"Computing distance matrices with metric={dist_metric} ...")
-        kwargs = {"dist_metric": dist_metric, "normalize_feature": normalize_feature}
+        kwargs: dict[str, Any] = {
+            "dist_metric": dist_metric,
+            "normalize_feature": normalize_feature,
+        }
         distmats = self._distmats(query, gallery, **kwargs)
         if rerank:
             print("Applying person re-ranking ...")
@@ -429,8 +434,9 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         _set_random_state(checkpoint["random_state"])
         self.history = list(checkpoint["history"])
         epoch = int(checkpoint["epoch"])
-        if isinstance(self.train_loader.sampler, PairSampler):
-            self.train_loader.sampler.set_epoch(epoch)
+        sampler = self.datamanager.train_loader.sampler
+        if isinstance(sampler, PairSampler):
+            sampler.set_epoch(epoch)
         return epoch
 
 
@@ -446,7 +452,7 @@ class EmbeddedPedestrians(torchreid.data.ImageDataset):  # type: ignore[misc]
             with other sizes can be registered under another name.
     """
 
-    options: dict[str, int] = {}  # noqa: RUF012
+    options: dict[str, Any] = {}  # noqa: RUF012
 
     def __init__(self, root: str = "", **kwargs: Any) -> None:
         train, query, gallery = load_pedestrians(root or None, **self.options)
@@ -459,10 +465,10 @@ torchreid.data.register_image_dataset(EMBEDDED_DATASET, EmbeddedPedestrians)
 def _random_state() -> dict[str, Any]:
     """Returns the state of every generator that training draws from, safe to load."""
     version, internal, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": [version, list(internal), gauss],
-        "numpy": [torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "numpy": [torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }

@@ -160,8 +160,8 @@ class CASN(nn.Module):
             pair_classifier.to(features.device, features.dtype)
         self.pair_classifier = pair_classifier.train(backbone.training)
         self.training = backbone.training  # and its layers' modes are left as found
-        self.register_state_dict_post_hook(_flatten_keys)
-        self.register_load_state_dict_pre_hook(_nest_keys)
+        self.register_state_dict_post_hook(_flatten_keys)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_nest_keys)  # type: ignore[no-untyped-call]
 
     def forward(
         self,

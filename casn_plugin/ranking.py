@@ -552,7 +552,7 @@ def _attention_maps(
         alpha if images.basis is not None else _part_weights(images.features, images.maps, alpha)
     )
     maps = torch.bmm(weights, images.maps.flatten(2)).relu_()
-    return maps.unflatten(2, images.maps.shape[2:])
+    return maps.view(*maps.shape[:2], *images.maps.shape[2:])
 
 
 def _parts(activations: Tensor, parts: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Shape checking of the whole package, small models, and the data that the tests run on."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,9 @@ install_import_hook("casn_plugin", "beartype.beartype")
 import cv2  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
 
 SHARED = Path(__file__).parents[2] / "shared"
 WARD = SHARED / "data" / "ward"

@@ -23,7 +23,7 @@ from casn_plugin import (
 from casn_plugin.attention import capture
 from casn_plugin.losses import casn_loss, identification_loss, siamese_attention_loss
 
-FACTORY = list(getattr(torchreid.models, "__model_factory"))  # noqa: B009
+FACTORY = list(getattr(torchreid.models, "__model_factory"))
 SIZES = {"hacnn": (160, 64), "mudeep": (256, 128), "inceptionresnetv2": (96, 80),
          "inceptionv4": (96, 80)}  # fmt: skip
 PIDS = torch.tensor([0, 0, 3, 4])
