@@ -161,7 +161,7 @@ def _plot_profiles(
 
 
 def plot_curves(
-    history: Sequence[Mapping[str, float]], results: Mapping[str, Any], *, max_rank: int = 20
+    history: Sequence[Mapping[str, float | int]], results: Mapping[str, Any], *, max_rank: int = 20
 ) -> "Figure":
     """Returns a figure of the loss terms over the epochs and of the three CMC curves.
 

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 import torchreid
-from torch import nn
-from torchvision.models import resnet50
+from torch import Tensor, nn
+from torchvision.models import mobilenet_v2
 
 from casn_plugin import CASN, ImageCASNEngine, PairSampler, attention_distmat, fuse_distmats
 from casn_plugin.engine import EMBEDDED_DATASET
@@ -32,13 +32,14 @@ from casn_plugin.visualization import denormalize, plot_curves, plot_pairs
 PRESETS: dict[str, dict[str, Any]] = {
     "embedded": {
         "sources": [EMBEDDED_DATASET],
-        "backbone": "pcb_r10",
+        "backbone": "pcb_slim",
         "height": 128,
         "width": 64,
         "batch_size": 32,
-        "max_epoch": 8,
-        "stepsize": 6,
-        "lr": 0.03,
+        "max_epoch": 10,
+        "stepsize": 8,
+        "optim": "adam",
+        "lr": 0.001,
         "base_lr_mult": 1.0,
         "weights": "none",
         "eval_freq": -1,
@@ -51,6 +52,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 16,
         "max_epoch": 40,
         "stepsize": 30,
+        "optim": "sgd",
         "lr": 0.03,
         "base_lr_mult": 1.0,
         "weights": "imagenet",
@@ -70,23 +72,34 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sources", nargs="+", help=f"data sets to train on, e.g. market1501, {EMBEDDED_DATASET}")
     add("--targets", nargs="+", help="data sets to rank; by default the sources")
     add("--cuhk03-labeled", action="store_true", help="cuhk03: labeled boxes, not detected ones")
-    add("--backbone", help="pcb_r10 (small), or a name of torchreid's model factory")
+    add(
+        "--backbone",
+        help="pcb_slim (for the CPU), mobilenet_v2 (torchvision's), or a name of torchreid's "
+        "model factory",
+    )
     add("--height", type=int, help="rows of the images")
     add("--width", type=int, help="columns of the images")
     add("--batch-size", type=int, help="images in a batch, even")
     add("--max-epoch", type=int, help="epochs to train")
     add("--stepsize", type=int, help="epochs until the learning rate is divided by 10")
-    add("--lr", type=float, help="learning rate of SGD")
-    add("--base-lr-mult", type=float, help="learning rate of the layers below the classifiers, "
-                                           "as a multiple of --lr")  # fmt: skip
+    add("--optim", choices=["sgd", "adam"], help="optimizer")
+    add("--lr", type=float, help="learning rate")
+    add(
+        "--base-lr-mult",
+        type=float,
+        help="learning rate of the layers below the classifiers, as a multiple of --lr",
+    )
     add("--lambda-ia", type=float, default=0.5, help="weight of identification attention (Eq. 6)")
     add("--lambda-sa", type=float, default=0.05, help="weight of Siamese attention (Eq. 6)")
     add("--eval-freq", type=int, help="epochs between checkpoints with evaluation; -1: at the end")
     add("--seed", type=int, default=0)
     add("--device", choices=["cpu", "cuda"], help="by default CUDA where there is one")
     add("--workers", type=int, default=0 if sys.platform == "win32" else 2)
-    add("--weights", help="file with the backbone's initial weights (ImageNet ResNet-50, or a "
-                          "torchreid checkpoint), 'imagenet' to download them, or 'none'")  # fmt: skip
+    add(
+        "--weights",
+        help="file with the backbone's initial weights (ImageNet's, or a torchreid checkpoint), "
+        "'imagenet' to download them, or 'none'",
+    )
     add("--resume", metavar="CHECKPOINT", help="go on from a checkpoint of this script")
     add("--test-only", action="store_true", help="rank with --resume or --weights, do not train")
     add("--save-dir", default="log/casn_pcb", help="folder for checkpoints, curves and pictures")
@@ -108,15 +121,42 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def build_backbone(args: argparse.Namespace, num_classes: int) -> nn.Module:
-    """Returns the backbone with its initial weights.
+class SlimPCB(torchreid.models.pcb.PCB):  # type: ignore[misc]
+    """torchreid's PCB on a ResNet-10 of half the width, with four parts: for the CPU."""
+
+    def __init__(self, num_classes: int) -> None:
+        pcb = torchreid.models.pcb
+        super().__init__(
+            num_classes, "softmax", pcb.BasicBlock, [1, 1, 1, 1], parts=4, reduced_dim=128
+        )
+        self.conv5 = pcb.DimReduceLayer(256, 128, "relu")
+
+    def _make_layer(
+        self, block: type[nn.Module], planes: int, blocks: int, stride: int = 1
+    ) -> nn.Module:
+        layer: nn.Module = super()._make_layer(block, planes // 2, blocks, stride)
+        return layer
+
+
+def mobilenet_forward(net: nn.Module, imgs: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns logits and features of torchvision's MobileNetV2, a plain module."""
+    features = net.features(imgs).mean((2, 3))
+    return net.classifier(features), features
+
+
+def build_model(args: argparse.Namespace, num_classes: int) -> CASN:
+    """Returns the wrapped backbone with its initial weights.
 
     Raises:
         SystemExit: ImageNet weights that can't be downloaded, or a file that doesn't fit.
     """
-    if args.backbone == "pcb_r10":  # PCB on a ResNet-10: for the CPU
-        pcb = torchreid.models.pcb
-        backbone: nn.Module = pcb.PCB(num_classes, "softmax", pcb.BasicBlock, [1, 1, 1, 1], parts=4)
+    forward = None
+    if args.backbone == "pcb_slim":
+        backbone: nn.Module = SlimPCB(num_classes)
+    elif args.backbone == "mobilenet_v2":
+        backbone, forward = mobilenet_v2(), mobilenet_forward
+        backbone.classifier[1] = nn.Linear(1280, num_classes)
+        backbone.features[14].conv[1][0].stride = (1, 1)  # a map of twice the rows, as PCB's
     else:
         try:
             backbone = torchreid.models.build_model(
@@ -128,9 +168,9 @@ def build_backbone(args: argparse.Namespace, num_classes: int) -> nn.Module:
         except OSError as error:
             raise SystemExit(
                 f"The ImageNet weights of {args.backbone} could not be downloaded ({error}). Get "
-                "the file by other means and name it with --weights FILE (for pcb_p6: torchvision's "
-                f"{resnet50.__name__}, https://download.pytorch.org/models/resnet50-19c8e357.pth), "
-                "or train from scratch with --weights none."
+                "the file by other means and name it with --weights FILE (pcb_p6 takes "
+                "https://download.pytorch.org/models/resnet50-19c8e357.pth), or train from "
+                "scratch with --weights none."
             ) from error
     if args.weights not in ("imagenet", "none"):
         state = torch.load(args.weights, map_location="cpu", weights_only=True)
@@ -148,7 +188,8 @@ def build_backbone(args: argparse.Namespace, num_classes: int) -> nn.Module:
             )
         backbone.load_state_dict(fitting, strict=False)
         print(f"{len(fitting)} of {len(own)} tensors taken from {args.weights}")
-    return backbone
+    size = (args.height, args.width)
+    return CASN(backbone, forward=forward, input_size=size, seed=args.seed).to(args.device)
 
 
 def save_pairs(engine: ImageCASNEngine, name: str, path: Path, number: int = 6) -> None:
@@ -209,12 +250,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         use_gpu=use_gpu,
         cuhk03_labeled=args.cuhk03_labeled,
     )
-    backbone = build_backbone(args, datamanager.num_train_pids)
-    model = CASN(backbone, input_size=(args.height, args.width), seed=args.seed).to(args.device)
+    model = build_model(args, datamanager.num_train_pids)
     datamanager = PairSampler.install(datamanager, seed=args.seed)
     optimizer = torchreid.optim.build_optimizer(
         model,
-        optim="sgd",
+        optim=args.optim,
         lr=args.lr,
         momentum=0.9,
         weight_decay=5e-4,
