@@ -1442,7 +1442,8 @@ def _render_all(folder: Path, parameters: dict[str, int], progress: bool) -> Non
         for name in (_TRAIN, _QUERY, _GALLERY, _MASKS):
             (partial / name).mkdir(parents=True)
         items = _items(parameters)
-        for item in tqdm(items, desc="rendering pedestrians", unit="img", disable=not progress):
+        hidden = None if progress else True  # None: shown on a terminal
+        for item in tqdm(items, desc="Rendering pedestrians", unit="img", disable=hidden):
             image, mask = render_pedestrian(item.pid, item.camid, item.number, **size)
             path = partial / item.folder / f"{item.name}.jpg"
             _write(path, image[..., ::-1], cv2.IMWRITE_JPEG_QUALITY, 95)

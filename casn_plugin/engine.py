@@ -103,7 +103,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         ia_start_epoch: int = 0,
         pair_lr_mult: float = 1.0,
         normalization: Normalization = "unit",
-        attention_weight: float = 0.5,
+        attention_weight: float = 0.1,
         autocast: torch.dtype | None = None,
     ) -> None:
         parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)

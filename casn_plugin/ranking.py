@@ -368,7 +368,7 @@ def fuse_distmats(
     attention_distmat: Float[Tensor, "queries galleries"],
     *,
     normalization: Normalization = "unit",
-    attention_weight: float = 0.5,
+    attention_weight: float = 0.1,
 ) -> Float[Tensor, "queries galleries"]:
     """Returns the two distances, "normalized and summed for final ranking" (paper, Section 4).
 

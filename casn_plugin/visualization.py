@@ -109,7 +109,7 @@ def plot_pairs(
         overlay(gallery_pictures, gallery_maps),
         gallery_pictures,
     )
-    headings = ("query", "its attention", "row profiles", "attention", "gallery")
+    headings = ("query", "its attention", "", "its attention", "gallery")
     for i in range(num_pairs):
         for j, panel in enumerate(panels):
             axis = axes[i, j]
@@ -153,11 +153,13 @@ def _plot_profiles(
     axis.set_xlim(-0.03, 1.22)
     axis.set_xticks([0, threshold, 1], ["0", "t", "1"], fontsize=7)
     axis.set_yticks([])
-    axis.set_xlabel(f"distance aligned {float(distance):.2f}", fontsize=8)
+    axis.set_xlabel(f"row maxima; distance {float(distance):.2f}", fontsize=8)
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
     if legend:
-        axis.legend(fontsize=7, frameon=False, loc="lower center")
+        axis.legend(
+            fontsize=7, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2
+        )
 
 
 def plot_curves(
@@ -203,6 +205,7 @@ def plot_curves(
         right.plot(range(1, len(cmc) + 1), [100 * share for share in cmc], color=colour,
                    marker="o", markersize=3, label=label)  # fmt: skip
     right.set_xlabel("rank")
+    right.set_xticks([1, *range(5, max_rank + 1, 5)])
     right.set_ylabel("queries matched (%)")
     right.set_ylim(0, 102)
     right.grid(alpha=0.3)

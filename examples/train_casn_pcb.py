@@ -192,11 +192,12 @@ def build_model(args: argparse.Namespace, num_classes: int) -> CASN:
     return CASN(backbone, forward=forward, input_size=size, seed=args.seed).to(args.device)
 
 
-def save_pairs(engine: ImageCASNEngine, name: str, path: Path, number: int = 6) -> None:
-    """Saves a picture of queries with their best match and the attention of each pair."""
+def save_pairs(engine: ImageCASNEngine, name: str, path: Path, number: int = 5) -> None:
+    """Saves a picture of random people with their best match and the attention of each pair."""
     device = next(engine.casn.parameters()).device
     datasets = [engine.test_loader[name][part].dataset for part in ("query", "gallery")]
-    rows = np.random.default_rng(0).permutation(len(datasets[0]))[:number].tolist()
+    one_each = {row[1]: i for i, row in enumerate(datasets[0].data)}
+    rows = np.random.default_rng(1).permutation(list(one_each.values()))[:number].tolist()
     queries = [datasets[0][row] for row in rows]
     imgs = torch.stack([item["img"] for item in queries])
     query = engine.casn.encode(imgs.to(device)).to("cpu")

@@ -370,7 +370,7 @@ def test_real_pictures_with_pretrained_weights(tmp_path):
         return net.classifier(features), features
 
     model = CASN(net, forward=forward, input_size=(96, 48))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     engine = ImageCASNEngine(PairSampler.install(datamanager), model, optimizer, use_gpu=False)
     engine.run(save_dir=str(tmp_path), max_epoch=1)
     results = engine.results["market1501"]

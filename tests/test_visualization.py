@@ -46,7 +46,7 @@ def test_pairs_are_marked_by_colour_and_by_words(tmp_path):
     figure = plot_pairs(pictures, pictures, maps, maps, [True, False, True], titles=["a", "b", "c"])
     words = [axis.get_xlabel() for axis in figure.axes]
     assert words.count("same person") == 2 and words.count("different person") == 1
-    assert words.count("distance aligned 0.00") == 3
+    assert words.count("row maxima; distance 0.00") == 3
     figure.savefig(tmp_path / "pairs.png")
     assert (tmp_path / "pairs.png").stat().st_size > 10_000
 
