@@ -117,6 +117,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         file = getattr(args, option)
         if file and file not in ("imagenet", "none") and not os.path.isfile(file):
             parser.error(f"--{option}: there is no file {file}")
+    if args.test_only and not args.resume and args.weights in ("imagenet", "none"):
+        parser.error("--test-only ranks with a model: name it with --resume or --weights FILE")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return args
 

@@ -1,9 +1,11 @@
 """The example from the command line to its files, on small data."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import urllib.error
 from pathlib import Path
 
 import pytest
@@ -25,92 +27,103 @@ SMALL = [
 ]
 
 
-def run(*options: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", str(SCRIPT), *map(str, options)], cwd=cwd,
+@pytest.fixture(scope="module")
+def example():
+    """The script as a module, so that torch is imported once."""
+    spec = importlib.util.spec_from_file_location("train_casn_pcb", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CASN_PLUGIN_CACHE", str(tmp_path))
+
+
+def market(root: Path, *options: object) -> list[str]:
+    common = [*SMALL, "--root", root, "--sources", "market1501", *options]
+    return [str(option) for option in common]
+
+
+def test_train_from_the_command_line_resume_and_test_only(example, market_root, capsys):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(SCRIPT),
+         *market(market_root, "--max-epoch", 1, "--save-dir", "log")],
         capture_output=True, text=True,
-        env={**os.environ, "CASN_PLUGIN_CACHE": str(cwd), "PYTHONPATH": str(SCRIPT.parents[1])},
+        env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-
-
-def test_train_resume_and_test_only(market_root, tmp_path):
-    common = [*SMALL, "--root", market_root, "--sources", "market1501"]
-    done = run(*common, "--max-epoch", 1, "--save-dir", "log", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "features  attention      fused" in done.stdout
-    log = tmp_path / "log"
+    log = Path("log")
     names = {path.name for path in log.iterdir()}
     assert {"model", "results.json", "curves_market1501.png", "pairs_market1501.png"} <= names
     checkpoint = log / "model" / "model.pth.tar-1"
     assert torch.load(checkpoint, weights_only=True)["epoch"] == 1
 
-    again = run(
-        *common, "--max-epoch", 2, "--resume", checkpoint, "--save-dir", "log", cwd=tmp_path
-    )
-    assert again.returncode == 0, again.stderr
-    assert (log / "model" / "model.pth.tar-2").exists()
+    example.main(market(market_root, "--max-epoch", 2, "--resume", checkpoint, "--save-dir", log))
     trained = json.loads((log / "results.json").read_text())
     assert [entry["epoch"] for entry in trained["history"]] == [1, 2]
 
-    tested = run(
-        *common, "--test-only", "--resume", log / "model" / "model.pth.tar-2", "--save-dir",
-        "test", "--visrank", "--rerank", cwd=tmp_path,
-    )  # fmt: skip
-    assert tested.returncode == 0, tested.stderr
-    assert (tmp_path / "test" / "visrank_market1501").is_dir()
-    # without re-ranking, testing the checkpoint gives the figures that training ended with
-    run(
-        *common, "--test-only", "--resume", log / "model" / "model.pth.tar-2", "--save-dir",
-        "plain", cwd=tmp_path,
-    )  # fmt: skip
-    plain = json.loads((tmp_path / "plain" / "results.json").read_text())
-    assert plain["results"] == trained["results"]
+    # testing the checkpoint gives the figures that training ended with
+    last = log / "model" / "model.pth.tar-2"
+    results = example.main(
+        market(market_root, "--test-only", "--resume", last, "--save-dir", "test", "--visrank")
+    )
+    assert results == trained["results"]
+    assert Path("test", "visrank_market1501").is_dir()
+    reranked = example.main(
+        market(market_root, "--test-only", "--resume", last, "--save-dir", "re", "--rerank")
+    )
+    assert reranked != results
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--batch-size", 7], "--batch-size must be even, got 7"),
+        (["--batch-size", "7"], "--batch-size must be even, got 7"),
         (["--resume", "nothing"], "there is no file nothing"),
         (["--weights", "nothing"], "there is no file nothing"),
         (["--preset", "other"], "invalid choice"),
+        (["--test-only"], "--test-only ranks with a model"),
     ],
 )
-def test_bad_options_are_refused_at_once(options, message, tmp_path):
-    done = run(*options, cwd=tmp_path)
-    assert done.returncode == 2 and message in done.stderr
+def test_bad_options_are_refused_at_once(example, options, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        example.main(options)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_weights_that_do_not_fit_or_cannot_be_had(market_root, tmp_path):
-    torch.save({"stranger": torch.zeros(3)}, tmp_path / "weights.pth")
-    common = [*SMALL, "--root", market_root, "--sources", "market1501", "--max-epoch", 1]
-    done = run(*common, "--weights", "weights.pth", cwd=tmp_path)
-    assert done.returncode == 1 and "does not fit pcb_slim: 0 of its" in done.stderr
-    script = (
-        "import sys, urllib.request, torch.hub; sys.argv = sys.argv[1:]\n"
-        "def fail(*a, **k): raise urllib.request.URLError('no network')\n"
-        "torch.hub.download_url_to_file = fail\n"
-        "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, str(SCRIPT), *map(str, common),
-         "--backbone", "resnet18", "--weights", "imagenet"],
-        cwd=tmp_path, capture_output=True, text=True,
-        env={**os.environ, "TORCH_HOME": str(tmp_path), "PYTHONPATH": str(SCRIPT.parents[1])},
-    )  # fmt: skip
-    assert done.returncode == 1 and "could not be downloaded" in done.stderr
-    assert "--weights FILE" in done.stderr
+def test_weights_that_do_not_fit_or_cannot_be_had(example, market_root, tmp_path, monkeypatch):
+    torch.save({"stranger": torch.zeros(3)}, "weights.pth")
+    with pytest.raises(SystemExit, match="does not fit pcb_slim: 0 of its"):
+        example.main(market(market_root, "--weights", "weights.pth"))
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", fail)
+    with pytest.raises(SystemExit, match=r"could not be downloaded .*--weights FILE"):
+        example.main(market(market_root, "--backbone", "resnet18", "--weights", "imagenet"))
+
+
+def test_the_presets(example):
+    paper = example.parse_args(["--preset", "paper", "--lr", "0.1"])
+    assert (paper.backbone, paper.height, paper.width, paper.batch_size) == ("pcb_p6", 384, 128, 16)
+    assert (paper.max_epoch, paper.stepsize, paper.optim, paper.lr) == (40, 30, "sgd", 0.1)
+    assert (paper.lambda_ia, paper.lambda_sa) == (0.5, 0.05)
 
 
 @pytest.mark.skipif(not WARD.exists(), reason=f"WARD is not at {WARD}")
 @pytest.mark.skipif(not MOBILENET.exists(), reason=f"no weights at {MOBILENET}")
-def test_real_pictures_with_a_plain_module(tmp_path):
+def test_real_pictures_with_a_plain_module(example):
     """WARD with ImageNet's MobileNetV2: a few steps are enough to beat chance (mAP 3%)."""
-    done = run(
+    options = (
         "--root", WARD, "--sources", "market1501", "--backbone", "mobilenet_v2", "--weights",
         MOBILENET, "--height", 96, "--width", 48, "--max-epoch", 1, "--optim", "sgd", "--lr", 0.01,
-        "--workers", 0, "--device", "cpu", cwd=tmp_path,
+        "--workers", 0, "--device", "cpu",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "log" / "casn_pcb" / "results.json").read_text())["results"]
+    results = example.main([str(option) for option in options])
     assert results["market1501"]["features"]["mAP"] > 0.12
