@@ -18,6 +18,8 @@ from torch import Tensor, nn
 PairScorer = Callable[[Tensor], Tensor]
 """Maps (P, D) differences of features to (P, 2) scores; column 1 is "same identity"."""
 
+_HOOKS = threading.Lock()  # torch gives hooks their numbers without one
+
 
 @dataclass
 class Captured:
@@ -106,14 +108,16 @@ def capture(
         captured.pooled = output if isinstance(output, Tensor) else None
         return None
 
-    handles = [module.register_forward_hook(on_output)]
-    if at == "input":
-        handles.append(module.register_forward_pre_hook(on_input))
+    with _HOOKS:
+        handles = [module.register_forward_hook(on_output)]
+        if at == "input":
+            handles.append(module.register_forward_pre_hook(on_input))
     try:
         yield captured
     finally:
-        for handle in handles:
-            handle.remove()
+        with _HOOKS:
+            for handle in handles:
+                handle.remove()
 
 
 @contextmanager

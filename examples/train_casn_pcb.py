@@ -167,7 +167,11 @@ def build_model(args: argparse.Namespace, num_classes: int) -> CASN:
                 pretrained=args.weights == "imagenet",
                 use_gpu=args.device == "cuda",
             )
-        except OSError as error:
+        except KeyError as error:
+            raise SystemExit(f"--backbone: {error.args[0]}") from None
+        except Exception as error:  # each model downloads in its own way, and fails in its own
+            if args.weights != "imagenet":
+                raise
             raise SystemExit(
                 f"The ImageNet weights of {args.backbone} could not be downloaded ({error}). Get "
                 "the file by other means and name it with --weights FILE (pcb_p6 takes "

@@ -228,6 +228,13 @@ def test_indicator_agrees_with_the_reference():
         torch.testing.assert_close(alpha[i], expected.double(), rtol=0, atol=0)
 
 
+def test_the_indicator_is_zero_where_the_gradient_is():
+    """Eq. 4 asks for a positive influence: a feature without any is not attended to."""
+    classifier = nn.Linear(3, 2)
+    classifier.weight.data = torch.tensor([[1.0, 1.0, 1.0], [2.0, 0.0, -2.0]])
+    assert indicator(classifier, torch.randn(4, 3)).tolist() == [[1.0, 0.0, 0.0]] * 4
+
+
 def test_siamese_attention_agrees_with_the_reference_and_ignores_other_pairs(backbone, imgs):
     classifier = pair_classifier(6)
     backbone.embed[0].weight.data.abs_()

@@ -3,8 +3,8 @@
 import copy
 import io
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import reference
 import torch
@@ -369,27 +369,43 @@ def test_on_cuda_as_on_the_cpu(dtype):
     assert attention_distmat(model, encoding, encoding.to("cpu")).device.type == "cuda"
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_data_parallel_on_cuda():
     model = CASN(build("osnet_x0_25"), input_size=(64, 32), hidden_dim=16).cuda()
-    devices = list(range(torch.cuda.device_count()))
-    parallel = nn.DataParallel(model, device_ids=devices * 2 if len(devices) == 1 else devices)
     imgs = torch.rand(8, 3, 64, 32).cuda()
     pids = torch.tensor([0, 0, 1, 2, 3, 3, 4, 1]).cuda()
-    output = parallel(imgs, pids, **LOSSES)
+    output = nn.DataParallel(model)(imgs, pids, **LOSSES)
     assert len(output.masked_scores) == len(output.features) == 8 and len(output.distances) == 4
 
 
-def test_output_joins_as_data_parallel_gathers_it():
-    """The replicas' outputs are joined field by field along the first dimension."""
+def replicate(network: nn.Module) -> nn.Module:
+    """A replica as nn.DataParallel makes them: its own modules, the hooks and tensors shared."""
+    copies = {module: module._replicate_for_data_parallel() for module in network.modules()}
+    for module, replica in copies.items():
+        for name, child in module._modules.items():
+            replica._modules[name] = None if child is None else copies[child]
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            setattr(replica, name, tensor)
+    return copies[network]
+
+
+def test_replicas_in_threads_give_what_the_model_gives():
     model = tiny()
-    imgs = torch.rand(8, 3, 48, 24)
-    pids = torch.tensor([0, 0, 1, 2, 3, 3, 4, 1])
     model.backbone.features[1].eval()  # batch statistics would tell the halves from the whole
+    pids = torch.tensor([0, 0, 1, 2, 3, 3, 4, 1])
+    imgs = torch.rand(8, 3, 48, 24)
     whole = model(imgs, pids, **LOSSES)
-    halves = [model(imgs[rows], pids[rows], **LOSSES) for rows in (slice(0, 4), slice(4, 8))]
-    for field in CASNOutput._fields:
-        joined = torch.cat([getattr(half, field) for half in halves])
-        np.testing.assert_allclose(
-            joined.detach(), getattr(whole, field).detach(), rtol=1e-4, atol=1e-5
-        )
+    rows = [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            replicas = [replicate(model) for _ in rows]
+            jobs = [
+                pool.submit(replica, imgs[part], pids[part], **LOSSES)
+                for replica, part in zip(replicas, rows, strict=True)
+            ]
+            outputs = [job.result() for job in jobs]
+            for field in CASNOutput._fields:
+                joined = torch.cat([getattr(output, field) for output in outputs])
+                expected = getattr(whole, field)
+                torch.testing.assert_close(joined, expected, rtol=1e-4, atol=1e-5)
+    assert not model.backbone.features._forward_hooks
