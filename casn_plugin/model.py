@@ -222,9 +222,10 @@ class CASN(nn.Module):
                 features = self.forward(imgs)
             activations = captured.require()
             assert isinstance(features, Tensor)  # for the type checker: eval mode
-            return encode_head(
-                _full_precision(features), _full_precision(activations), captured.pooled
-            )
+            with torch.autocast(imgs.device.type, enabled=False):
+                return encode_head(
+                    _full_precision(features), _full_precision(activations), captured.pooled
+                )
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Yields the backbone's layers and the pair classifier, as torchreid looks for them."""

@@ -337,6 +337,7 @@ def test_encode_in_inference_mode_and_half_precision():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half = model.encode(torch.rand(2, 3, 48, 24))
     assert half.features.dtype == half.maps.dtype == torch.float32
+    assert not torch.equal(half.maps, half.maps.bfloat16().float())  # not rounded on the way
 
 
 def test_the_pair_classifier_can_be_ones_own():
