@@ -150,6 +150,27 @@ def frozen_batchnorm(module: nn.Module) -> Iterator[None]:
             layer.track_running_stats = True
 
 
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Puts a module into eval mode, and each of its layers back into its own mode at the end.
+
+    Example:
+        >>> net = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+        >>> with evaluating(net):
+        ...     print(net.training)
+        False
+        >>> [layer.training for layer in net]
+        [True, False]
+    """
+    modes = [(layer, layer.training) for layer in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for layer, training in modes:
+            layer.training = training
+
+
 def grad_cam(
     scores: Float[Tensor, " batch"],
     activations: Float[Tensor, "batch channels height width"],
@@ -209,7 +230,10 @@ def indicator(
         tensor([[1., 0.]])
     """
     with torch.enable_grad(), torch.autocast(differences.device.type, enabled=False):
-        inputs = _at_least_float32(differences.detach()).requires_grad_()
+        inputs = _at_least_float32(differences.detach())
+        if isinstance(pair_classifier, nn.Module):  # a model cast to half precision as a whole
+            inputs = inputs.to(next(pair_classifier.parameters(), inputs).dtype)
+        inputs.requires_grad_()
         (gradients,) = torch.autograd.grad(pair_classifier(inputs)[:, 1].sum(), inputs)
     return (gradients > 0).to(differences.dtype)
 

@@ -66,13 +66,13 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         identification: the settings of L_ia.
         siamese: the settings of L_sa, of which `threshold` holds in ranking too.
         ia_start_epoch: epochs before L_ia counts (the paper: none).
-        pair_lr_mult: learning rate of the pair classifier as a multiple of the others'. Its
-            gradients are multiplied, so it works with SGD and not with Adam.
+        pair_lr_mult: factor on the gradients of the pair classifier: with SGD, its learning rate
+            as a multiple of the others' (but for weight decay); with Adam it does nothing.
         normalization: how the two distances are normalised before they are summed, "unit",
             "query" or "global": see :func:`casn_plugin.fuse_distmats`.
         attention_weight: weight of the attention distance in the fused ranking.
-        autocast: run the forward pass under autocast in this dtype; float16 is trained with a
-            gradient scaler.
+        autocast: run the forward pass under autocast in this dtype; on CUDA, float16 is trained
+            with a gradient scaler.
 
     Attributes:
         results: of the last evaluation: data set, then "features", "attention" and "fused", each
@@ -82,7 +82,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
     Raises:
         TypeError: a model that is no CASN.
         ValueError: a train loader that draws no pairs although λ2 > 0, an unknown normalization,
-            or an optimizer that lacks parameters of the model.
+            or an optimizer that lacks the pair classifier although λ2 > 0.
     """
 
     train_loader: Any
@@ -192,7 +192,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
                 else None,
                 self.siamese if self.lambda_sa else None,
             )
-        loss, summary = self._loss(output, pids)
+            loss, summary = self._loss(output, pids)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         if self.pair_lr_mult != 1:
@@ -402,6 +402,9 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             "random_state": _random_state(),
             "history": self.history,
         }
+        sampler = self.datamanager.train_loader.sampler
+        if isinstance(sampler, PairSampler):
+            state["sampler_epoch"] = sampler.epoch
         if self.scheduler is not None:
             state["scheduler"] = self.scheduler.state_dict()
         torchreid.utils.save_checkpoint(state, osp.join(save_dir, "model"), is_best=is_best)
@@ -423,20 +426,28 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
                 f"{fpath} is no checkpoint of ImageCASNEngine: it lacks {sorted(missing)}; the "
                 "weights alone can be loaded with torchreid.utils.load_pretrained_weights"
             )
+        saved, own = (
+            {name for group in groups for name in group}
+            for groups in (checkpoint["optimizer"]["param_groups"], self.optimizer.param_groups)
+        )
         try:
+            if not own - {"initial_lr"} <= saved:
+                raise ValueError(f"its optimizer lacks {sorted(own - saved)}")
+            self.scaler.load_state_dict(checkpoint["scaler"])
             self.casn.load_state_dict(checkpoint["state_dict"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
         except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{fpath} is of another model or optimizer: {error}") from error
+            raise ValueError(
+                f"{fpath} is of another model, optimizer or precision: {error}"
+            ) from error
         if self.scheduler is not None and "scheduler" in checkpoint:
             self.scheduler.load_state_dict(checkpoint["scheduler"])
-        self.scaler.load_state_dict(checkpoint["scaler"])
         _set_random_state(checkpoint["random_state"])
         self.history = list(checkpoint["history"])
         epoch = int(checkpoint["epoch"])
         sampler = self.datamanager.train_loader.sampler
         if isinstance(sampler, PairSampler):
-            sampler.set_epoch(epoch)
+            sampler.set_epoch(int(checkpoint.get("sampler_epoch", epoch)))
         return epoch
 
 

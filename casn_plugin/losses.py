@@ -231,7 +231,8 @@ class IdentificationAttentionLoss(nn.Module):
             maps, (rows, columns), scale=self.mask_scale, threshold=self.mask_threshold
         )
         mask = mask[:, None].to(imgs.dtype)
-        return imgs * (1 - mask) + self.fill * mask
+        fill = self.fill.to(mask) if isinstance(self.fill, Tensor) else self.fill
+        return imgs * (1 - mask) + fill * mask
 
     def scores(
         self,

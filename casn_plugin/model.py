@@ -1,7 +1,7 @@
 """CASN: a backbone, its tapped feature map and the pair classifier, as one module."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from casn_plugin.attention import capture, frozen_batchnorm
+from casn_plugin.attention import capture, evaluating, frozen_batchnorm
 from casn_plugin.losses import (
     IdentificationAttentionLoss,
     Logits,
@@ -75,7 +75,7 @@ class PairClassifier(nn.Sequential):
                 f"feature_dim and hidden_dim must be >= 1, got {feature_dim} and {hidden_dim}"
             )
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             super().__init__(
                 nn.Linear(feature_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 2)
             )
@@ -213,19 +213,23 @@ class CASN(nn.Module):
         gradient settings are left as found.
 
         Raises:
+            TypeError: a model cast to half precision as a whole; autocast is fine.
             ValueError: features that do not depend on the tapped map.
         """
-        with _evaluating(self), torch.inference_mode(False), torch.no_grad():
+        with evaluating(self), torch.inference_mode(False), torch.no_grad():
             if imgs.is_inference():
                 imgs = imgs.clone()
             with capture(self._target_module(), at=self._at, head_only=True) as captured:
                 features = self.forward(imgs)
             activations = captured.require()
             assert isinstance(features, Tensor)  # for the type checker: eval mode
-            with torch.autocast(imgs.device.type, enabled=False):
-                return encode_head(
-                    _full_precision(features), _full_precision(activations), captured.pooled
+            if activations.itemsize < 4:
+                raise TypeError(
+                    f"ranking needs float32 or wider, but the model is in {activations.dtype}: use "
+                    "model.float(), under torch.autocast if it is to be fast"
                 )
+            with torch.autocast(imgs.device.type, enabled=False):
+                return encode_head(_full_precision(features), activations, captured.pooled)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Yields the backbone's layers and the pair classifier, as torchreid looks for them."""
@@ -235,6 +239,13 @@ class CASN(nn.Module):
     def children(self) -> Iterator[nn.Module]:
         """Yields the backbone and the pair classifier."""
         yield from (module for module in self._modules.values() if module is not None)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Sets a layer where :meth:`named_children` found it: SyncBatchNorm is converted so."""
+        if name not in self._modules and name in self.backbone._modules:
+            self.backbone.add_module(name, module)
+        else:
+            super().add_module(name, module)
 
     def __getattr__(self, name: str) -> Any:
         """Returns an attribute of the backbone that the wrapper does not have itself."""
@@ -248,14 +259,18 @@ class CASN(nn.Module):
 
     def _tapped(self, imgs: Tensor) -> tuple[Logits, Tensor, Tensor]:
         """Returns logits, features and the map that both were computed from."""
-        with capture(self._target_module(), at=self._at) as captured:
+        pool = getattr(self.backbone, "parts_avgpool", None)
+        if self._forward is not _torchreid_forward:
+            pool = None
+        with (
+            capture(self._target_module(), at=self._at) as captured,
+            nullcontext() if pool is None else capture(pool, at="input") as pooled,
+        ):
             logits, features = self._forward(self.backbone, imgs)
-        activations = captured.require()
-        parts = getattr(self.backbone, "parts_avgpool", None)
-        if self._forward is _torchreid_forward and parts is not None:
+        if pooled is not None:
             # PCB's features of a training pass have dropout: f is its eval embedding
-            features = part_embedding(activations, self.backbone.parts)  # type: ignore[arg-type]
-        return logits, features, activations
+            features = part_embedding(pooled.require(), self.backbone.parts)  # type: ignore[arg-type]
+        return logits, features, captured.require()
 
     def _target_module(self) -> nn.Module:
         """Returns the tapped layer; by name, since the replicas of nn.DataParallel have copies."""
@@ -312,7 +327,7 @@ class CASN(nn.Module):
         """Returns the features of one blank image; raises where the tapped layer gives no map."""
         first = next(self.backbone.parameters(), torch.zeros(()))
         imgs = torch.zeros(1, 3, *size, dtype=first.dtype, device=first.device)
-        with _evaluating(self), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with evaluating(self), torch.no_grad(), torch.random.fork_rng(devices=[]):
             try:
                 with capture(self._target_module(), at=self._at) as captured:
                     features = self.forward(imgs)
@@ -360,32 +375,21 @@ def _full_precision(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.itemsize < 4 else tensor
 
 
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Puts a module into eval mode, and each of its layers back into its own mode at the end."""
-    modes = [(layer, layer.training) for layer in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for layer, training in modes:
-            layer.training = training
-
-
 def _flatten_keys(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, _: dict[str, Any]
 ) -> None:
     """Names the backbone's entries as the plain backbone does, in their order."""
-    for name in list(state_dict):
-        value = state_dict.pop(name)
-        if name.startswith(f"{prefix}backbone."):
-            name = prefix + name.removeprefix(f"{prefix}backbone.")
-        state_dict[name] = value
+    entries = list(state_dict.items())
+    state_dict.clear()
+    for name, value in entries:
+        nested = name.startswith(f"{prefix}backbone.")
+        state_dict[prefix + name.removeprefix(f"{prefix}backbone.") if nested else name] = value
 
 
 def _nest_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Undoes :func:`_flatten_keys`; a plain backbone's checkpoint is named like that already."""
-    own: Sequence[str] = (f"{prefix}backbone.", f"{prefix}pair_classifier.")
-    for name in list(state_dict):
-        if name.startswith(prefix) and not name.startswith(tuple(own)):
-            state_dict[f"{prefix}backbone.{name.removeprefix(prefix)}"] = state_dict.pop(name)
+    entries = list(state_dict.items())
+    state_dict.clear()
+    for name, value in entries:
+        own = name.startswith(prefix) and not name.startswith(f"{prefix}pair_classifier.")
+        state_dict[f"{prefix}backbone.{name.removeprefix(prefix)}" if own else name] = value

@@ -22,6 +22,7 @@ from casn_plugin.attention import (
     PairScorer,
     align_profiles,
     attention_distance,
+    evaluating,
     indicator,
     row_profiles,
 )
@@ -154,8 +155,8 @@ def encode_head(
             "gradients enabled, from the very tensor that is given as activations"
         )
     channels, height, width = maps.shape[1:]
-    pooled = maps.mean((2, 3))
-    if _close(values, pooled) and _close(
+    means = maps.mean((2, 3))
+    if _close(values, means) and _close(
         gradients, (probe / (height * width))[:, :, None, None].expand_as(gradients)
     ):
         return Encoding(values, basis=maps / (height * width))
@@ -165,9 +166,9 @@ def encode_head(
         if _close(gradients.mean((2, 3)), weights):
             return Encoding(values, activations=maps)
     source = activations
-    if pooled is not None and pooled.requires_grad and _close(pooled.flatten(1), maps.mean((2, 3))):
-        (means,) = torch.autograd.grad(features, pooled, probe, retain_graph=True)
-        if _close(gradients, (means / (height * width)).expand_as(gradients)):
+    if pooled is not None and pooled.requires_grad and _close(pooled.flatten(1), means):
+        (pulled,) = torch.autograd.grad(features, pooled, probe, retain_graph=True)
+        if _close(gradients, (pulled / (height * width)).expand_as(gradients)):
             source, maps = pooled, maps / (height * width)
     if channels < values.shape[1]:
         with contextlib.suppress(RuntimeError):  # HACNN's grid_sample has no second derivative
@@ -270,7 +271,11 @@ def attention_distmat(
         by_second = profiles(alpha.transpose(0, 1), second).transpose(0, 1)
         return attention_distance(profiles(alpha, first), by_second, threshold=threshold, unit=unit)
 
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with (
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+        evaluating(pair_classifier),
+    ):
         if _is_affine(pair_classifier):  # one α for all pairs: O(Q + G)
             alpha = indicator(pair_classifier, query.features[:1].to(device))[None]
 
@@ -321,7 +326,7 @@ def pair_attention(
         raise ValueError(
             f"expected as many first as second images, got {len(first)}, {len(second)}"
         )
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(pair_classifier):
         first, second = first.to(device), second.to(device)
         alpha = indicator(pair_classifier, first.features - second.features)[:, None]
         return _attention_maps(alpha, first)[:, 0], _attention_maps(alpha, second)[:, 0]
@@ -350,7 +355,7 @@ def same_identity_distmat(
         torch.Size([3, 3])
     """
     pair_classifier, device = _pair_classifier(model, query, gallery)
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(pair_classifier):
         return _tiled(
             pair_classifier,
             device,
@@ -429,7 +434,7 @@ def verification_auc(
 
 def _pair_classifier(
     model: nn.Module, query: Encoding, gallery: Encoding
-) -> tuple[PairScorer, torch.device]:
+) -> tuple[nn.Module, torch.device]:
     """Returns the pair classifier of a model and its device, the arguments being sound."""
     if not isinstance(query, Encoding) or not isinstance(gallery, Encoding):
         raise TypeError(
@@ -448,28 +453,38 @@ def _pair_classifier(
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     wrapped = model.module if isinstance(model, parallel) else model
     pair_classifier = getattr(wrapped, "pair_classifier", None)
-    if not callable(pair_classifier):
+    if not isinstance(pair_classifier, nn.Module):
         raise ValueError(f"{type(wrapped).__name__} has no pair_classifier; is it a CASN?")
     first = next(iter(pair_classifier.parameters()), query.features)
     return pair_classifier, first.device
 
 
+def _layers(pair_classifier: PairScorer) -> list[nn.Module]:
+    """Returns the layers of a plain sequence; none where anything else may happen in it."""
+    if type(pair_classifier) is nn.Linear:
+        layers: list[nn.Module] = [pair_classifier]
+    elif (
+        isinstance(pair_classifier, nn.Sequential)
+        and type(pair_classifier).forward is nn.Sequential.forward
+    ):
+        layers = list(pair_classifier)
+    else:
+        return []
+    every = [*layers, pair_classifier]
+    return [] if any(each._forward_hooks or each._forward_pre_hooks for each in every) else layers
+
+
 def _linear_layers(pair_classifier: PairScorer) -> tuple[nn.Linear, nn.Linear] | None:
     """Returns the two layers of a Linear, ReLU, Linear classifier; None for any other."""
-    if isinstance(pair_classifier, nn.Sequential) and len(pair_classifier) == 3:
-        first, relu, last = pair_classifier
-        if (
-            isinstance(first, nn.Linear)
-            and isinstance(relu, nn.ReLU)
-            and isinstance(last, nn.Linear)
-        ):
-            return first, last
+    layers = _layers(pair_classifier)
+    if [type(layer) for layer in layers] == [nn.Linear, nn.ReLU, nn.Linear]:
+        return layers[0], layers[2]  # type: ignore[return-value]
     return None
 
 
 def _is_affine(pair_classifier: PairScorer) -> bool:
-    layers = pair_classifier if isinstance(pair_classifier, nn.Sequential) else [pair_classifier]
-    return all(isinstance(layer, nn.Linear) for layer in layers)
+    layers = _layers(pair_classifier)
+    return bool(layers) and all(type(layer) is nn.Linear for layer in layers)
 
 
 def _tiled(

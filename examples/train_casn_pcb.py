@@ -164,7 +164,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> CASN:
             backbone = torchreid.models.build_model(
                 args.backbone,
                 num_classes,
-                pretrained=args.weights == "imagenet",
+                pretrained=args.weights == "imagenet" and not args.resume,
                 use_gpu=args.device == "cuda",
             )
         except KeyError as error:
@@ -178,24 +178,43 @@ def build_model(args: argparse.Namespace, num_classes: int) -> CASN:
                 "https://download.pytorch.org/models/resnet50-19c8e357.pth), or train from "
                 "scratch with --weights none."
             ) from error
-    if args.weights not in ("imagenet", "none"):
-        state = torch.load(args.weights, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
-        own = backbone.state_dict()
-        fitting = {
-            name: value
-            for name, value in state.items()
-            if name in own and own[name].shape == value.shape
-        }
-        if len(fitting) < len(own) / 2:
-            raise SystemExit(
-                f"{args.weights} does not fit {args.backbone}: {len(fitting)} of its "
-                f"{len(own)} tensors are in the file with the same name and shape"
-            )
-        backbone.load_state_dict(fitting, strict=False)
-        print(f"{len(fitting)} of {len(own)} tensors taken from {args.weights}")
     size = (args.height, args.width)
-    return CASN(backbone, forward=forward, input_size=size, seed=args.seed).to(args.device)
+    model = CASN(backbone, forward=forward, input_size=size, seed=args.seed)
+    if args.weights not in ("imagenet", "none"):
+        load_weights(model, args)
+    return model.to(args.device)
+
+
+def load_weights(model: CASN, args: argparse.Namespace) -> None:
+    """Takes what fits from a file: of a backbone, or of a CASN with its pair classifier.
+
+    Raises:
+        SystemExit: a file that doesn't fit or can't be read safely.
+    """
+    # torchreid's own checkpoints hold rank1 as a NumPy scalar
+    scalar = type(np.float32(0)).__reduce__(np.float32(0))[0]
+    numbers = [type(np.dtype("float32")), type(np.dtype("float64"))]
+    try:
+        with torch.serialization.safe_globals([scalar, np.dtype, *numbers]):
+            state = torch.load(args.weights, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise SystemExit(f"{args.weights} can't be read as a checkpoint: {error}") from error
+    own = model.state_dict()
+    fitting = {
+        name.removeprefix("module."): value
+        for name, value in state.get("state_dict", state).items()
+        if isinstance(value, Tensor)
+        and own.get(name.removeprefix("module."), torch.empty(0)).shape == value.shape
+    }
+    if len(fitting) < len(own) / 2:
+        raise SystemExit(
+            f"{args.weights} does not fit {args.backbone}: {len(fitting)} of its "
+            f"{len(own)} tensors are in the file with the same name and shape"
+        )
+    model.load_state_dict(fitting, strict=False)
+    print(f"{len(fitting)} of {len(own)} tensors taken from {args.weights}")
+    if args.test_only and not any(name.startswith("pair_classifier.") for name in fitting):
+        print("It holds no pair classifier: what attention and the fused ranking say is random.")
 
 
 def save_pairs(engine: ImageCASNEngine, name: str, path: Path, number: int = 5) -> None:

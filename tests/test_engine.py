@@ -242,6 +242,12 @@ def test_foreign_checkpoints_are_refused(market_root, tmp_path):
     other.casn.backbone.classifier = nn.Linear(6, 77)
     with pytest.raises(ValueError, match="of another model"):
         other.resume(str(path))
+    checkpoint = torch.load(path, weights_only=True)
+    for group in checkpoint["optimizer"]["param_groups"]:
+        del group["momentum"]  # as Adam's have none
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match=r"its optimizer lacks \['momentum'\]"):
+        make_engine(market_root).resume(str(path))
 
 
 def test_evaluation_leaves_the_random_state_as_found(market_root):

@@ -8,6 +8,7 @@ import sys
 import urllib.error
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import MOBILENET, WARD
@@ -73,6 +74,10 @@ def test_train_from_the_command_line_resume_and_test_only(example, market_root, 
     )
     assert results == trained["results"]
     assert Path("test", "visrank_market1501").is_dir()
+    by_weights = example.main(
+        market(market_root, "--test-only", "--weights", last, "--save-dir", "weights")
+    )
+    assert by_weights == results  # the pair classifier came along
     reranked = example.main(
         market(market_root, "--test-only", "--resume", last, "--save-dir", "re", "--rerank")
     )
@@ -95,10 +100,19 @@ def test_bad_options_are_refused_at_once(example, options, message, capsys):
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_weights_that_do_not_fit_or_cannot_be_had(example, market_root, tmp_path, monkeypatch):
+def test_weights_that_do_not_fit_or_cannot_be_had(
+    example, market_root, tmp_path, monkeypatch, capsys
+):
     torch.save({"stranger": torch.zeros(3)}, "weights.pth")
     with pytest.raises(SystemExit, match="does not fit pcb_slim: 0 of its"):
         example.main(market(market_root, "--weights", "weights.pth"))
+
+    # a checkpoint of torchreid's own engine: rank1 is a NumPy scalar, and names may have "module."
+    model = example.SlimPCB(4)
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": state, "rank1": np.float32(0.5)}, "torchreid.pth")
+    example.main(market(market_root, "--weights", "torchreid.pth", "--test-only"))
+    assert "no pair classifier" in capsys.readouterr().out
 
     def fail(*args: object, **kwargs: object) -> None:
         raise urllib.error.URLError("no network")

@@ -254,6 +254,66 @@ def test_checkpoints_of_backbone_and_wrapped_model_fit_both_ways(tmp_path):
         model.load_state_dict({**model.state_dict(), "stranger": torch.zeros(1)})
 
 
+class Wrapped(nn.Module):
+    """A backbone with a child of its own named backbone, a common layout."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.fc = nn.Conv2d(3, 8, 3, 8), nn.Linear(8, 5)
+        self.weight = nn.Parameter(torch.ones(8))
+
+
+def wrapped_forward(net, imgs):
+    features = net.backbone(imgs).mean((2, 3)) * net.weight
+    return net.fc(features), features
+
+
+def test_a_backbone_with_a_child_named_backbone():
+    net = Wrapped()
+    model = CASN(net, forward=wrapped_forward, input_size=(48, 24))
+    assert set(model.state_dict()) >= set(net.state_dict())
+    other = CASN(Wrapped(), forward=wrapped_forward, input_size=(48, 24), seed=3)
+    other.load_state_dict(model.state_dict())
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+    loaded = other.load_state_dict(Wrapped().state_dict(), strict=False)
+    assert all(name.startswith("pair_classifier.") for name in loaded.missing_keys)
+    assert not loaded.unexpected_keys
+
+
+@pytest.mark.parametrize("target", ["layer3", "layer4", "layer4.0.conv2"])
+def test_features_of_pcb_do_not_depend_on_the_tapped_layer(target):
+    pcb = torchreid.models.pcb
+    net = pcb.PCB(5, "softmax", pcb.BasicBlock, [1, 1, 1, 1], parts=4)
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 0.0  # so that the eval statistics stay
+    model = CASN(net, input_size=(64, 32), hidden_dim=16, target_layer=target)
+    imgs = torch.rand(4, 3, 64, 32)
+    with capture(net.parts_avgpool, at="input") as captured:
+        output = model(imgs, PIDS, **LOSSES)
+    assert output.distances.isfinite().all()
+    with capture(net.parts_avgpool, at="input") as captured:
+        output = model(imgs)
+    expected = reference.pcb_embedding(captured.require().detach(), 4)
+    torch.testing.assert_close(output.features.detach(), expected)
+
+
+def test_conversion_to_sync_batchnorm():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(tiny())
+    assert isinstance(model.backbone.features[1], nn.SyncBatchNorm)
+    assert len(list(model.children())) == 2
+
+
+def test_models_in_half_precision_train_and_are_told_how_to_rank():
+    model = tiny().bfloat16()
+    imgs = torch.rand(4, 3, 48, 24).bfloat16()
+    output = model(imgs, PIDS, **LOSSES)
+    assert output.distances.isfinite().all() and output.masked_scores.isfinite().all()
+    with pytest.raises(TypeError, match=r"float32 or wider.*model\.float\(\)"):
+        model.encode(imgs)
+
+
 def test_torchreid_finds_the_layers_of_the_backbone():
     model = CASN(build("resnet18"), input_size=(64, 32), hidden_dim=16)
     torchreid.utils.open_specified_layers(model, ["classifier", "pair_classifier"])

@@ -118,6 +118,66 @@ def test_same_identity_distmat_is_the_pair_classifier_of_every_pair(classifier):
             assert distmat[i, j].item() == pytest.approx((z[0, 1] - z[0, 0]).item(), abs=1e-12)
 
 
+class Symmetric(PairClassifier):
+    """Its own forward: the closed form of its layers would be wrong."""
+
+    def forward(self, differences):
+        return super().forward(differences.abs())
+
+
+def test_a_pair_classifier_with_its_own_forward_is_followed():
+    maps = torch.randn(6, CHANNELS, 7, 3, dtype=torch.float64).relu()
+    encoding = encode(pooled, maps)
+    model = Model(Symmetric(CHANNELS, 16).double())
+    expected = reference.attention_distmat(
+        pooled, model.pair_classifier, maps[:2], maps[2:], 0.2, False
+    )
+    distmat = attention_distmat(model, encoding[:2], encoding[2:])
+    np.testing.assert_allclose(distmat, expected, rtol=0, atol=1e-10)
+    plain = Model(PairClassifier(CHANNELS, 16).double())
+    before = same_identity_distmat(plain, encoding, encoding)
+    handle = plain.pair_classifier.register_forward_hook(lambda *args: args[2] * 2)
+    doubled = same_identity_distmat(plain, encoding, encoding)
+    handle.remove()
+    torch.testing.assert_close(doubled, 2 * before, rtol=0, atol=1e-12)
+
+
+def test_the_pair_classifier_ranks_in_eval_mode_and_is_left_as_found():
+    layers = nn.Linear(CHANNELS, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Dropout(), nn.Linear(9, 2)
+    model = Model(nn.Sequential(*layers).double().train())
+    encoding = encode(pooled, torch.rand(6, CHANNELS, 7, 3, dtype=torch.float64))
+    whole = attention_distmat(model, encoding[:2], encoding)
+    tiled = attention_distmat(model, encoding[:2], encoding, max_memory=1)
+    torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-12)
+    pair_attention(model, encoding, encoding)
+    same_identity_distmat(model, encoding, encoding)
+    assert model.pair_classifier.training and layers[1].running_mean.abs().max() == 0
+
+
+def test_the_jacobian_stops_at_the_pooled_vector(monkeypatch):
+    """Where the head takes the mean of the map, no product goes back to the map itself."""
+    activations = torch.rand(3, CHANNELS, 7, 3, dtype=torch.float64, requires_grad=True)
+    pooled_map = activations.mean((2, 3), keepdim=True)
+    seen, grad = [], torch.autograd.grad
+
+    def recorded(outputs, inputs, *args, **kwargs):
+        seen.append(inputs)
+        return grad(outputs, inputs, *args, **kwargs)
+
+    for dim in (5, 20):  # fewer and more features than channels
+        torch.manual_seed(dim)
+        layers = nn.Sequential(nn.Linear(CHANNELS, dim), nn.Tanh()).double()
+        features = layers(pooled_map.flatten(1))
+        slow = encode_head(features, activations)
+        seen.clear()
+        monkeypatch.setattr(torch.autograd, "grad", recorded)
+        fast = encode_head(features, activations, pooled_map)
+        monkeypatch.undo()
+        assert sum(source is activations for source in seen) == 1  # the probe
+        assert sum(source is pooled_map for source in seen) >= 2
+        torch.testing.assert_close(fast.basis, slow.basis, rtol=0, atol=1e-14)
+
+
 def test_float32_is_close_to_float64():
     activations = torch.rand(10, CHANNELS, 7, 3, dtype=torch.float64)
     model = Model(PairClassifier(CHANNELS, 16).double())
