@@ -7,9 +7,10 @@ CVPR 2019), as a plugin for torchreid and for any other training loop.
 from typing import TYPE_CHECKING, Any
 
 from casn_plugin.attention import grad_cam
+from casn_plugin.encoding import Encoding
 from casn_plugin.losses import IdentificationAttentionLoss, SiameseAttentionLoss
 from casn_plugin.model import CASN, CASNOutput, PairClassifier
-from casn_plugin.ranking import Encoding, attention_distmat, fuse_distmats
+from casn_plugin.ranking import attention_distmat, fuse_distmats, rank_gallery
 from casn_plugin.sampler import PairSampler
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ __all__ = [
     "attention_distmat",
     "fuse_distmats",
     "grad_cam",
+    "rank_gallery",
 ]
 
 

@@ -4,10 +4,12 @@ The only module that imports torchreid, and only through the names that PyPI's t
 and GitHub's 1.4.0 both have. Importing it registers the embedded data set with torchreid.
 """
 
+import contextlib
 import os.path as osp
 import random
+import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from casn_plugin.data import load_pedestrians
+from casn_plugin.encoding import Encoding, Encodings
+from casn_plugin.evaluation import evaluate_rank, verification_auc
+from casn_plugin.index import GalleryIndex
 from casn_plugin.losses import (
     IdentificationAttentionLoss,
     SiameseAttentionLoss,
@@ -31,12 +36,10 @@ from casn_plugin.losses import (
 )
 from casn_plugin.model import CASN, CASNOutput
 from casn_plugin.ranking import (
-    Encoding,
     Normalization,
     attention_distmat,
     fuse_distmats,
     same_identity_distmat,
-    verification_auc,
 )
 from casn_plugin.sampler import PairSampler
 
@@ -71,12 +74,18 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         normalization: how the two distances are normalised before they are summed, "unit",
             "query" or "global": see :func:`casn_plugin.fuse_distmats`.
         attention_weight: weight of the attention distance in the fused ranking.
+        topk: compare the attention of each query's so many nearest by features only, an
+            approximation for long galleries: see :func:`casn_plugin.attention_distmat`.
+        max_memory: bytes that a tile of the attention ranking may take.
+        gallery_dir: keep the encodings of a gallery in a temporary folder made there instead of
+            in memory: a :class:`~casn_plugin.index.GalleryIndex`, read block by block.
         autocast: run the forward pass under autocast in this dtype; on CUDA, float16 is trained
             with a gradient scaler.
 
     Attributes:
         results: of the last evaluation: data set, then "features", "attention" and "fused", each
-            with "mAP" (a share) and "cmc" (a list of shares), and "auc" of the pair classifier.
+            with "mAP" and "mINP" (shares; with `use_metric_cuhk03` no mINP) and "cmc" (a list of
+            shares), and "auc" of the pair classifier.
         history: one dictionary an epoch, the mean of every loss term in it.
 
     Raises:
@@ -104,6 +113,9 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         pair_lr_mult: float = 1.0,
         normalization: Normalization = "unit",
         attention_weight: float = 0.1,
+        topk: int | None = None,
+        max_memory: int | None = None,
+        gallery_dir: str | None = None,
         autocast: torch.dtype | None = None,
     ) -> None:
         parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -139,6 +151,9 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         self.pair_lr_mult = pair_lr_mult
         self.normalization: Normalization = normalization
         self.attention_weight = attention_weight
+        self.topk = topk
+        self.max_memory = max_memory
+        self.gallery_dir = gallery_dir
         self.autocast = autocast
         self.scaler = torch.amp.GradScaler(
             self._device.type, enabled=autocast == torch.float16 and self.use_gpu
@@ -146,6 +161,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         self.results: dict[str, dict[str, Any]] = {}
         self.history: list[dict[str, float]] = []
         self._terms = torchreid.utils.MetricMeter()
+        self._folder: str | None = None
 
     @property
     def _device(self) -> torch.device:
@@ -241,8 +257,15 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         Evaluation leaves the random state as found, so how often it is done changes no training.
         """
         self.results = {}
-        with _preserved_random_state():
-            return float(super().test(*args, **kwargs))
+        folder: Any = contextlib.nullcontext()
+        if self.gallery_dir is not None:
+            Path(self.gallery_dir).mkdir(parents=True, exist_ok=True)
+            folder = tempfile.TemporaryDirectory(dir=self.gallery_dir)
+        with _preserved_random_state(), folder as self._folder:
+            try:
+                return float(super().test(*args, **kwargs))
+            finally:
+                self._folder = None
 
     @torch.no_grad()
     def _evaluate(
@@ -261,7 +284,11 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
     ) -> tuple[float, float]:
         """Returns rank-1 and mAP of the fused ranking, as shares."""
         query, q_pids, q_camids = self._encode(query_loader, "query")
-        gallery, g_pids, g_camids = self._encode(gallery_loader, "gallery")
+        gallery, g_pids, g_camids = (
+            self._encode(gallery_loader, "gallery")
+            if self._folder is None
+            else self._encode_to_disk(gallery_loader)
+        )
         print(f"Computing distance matrices with metric={dist_metric} ...")
         kwargs: dict[str, Any] = {
             "dist_metric": dist_metric,
@@ -275,14 +302,20 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         print("Computing CMC and mAP ...")
         results: dict[str, Any] = {}
         for name, distmat in distmats.items():
-            cmc, mean_ap = torchreid.metrics.evaluate_rank(
-                distmat.numpy(), q_pids, g_pids, q_camids, g_camids,
-                use_metric_cuhk03=use_metric_cuhk03,
-            )  # fmt: skip
-            results[name] = {"mAP": float(mean_ap), "cmc": [float(share) for share in cmc]}
+            ids = q_pids, g_pids, q_camids, g_camids
+            if use_metric_cuhk03:
+                cmc, mean_ap = torchreid.metrics.evaluate_rank(
+                    distmat.numpy(), *ids, use_metric_cuhk03=True
+                )
+                results[name] = {"mAP": float(mean_ap), "cmc": cmc.tolist()}
+            else:
+                found = evaluate_rank(distmat, *ids)
+                results[name] = {
+                    "mAP": found.mean_ap, "mINP": found.mean_inp, "cmc": found.cmc.tolist()
+                }  # fmt: skip
         same = torch.from_numpy(q_pids[:, None] == g_pids[None])
         counted = ~(same & torch.from_numpy(q_camids[:, None] == g_camids[None]))
-        scores = same_identity_distmat(self.model, query, gallery)
+        scores = same_identity_distmat(self.model, query, gallery, max_memory=self.max_memory)
         results["auc"] = verification_auc(scores[counted][None], same[counted][None])
         self.results[dataset_name] = results
         self._report(dataset_name, results, ranks)
@@ -313,8 +346,17 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         print(f"Done, encoded {rows} {name} images, {dim} features each")
         return encoding, np.asarray(pids), np.asarray(camids)
 
+    def _encode_to_disk(
+        self, loader: DataLoader[Any]
+    ) -> tuple[GalleryIndex, np.ndarray, np.ndarray]:
+        """Returns the encodings of a gallery in the temporary folder, their pids and camids."""
+        index = GalleryIndex.create(tempfile.mkdtemp(dir=self._folder), self.casn)
+        index.extend(self.casn, loader, progress=True)
+        print(f"Done, encoded {len(index)} gallery images to {index.folder}")
+        return index, index.pids, index.camids
+
     def _distmats(
-        self, query: Encoding, gallery: Encoding, *, dist_metric: str, normalize_feature: bool
+        self, query: Encoding, gallery: Encodings, *, dist_metric: str, normalize_feature: bool
     ) -> dict[str, Tensor]:
         """Returns the (Q, G) matrices of features alone, attention alone and both fused.
 
@@ -323,16 +365,26 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         """
 
         def of_features(normalize: bool) -> Tensor:
-            qf, gf = query.features, gallery.features
+            qf, gf = query.features, gallery_features
             if normalize:
                 qf, gf = F.normalize(qf, dim=1), F.normalize(gf, dim=1)
             distmat: Tensor = torchreid.metrics.compute_distance_matrix(qf, gf, dist_metric)
             return distmat
 
         unit = self.normalization == "unit"
+        gallery_features = torch.cat(
+            [gallery[at : at + 1024].features for at in range(0, len(gallery), 1024)]
+        )
         features = of_features(normalize_feature)
         attention = attention_distmat(
-            self.model, query, gallery, threshold=self.siamese.threshold, unit=unit, progress=True
+            self.model,
+            query,
+            gallery,
+            threshold=self.siamese.threshold,
+            unit=unit,
+            topk=self.topk,
+            max_memory=self.max_memory,
+            progress=True,
         )
         to_fuse = of_features(normalize_feature or unit)
         if dist_metric == "euclidean":
@@ -346,7 +398,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         return {"features": features, "attention": attention, "fused": fused}
 
     def _rerank(
-        self, distmats: dict[str, Tensor], query: Encoding, gallery: Encoding, **kwargs: Any
+        self, distmats: dict[str, Tensor], query: Encoding, gallery: Encodings, **kwargs: Any
     ) -> dict[str, Tensor]:
         """Returns the matrices re-ranked (Zhong et al., CVPR 2017), each among its own kind.
 
@@ -354,7 +406,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         distances of all three matrices.
         """
         num_q = len(query)
-        images = Encoding.cat([query, gallery])
+        images = Encoding.cat([query, gallery[: len(gallery)]])
         every = self._distmats(images, images, **kwargs)
         reranked = {}
         for name in distmats:
@@ -376,6 +428,9 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         print(
             "{:<9}".format("mAP") + "".join(f"{results[name]['mAP']:>11.1%}" for name in rankings)
         )
+        if "mINP" in results["fused"]:
+            shares = [results[name]["mINP"] for name in rankings]
+            print(f"{'mINP':<9}" + "".join(f"{share:>11.1%}" for share in shares))
         for rank in ranks:
             if rank <= len(results["fused"]["cmc"]):
                 shares = [results[name]["cmc"][rank - 1] for name in rankings]
@@ -497,7 +552,7 @@ def _set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])
 
 
-@contextmanager
+@contextlib.contextmanager
 def _preserved_random_state() -> Iterator[None]:
     state = _random_state()
     try:

@@ -10,13 +10,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from casn_plugin.attention import capture, evaluating, frozen_batchnorm
+from casn_plugin.encoding import Encoding, encode_head, part_embedding
 from casn_plugin.losses import (
     IdentificationAttentionLoss,
     Logits,
     SiameseAttentionLoss,
     identity_scores,
 )
-from casn_plugin.ranking import Encoding, encode_head, part_embedding
 
 Forward = Callable[[nn.Module, Tensor], tuple[Logits, Tensor]]
 """Maps a backbone and its images to (logits, (B, D) features)."""

@@ -1,20 +1,20 @@
 """Attention-fused ranking of every query-gallery pair, without a backward pass per pair.
 
-The Siamese attention of a pair depends on the pair through the indicator α alone (Eq. 4), and
-linearly: with P the image's pooled Jacobian GAP(∂f/∂A), its map is ReLU(Bᵀα), where the
-attention basis B = PᵀA is computed once per image. Tensors in, tensors out.
+The indicator α of all pairs (Eq. 4) is one matrix product over the hidden units of the pair
+classifier; the attention map of each image of each pair is ReLU(Bᵀα), a second one over the basis
+that :mod:`casn_plugin.encoding` computes once per image. Tensors in, tensors out.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
-from jaxtyping import Bool, Float
-from scipy.stats import rankdata
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -24,233 +24,83 @@ from casn_plugin.attention import (
     attention_distance,
     evaluating,
     indicator,
-    row_profiles,
+    scale_maps,
 )
+from casn_plugin.encoding import Encoding, Encodings, part_scales
 
 Normalization = Literal["unit", "query", "global"]
 """How distances are "normalized" before they are summed: see :func:`fuse_distmats`."""
 
+_Pairs = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Listed pairs: rows of the query and of the gallery, feature and attention distances."""
+
 
 @dataclass(frozen=True)
-class Encoding:
-    """What ranking needs of N images: their features and what their attention maps are made of.
-
-    Exactly one of `basis` and `activations` is there.
+class Ranking:
+    """The nearest gallery images of each query, nearest first.
 
     Attributes:
-        features: (N, D) eval features f of the backbone.
-        basis: (N, D, H, W) attention basis B = PᵀA: the map of an image is ReLU(Σ_d α_d B_d).
-        activations: (N, C, H, W) feature maps A, for features made of D / C normalised parts
-            (PCB), whose basis would be larger than A.
+        indices: rows of the gallery.
+        distances: fused distances, ascending along each row.
+        feature_distances: l2 distances of the unit-length features of these pairs.
+        attention_distances: their attention distances.
+        scored: number of pairs whose attention was compared to find them.
     """
 
-    features: Float[Tensor, "images dim"]
-    basis: Float[Tensor, "images dim height width"] | None = None
-    activations: Float[Tensor, "images channels height width"] | None = None
-
-    def __post_init__(self) -> None:
-        """Raises ValueError where not exactly one of basis and activations is given."""
-        if (self.basis is None) == (self.activations is None):
-            raise ValueError("an Encoding holds either a basis or activations")
-        if len(self.maps) != len(self.features):
-            raise ValueError(
-                f"features and maps must be of one length, got {len(self.features)} and "
-                f"{len(self.maps)}"
-            )
-
-    @property
-    def maps(self) -> Tensor:
-        """The 4-D tensor: the basis or the activations."""
-        maps = self.basis if self.basis is not None else self.activations
-        assert maps is not None  # for the type checker: __post_init__ saw to it
-        return maps
-
-    def __len__(self) -> int:
-        """Returns the number of images."""
-        return len(self.features)
-
-    def __getitem__(self, rows: slice | Tensor) -> "Encoding":
-        """Returns the encoding of some of the images."""
-        return self._map(lambda tensor: tensor[rows])
-
-    def to(self, *args: Any, **kwargs: Any) -> "Encoding":
-        """Returns the encoding on another device or in another dtype, as ``Tensor.to`` does."""
-        return self._map(lambda tensor: tensor.to(*args, **kwargs))
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "Encoding":
-        return Encoding(
-            function(self.features),
-            None if self.basis is None else function(self.basis),
-            None if self.activations is None else function(self.activations),
-        )
-
-    @staticmethod
-    def cat(encodings: Sequence["Encoding"]) -> "Encoding":
-        """Returns several encodings of one model as one.
-
-        Raises:
-            ValueError: no encoding, or encodings of unlike kinds.
-
-        Example:
-            >>> one = Encoding(torch.rand(2, 4), basis=torch.rand(2, 4, 6, 3))
-            >>> len(Encoding.cat([one, one]))
-            4
-        """
-        if len({encoding.basis is None for encoding in encodings}) != 1:
-            raise ValueError(
-                "expected at least one encoding, all with a basis or all with activations"
-            )
-        return Encoding(
-            torch.cat([encoding.features for encoding in encodings]),
-            None
-            if encodings[0].basis is None
-            else torch.cat([encoding.maps for encoding in encodings]),
-            None
-            if encodings[0].activations is None
-            else torch.cat([encoding.maps for encoding in encodings]),
-        )
-
-
-def encode_head(
-    features: Float[Tensor, "images dim"],
-    activations: Float[Tensor, "images channels height width"],
-    pooled: Tensor | None = None,
-    *,
-    chunk: int = 32,
-) -> Encoding:
-    """Returns the encoding of images from their features and maps, still joined by a graph.
-
-    Exact for any head in eval mode. One random vector-Jacobian product tells which of the closed
-    forms, if any, the head of the network has: global average pooling (B = A / HW), normalised
-    parts (PCB: A is kept), or neither (min(C, D) products with the head's Jacobian).
-
-    Args:
-        features: f, computed row by row from `activations` with gradients enabled.
-        activations: the map A.
-        pooled: (images, channels, 1, 1), where A goes into the head through its mean alone: the
-            mean, a tensor of the same graph. The products then stop there, which is faster.
-        chunk: products with the Jacobian at a time, where they are needed.
-
-    Raises:
-        ValueError: features that do not depend on the activations.
-
-    Example:
-        >>> a = torch.rand(2, 8, 6, 3, requires_grad=True)
-        >>> encode_head(a.mean((2, 3)), a).basis.shape
-        torch.Size([2, 8, 6, 3])
-    """
-    maps, values = activations.detach(), features.detach()
-    generator = torch.Generator(features.device).manual_seed(0)
-    probe = torch.randn(
-        features.shape, generator=generator, device=features.device, dtype=features.dtype
-    )
-    gradients = None
-    if features.requires_grad and activations.requires_grad:
-        (gradients,) = torch.autograd.grad(
-            features, activations, probe, retain_graph=True, allow_unused=True
-        )
-    if gradients is None:
-        raise ValueError(
-            "the features do not depend on the activations: expected features computed, with "
-            "gradients enabled, from the very tensor that is given as activations"
-        )
-    channels, height, width = maps.shape[1:]
-    means = maps.mean((2, 3))
-    if _close(values, means) and _close(
-        gradients, (probe / (height * width))[:, :, None, None].expand_as(gradients)
-    ):
-        return Encoding(values, basis=maps / (height * width))
-    parts, remainder = divmod(values.shape[1], channels)
-    if not remainder and _close(values, part_embedding(maps, parts)):
-        weights = _part_weights(values, maps, probe[:, None])[:, 0]
-        if _close(gradients.mean((2, 3)), weights):
-            return Encoding(values, activations=maps)
-    source = activations
-    if pooled is not None and pooled.requires_grad and _close(pooled.flatten(1), means):
-        (pulled,) = torch.autograd.grad(features, pooled, probe, retain_graph=True)
-        if _close(gradients, (pulled / (height * width)).expand_as(gradients)):
-            source, maps = pooled, maps / (height * width)
-    if channels < values.shape[1]:
-        with contextlib.suppress(RuntimeError):  # HACNN's grid_sample has no second derivative
-            return Encoding(values, basis=_basis_by_channel(features, source, maps, chunk))
-    basis = maps.new_empty(*values.shape, height, width)
-    unit = torch.eye(values.shape[1], dtype=values.dtype, device=values.device)
-    for start in range(0, values.shape[1], chunk):
-        rows = unit[start : start + chunk, None].expand(-1, len(values), -1)
-        (jacobian,) = torch.autograd.grad(
-            features, source, rows, retain_graph=True, is_grads_batched=True
-        )
-        basis[:, start : start + chunk] = torch.einsum(
-            "dbc,bchw->bdhw", jacobian.mean((3, 4)), maps
-        )
-    return Encoding(values, basis=basis)
-
-
-def _basis_by_channel(features: Tensor, source: Tensor, maps: Tensor, chunk: int) -> Tensor:
-    """Returns the attention basis by C products P e_k instead of D products Pᵀ e_d.
-
-    v ↦ GAP(Jᵀ v) is linear, so differentiating it once more gives the columns of P.
-    """
-    cotangent = torch.zeros_like(features, requires_grad=True)
-    (pulled,) = torch.autograd.grad(features, source, cotangent, create_graph=True)
-    pooled = pulled.mean((2, 3))
-    unit = torch.eye(pooled.shape[1], dtype=pooled.dtype, device=pooled.device)
-    basis = maps.new_zeros(*features.shape, *maps.shape[2:])
-    for start in range(0, pooled.shape[1], chunk):
-        columns = unit[start : start + chunk, None].expand(-1, len(features), -1)
-        (jacobian,) = torch.autograd.grad(
-            pooled, cotangent, columns, retain_graph=True, is_grads_batched=True
-        )
-        basis += torch.einsum("cbd,bchw->bdhw", jacobian, maps[:, start : start + chunk])
-    return basis
-
-
-def part_embedding(
-    activations: Float[Tensor, "images channels height width"], parts: int
-) -> Float[Tensor, "images dim"]:
-    """Returns PCB's embedding: A pooled into horizontal parts, each of unit length, concatenated.
-
-    Its D = C * parts values run over the parts of a channel first, as torchreid has them.
-
-    Example:
-        >>> part_embedding(torch.rand(2, 8, 12, 4), 6).norm(dim=1)
-        tensor([2.4495, 2.4495])
-    """
-    return F.normalize(_parts(activations, parts), dim=1).flatten(1)
+    indices: Int[Tensor, "queries topk"]
+    distances: Float[Tensor, "queries topk"]
+    feature_distances: Float[Tensor, "queries topk"]
+    attention_distances: Float[Tensor, "queries topk"]
+    scored: int
 
 
 def attention_distmat(
     model: nn.Module,
     query: Encoding,
-    gallery: Encoding,
+    gallery: Encodings,
     *,
     threshold: float = 0.2,
     unit: bool = False,
-    max_memory: int = 256 * 2**20,
+    topk: int | None = None,
+    precision: torch.dtype | None = None,
+    max_memory: int | None = None,
+    distributed: bool = False,
     progress: bool = False,
 ) -> Float[Tensor, "queries galleries"]:
     """Returns the attention distance ‖M*_m1 − M*_m2‖₂ of every pair (paper, Eq. 5 and Section 4).
 
-    Exact for every pair, in the dtype of the encodings, and without a backward pass through the
-    backbone. The query is the first image of a pair: f⁻ = f_query − f_gallery. Pairs are worked
-    on in tiles; only their distances leave a tile.
+    Exact for every pair, in the dtype of the features, and without a backward pass through the
+    backbone, unless `topk` or `precision` asks for less. The query is the first image of a pair:
+    f⁻ = f_query − f_gallery. Pairs are worked on in tiles; only their distances leave a tile.
 
     Args:
         model: the CASN whose `pair_classifier` looks at the pairs; tiles are computed where its
             parameters are.
         query: the queries, as ``model.encode`` gives them.
-        gallery: the gallery.
+        gallery: the gallery: an encoding, or a :class:`~casn_plugin.index.GalleryIndex`, which
+            is read from disk block by block.
         threshold: t, the share of a map's maximum above which a row counts as attended.
         unit: compare aligned profiles of unit length.
-        max_memory: bytes that the tensors of a tile may take, beside the images in it.
+        topk: compare only each query's so many nearest by features; all others get the greatest
+            distance that there is, so they follow in the order of the features. An approximation.
+        precision: float16 or bfloat16 rounds the operands of both matrix products (weights of
+            the pair classifier, maps), each scaled to a maximum of 1, and multiplies in it where
+            the device can (CUDA). An approximation.
+        max_memory: bytes that the tensors of a tile may take on the device, images brought there
+            included; 256 MiB by default on the CPU, half of what is free on a CUDA device. Where
+            it is too small for that, one pair is worked on at a time.
+        distributed: every process of ``torch.distributed``'s group calls this with the same
+            arguments, takes a share of the gallery, and gets the whole matrix: bit for bit that
+            of one process with as many threads.
         progress: show a progress bar on a terminal.
 
     Returns:
         Distances >= 0, on the device of the queries.
 
     Raises:
-        TypeError: encodings of unlike kinds.
-        ValueError: unlike feature or map sizes, no pair classifier, a threshold outside [0, 1).
+        TypeError: encodings of unlike kinds, a `precision` that is no half precision.
+        ValueError: unlike feature or map sizes, no pair classifier, a threshold outside [0, 1),
+            topk or max_memory below 1, `distributed` without a process group.
 
     Example:
         >>> model = nn.Module()
@@ -259,43 +109,110 @@ def attention_distmat(
         >>> attention_distmat(model, images[:1], images).shape
         torch.Size([1, 3])
     """
-    if not 0 <= threshold < 1:
-        raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
-    pair_classifier, device = _pair_classifier(model, query, gallery)
+    ranker = _Ranker(
+        model, query, gallery, threshold, unit, precision, max_memory, distributed, progress
+    )
+    with ranker.working():
+        if topk is not None:
+            listed = ranker.nearest(_at_least_one("topk", topk))
+            pairs = ranker.gathered([ranker.listed(*each) for each in ranker.share(*listed)])
+            greatest = 2**0.5 if unit else query.maps.shape[2] ** 0.5
+            distmat = query.features.new_full((len(query), len(gallery)), greatest)
+            distmat[pairs[0], pairs[1]] = pairs[3].to(distmat.device)
+            return distmat
+        if _is_affine(ranker.pair_classifier):  # one α for all pairs: O(Q + G)
+            return ranker.of_one_indicator()
+        return ranker.every_pair(ranker.distances, "Comparing attention")
 
-    def profiles(alpha: Tensor, images: Encoding) -> Tensor:
-        return row_profiles(_attention_maps(alpha, images))
 
-    def distances(first: Encoding, second: Encoding, gradients: Tensor) -> Tensor:
-        alpha = (gradients > 0).to(first.features.dtype)
-        by_second = profiles(alpha.transpose(0, 1), second).transpose(0, 1)
-        return attention_distance(profiles(alpha, first), by_second, threshold=threshold, unit=unit)
+def rank_gallery(
+    model: nn.Module,
+    query: Encoding,
+    gallery: Encodings,
+    *,
+    topk: int = 10,
+    exact: bool = True,
+    threshold: float = 0.2,
+    attention_weight: float = 0.1,
+    precision: torch.dtype | None = None,
+    max_memory: int | None = None,
+    distributed: bool = False,
+    progress: bool = False,
+) -> Ranking:
+    """Returns each query's topk nearest gallery images by fused distance (paper, Section 4).
 
-    with (
-        torch.no_grad(),
-        torch.autocast(device.type, enabled=False),
-        evaluating(pair_classifier),
-    ):
-        if _is_affine(pair_classifier):  # one α for all pairs: O(Q + G)
-            alpha = indicator(pair_classifier, query.features[:1].to(device))[None]
+    The fused distance is that of :func:`fuse_distmats` with normalization "unit": ‖f_q − f_g‖₂ of
+    unit-length features plus `attention_weight` times the attention distance of unit-length
+    profiles. It needs no other pair, so the (Q, G) matrices are never held; and as attention
+    distances are >= 0, the feature distance is a lower bound: a pair whose features alone are
+    further apart than the topk-th best fused distance of the query needs no attention.
 
-            def aligned(images: Encoding) -> Tensor:
-                rows = []
-                for start in range(0, len(images), 64):
-                    part = images[start : start + 64].to(device)
-                    each = align_profiles(
-                        profiles(alpha.expand(len(part), -1, -1), part)[:, 0], threshold
-                    )
-                    rows.append(F.normalize(each, dim=-1) if unit else each)
-                return torch.cat(rows)
+    Args:
+        model: the CASN whose `pair_classifier` looks at the pairs.
+        query: the queries, as ``model.encode`` gives them.
+        gallery: the gallery: an encoding or an index.
+        topk: images to return for each query, at most as many as the gallery has.
+        exact: the topk nearest of the whole gallery. False: each query's topk nearest by
+            features, re-ranked; an approximation.
+        threshold: t, the share of a map's maximum above which a row counts as attended.
+        attention_weight: weight of the attention distance, >= 0; the features have weight 1.
+        precision: as in :func:`attention_distmat`.
+        max_memory: as in :func:`attention_distmat`.
+        distributed: as in :func:`attention_distmat`; every process gets the whole ranking.
+        progress: show a progress bar on a terminal.
 
-            distmat = torch.cdist(
-                aligned(query), aligned(gallery), compute_mode="donot_use_mm_for_euclid_dist"
-            )
-            return distmat.to(query.features.device)
-        return _tiled(
-            pair_classifier, device, query, gallery, distances, max_memory, progress, "gradient"
-        )
+    Raises:
+        TypeError: encodings of unlike kinds, a `precision` that is no half precision.
+        ValueError: unlike feature or map sizes, an empty gallery, no pair classifier, a threshold
+            outside [0, 1), topk or max_memory below 1, a negative weight, `distributed` without
+            a process group.
+
+    Example:
+        >>> model = nn.Module()
+        >>> model.pair_classifier = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> images = Encoding(torch.rand(5, 4), basis=torch.rand(5, 4, 6, 2))
+        >>> rank_gallery(model, images[:2], images, topk=3).indices[:, 0]
+        tensor([0, 1])
+    """
+    if not attention_weight >= 0:
+        raise ValueError(f"attention_weight must be >= 0, got {attention_weight}")
+    if not len(gallery):
+        raise ValueError("the gallery is empty")
+    topk = min(_at_least_one("topk", topk), len(gallery))
+    ranker = _Ranker(
+        model, query, gallery, threshold, True, precision, max_memory, distributed, progress
+    )
+
+    def fused(pairs: _Pairs) -> Tensor:
+        return pairs[2] + attention_weight * pairs[3]
+
+    def best(parts: list[_Pairs]) -> _Pairs:
+        """Returns the topk nearest pairs of each query: by query, distance, gallery row."""
+        pairs = _cat(parts)
+        order = pairs[1].argsort(stable=True)
+        order = order[fused(pairs)[order].argsort(stable=True)]
+        order = order[pairs[0][order].argsort(stable=True)]
+        rows = pairs[0][order]
+        places = torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)
+        order = order[places < topk]
+        return pairs[0][order], pairs[1][order], pairs[2][order], pairs[3][order]
+
+    with ranker.working():
+        nearest = ranker.nearest(topk)
+        parts = ranker.gathered([ranker.listed(*each) for each in ranker.share(*nearest)])
+        pairs, scored = best([parts]), len(parts[0])
+        if exact:
+            bound = fused(pairs).view(len(query), topk).amax(1)
+            found: list[_Pairs] = []
+            within = 0
+            for block, rows, columns in ranker.within(bound):
+                within += len(rows)
+                found = [best([*found, ranker.listed(block, rows, columns)])]
+            pairs = best([ranker.gathered(found)])
+            scored += sum(ranker.everyones(within))
+    shape, device = (len(query), topk), query.features.device
+    _, indices, features, attention = (each.view(shape).to(device) for each in pairs)
+    return Ranking(indices, fused(pairs).view(shape).to(device), features, attention, scored)
 
 
 def pair_attention(
@@ -329,23 +246,27 @@ def pair_attention(
     with torch.no_grad(), evaluating(pair_classifier):
         first, second = first.to(device), second.to(device)
         alpha = indicator(pair_classifier, first.features - second.features)[:, None]
-        return _attention_maps(alpha, first)[:, 0], _attention_maps(alpha, second)[:, 0]
+        size = first.maps.shape[2:]
+        images = _Images(first), _Images(second)
+        alpha = _by_part(alpha, images[0].parts)
+        one, two = (each.maps_of(alpha).relu_()[..., 0].unflatten(1, size) for each in images)
+        return one, two
 
 
 def same_identity_distmat(
-    model: nn.Module, query: Encoding, gallery: Encoding, *, max_memory: int = 256 * 2**20
+    model: nn.Module, query: Encoding, gallery: Encodings, *, max_memory: int | None = None
 ) -> Float[Tensor, "queries galleries"]:
     """Returns z1 − z0 of every pair: above 0 where the pair classifier says "same identity".
 
     Args:
         model: the CASN whose `pair_classifier` looks at the pairs.
         query: the queries, as ``model.encode`` gives them.
-        gallery: the gallery.
-        max_memory: bytes that the tensors of a tile may take.
+        gallery: the gallery: an encoding or an index.
+        max_memory: as in :func:`attention_distmat`.
 
     Raises:
         TypeError: encodings of unlike kinds.
-        ValueError: unlike feature or map sizes, or no pair classifier.
+        ValueError: unlike feature or map sizes, no pair classifier, or max_memory below 1.
 
     Example:
         >>> model = nn.Module()
@@ -354,18 +275,56 @@ def same_identity_distmat(
         >>> same_identity_distmat(model, images, images).shape
         torch.Size([3, 3])
     """
-    pair_classifier, device = _pair_classifier(model, query, gallery)
-    with torch.no_grad(), evaluating(pair_classifier):
-        return _tiled(
-            pair_classifier,
-            device,
-            query,
-            gallery,
-            lambda _, __, scores: scores[..., 1] - scores[..., 0],
-            max_memory,
-            False,
-            "scores",
+    ranker = _Ranker(model, query, gallery, max_memory=max_memory)
+    with ranker.working():
+        return ranker.every_pair(ranker.same_identity, "Classifying pairs")
+
+
+def indicator_flips(
+    model: nn.Module,
+    query: Encoding,
+    gallery: Encodings,
+    *,
+    precision: torch.dtype | None = None,
+    max_memory: int | None = None,
+) -> tuple[int, int]:
+    """Returns how many values of α (Eq. 4) rounding has flipped, and how many there are.
+
+    α is compared with that of the same features and pair classifier in float64, over all pairs.
+    It flips where a gradient ∂z1/∂f⁻ or a hidden unit is within rounding of zero.
+
+    Args:
+        model: the CASN whose `pair_classifier` looks at the pairs.
+        query: the queries, as ``model.encode`` gives them.
+        gallery: the gallery: an encoding or an index.
+        precision: as in :func:`attention_distmat`.
+        max_memory: as in :func:`attention_distmat`.
+
+    Raises:
+        TypeError: encodings of unlike kinds, a `precision` that is no half precision.
+        ValueError: unlike feature or map sizes, no pair classifier, or max_memory below 1.
+
+    Example:
+        >>> model = nn.Module()
+        >>> model.pair_classifier = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> images = Encoding(torch.rand(3, 4), basis=torch.rand(3, 4, 6, 2))
+        >>> indicator_flips(model, images, images)
+        (0, 36)
+    """
+    ranker = _Ranker(model, query, gallery, precision=precision, max_memory=max_memory)
+    exact = copy.deepcopy(ranker.pair_classifier).double()
+
+    def flips(first: "_Images", second: "_Images", of_pairs: "_Indicator") -> Tensor:
+        alpha = of_pairs(first.key[:, None], second.key[None]).bool()
+        differences = first.features.double()[:, None] - second.features.double()[None]
+        truth = _by_part(indicator(exact, differences.flatten(0, 1)), ranker.parts).view(
+            alpha.shape
         )
+        return (alpha != truth.bool()).sum(2).to(first.features.dtype)
+
+    with ranker.working():
+        counts = ranker.every_pair(flips, "Counting flips")
+    return int(counts.sum(dtype=torch.float64)), counts.numel() * query.features.shape[1]
 
 
 def fuse_distmats(
@@ -411,36 +370,471 @@ def fuse_distmats(
     return feature_distmat + attention_weight * attention_distmat
 
 
-def verification_auc(
-    scores: Float[Tensor, "queries galleries"], same: Bool[Tensor, "queries galleries"]
-) -> float:
-    """Returns the ROC AUC of pair scores: 1 = all positives score higher, 0.5 = chance.
+class _Images:
+    """One side of a tile of pairs, on the device: all that its maps are made of."""
 
-    It is NaN where positives or negatives are missing. Ties count half.
+    def __init__(
+        self, images: Encoding, key: Tensor | None = None, precision: torch.dtype | None = None
+    ) -> None:
+        self.features = images.features
+        self.key = images.features if key is None else key
+        maps = images.maps
+        self.size = maps.shape[2:]
+        self.parts = 0 if images.basis is not None else self.features.shape[1] // maps.shape[1]
+        if precision is not None:
+            maps = maps / maps.flatten(1).amax(1).clamp(min=1e-30)[:, None, None, None]
+        self.maps = _rounded(maps.flatten(2).transpose(1, 2), self.features.dtype, precision)
+        if self.parts:
+            scale = part_scales(maps.to(self.features.dtype), self.parts)
+            if precision is not None:
+                scale = scale / scale.amax(1, keepdim=True)
+            unit = self.features.unflatten(1, (maps.shape[1], self.parts))
+            self.scale = scale.to(self.maps.dtype)
+            self.unit = unit.transpose(1, 2).to(self.maps.dtype).contiguous()
+            self.own = torch.bmm(self.maps, (unit * scale[:, None]).to(self.maps.dtype))
 
-    Example:
-        >>> verification_auc(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([[True, False, False]]))
-        1.0
+    def __getitem__(self, rows: slice) -> "_Images":
+        """Returns some of the images."""
+        some = copy.copy(self)
+        for name in ("features", "key", "maps", "scale", "unit", "own"):
+            if hasattr(self, name):
+                setattr(some, name, getattr(self, name)[rows])
+        return some
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def maps_of(
+        self, alpha: Float[Tensor, "images others dim"], out: Tensor | None = None
+    ) -> Float[Tensor, "images positions others"]:
+        """Returns Σ_k w_k A_k of each image for each of its indicators α, before the ReLU.
+
+        Where the features are normalised parts, the values of α run over the channels of a part
+        first. w = Σ_p (α_p − f_p (f_p·α_p)) / (‖g_p‖ HW); f_p times A is :attr:`own`.
+        """
+        if not self.parts:
+            return torch.bmm(self.maps, alpha.transpose(1, 2), out=out)
+        alpha = alpha.unflatten(2, (self.parts, -1))
+        weights = alpha[:, :, 0] * self.scale[:, :1, None]
+        along = []
+        for part in range(self.parts):
+            if part:
+                weights.addcmul_(alpha[:, :, part], self.scale[:, part, None, None])
+            along.append(torch.bmm(self.unit[:, part, None], alpha[:, :, part].transpose(1, 2)))
+        maps = torch.bmm(self.maps, weights.transpose(1, 2), out=out)
+        return maps.baddbmm_(self.own, torch.cat(along, 1), alpha=-1)
+
+    def profiles_of(
+        self, alpha: Float[Tensor, "images others dim"], out: Tensor | None = None
+    ) -> Float[Tensor, "images others height"]:
+        """Returns the row profiles of the maps: the largest value of each row, scaled to [0, 1]."""
+        rows = self.maps_of(alpha, out).unflatten(1, self.size).amax(2).relu_()
+        rows = rows.transpose(1, 2).to(self.features.dtype)
+        return scale_maps(rows[..., None])[..., 0]
+
+
+class _Indicator:
+    """The indicator α (Eq. 4) of the pairs of some queries and some gallery images.
+
+    Of a two-layer ReLU classifier it is [gate · (w2[1] W1) > 0] with gate = [W1 f1 + b1 > W1 f2].
+    Hidden units whose gate is the same for all these pairs go into a constant: a trained
+    classifier has many. Any other classifier is differentiated.
     """
-    labels = same.flatten().cpu().numpy()
-    positives = int(labels.sum())
-    negatives = labels.size - positives
-    if not positives or not negatives:
-        return float("nan")
-    ranks = rankdata(scores.detach().flatten().cpu().numpy())
-    above = np.sum(ranks[labels]) - positives * (positives + 1) / 2
-    return float(above / positives / negatives)
+
+    def __init__(self, ranker: "_Ranker", first: Tensor, second: Tensor) -> None:
+        self.ranker = ranker
+        if ranker.towards_same is None:
+            return
+        always = first.amin(0) > second.amax(0)
+        never = first.amax(0) <= second.amin(0)
+        self.varying = (~(always | never)).nonzero()[:, 0]
+        constant = always.to(ranker.dtype)[None] @ ranker.towards_same
+        self.weights = torch.cat([ranker.towards_same[self.varying], constant])
+
+    def __call__(self, first: Tensor, second: Tensor) -> Tensor:
+        """Returns α of pairs of keys, (..., D), 0 or 1, in a buffer that the next call reuses."""
+        ranker, shape = self.ranker, torch.broadcast_shapes(first.shape[:-1], second.shape[:-1])
+        if ranker.towards_same is None:
+            alpha = indicator(ranker.pair_classifier, (first - second).flatten(0, -2))
+            return _by_part(alpha, ranker.parts).to(ranker.dtype).view(*shape, -1)
+        gates = ranker.buffer("gates", (*shape, len(self.weights)))
+        torch.gt(first[..., self.varying], second[..., self.varying], out=gates[..., :-1])
+        gates[..., -1] = 1
+        alpha = ranker.buffer("alpha", (shape.numel(), self.weights.shape[1]))
+        torch.mm(gates.flatten(0, -2), self.weights, out=alpha)
+        return alpha.gt_(0).view(*shape, -1)
+
+
+class _Ranker:
+    """Works through the pairs of queries and gallery images in blocks and tiles of bounded size.
+
+    The grid of tiles depends on the sizes alone, so however many processes share the blocks of
+    the gallery, each tile is computed by the same operations on the same numbers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        query: Encoding,
+        gallery: Encodings,
+        threshold: float = 0.2,
+        unit: bool = False,
+        precision: torch.dtype | None = None,
+        max_memory: int | None = None,
+        distributed: bool = False,
+        progress: bool = False,
+    ) -> None:
+        if not 0 <= threshold < 1:
+            raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
+        if precision not in (None, torch.float16, torch.bfloat16):
+            raise TypeError(f"precision must be torch.float16 or torch.bfloat16, got {precision}")
+        if distributed and not (dist.is_available() and dist.is_initialized()):
+            raise ValueError("distributed ranking needs torch.distributed.init_process_group()")
+        self.pair_classifier, self.device = _pair_classifier(model, query, gallery)
+        self.query, self.gallery = query, gallery
+        self.threshold, self.unit, self.precision = threshold, unit, precision
+        self.distributed, self.progress = distributed, progress
+        features, maps = query.features, query.maps
+        cuda = self.device.type == "cuda"
+        self.dtype = precision if precision is not None and cuda else features.dtype
+        self.parts = 0 if query.basis is not None else features.shape[1] // maps.shape[1]
+        self.first_layer, self.towards_same = None, None
+        layers = _linear_layers(self.pair_classifier)
+        if layers:
+            self.first_layer = layers[0]
+            weights = layers[1].weight.detach()[1, :, None] * layers[0].weight.detach()
+            weights = _by_part(weights.to(features.dtype), self.parts)
+            if precision is not None:
+                weights = weights / weights.abs().max().clamp(min=1e-30)
+            self.towards_same = _rounded(weights, features.dtype, precision)
+        self._set_grid(max_memory)
+        self._buffers: dict[str, Tensor] = {}
+        self._panel: tuple[slice, _Images] | None = None
+
+    def _set_grid(self, max_memory: int | None) -> None:
+        if max_memory is None:
+            free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 2**29
+            max_memory = free // 2
+        _at_least_one("max_memory", max_memory)
+        features, maps = self.query.features, self.query.maps
+        dim, channels, positions = features.shape[1], maps.shape[1], maps[0, 0].numel()
+        hidden = 2 * dim if self.first_layer is None else self.first_layer.out_features
+        size = self.dtype.itemsize
+        per_pair = size * (dim + hidden + positions) + 100 * maps.shape[2]
+        per_pair += 2 * size * channels if self.parts else 0
+        per_pair += 2 * features.element_size() * dim if self.first_layer is None else 0
+        here = all(
+            isinstance(images, Encoding)
+            and images.maps.device == self.device
+            and images.maps.dtype == self.dtype
+            for images in (self.query, self.gallery)
+        )
+        per_image = size * (maps[0].numel() + 2 * dim) * (2 if self.precision else 1)
+        images = max_memory // 2 // per_image  # images that can be brought to the device
+        pairs = max_memory // per_pair if here else max_memory // 2 // per_pair
+        columns = int(pairs**0.5) if here else min(int(pairs**0.5), images // 2)
+        columns = columns // 16 * 16 if columns > 16 else columns
+        self.columns = max(min(columns, len(self.gallery)), 1)
+        self.rows = max(min(pairs // self.columns, len(self.query)), 1)
+        self.panel_size = len(self.query) if here else images - self.columns
+        self.panel_size = max(self.panel_size // self.rows, 1) * self.rows
+        self.pairs = max(pairs, 1)
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """No gradients, no autocast, the pair classifier in eval mode, buffers freed at the end."""
+        try:
+            with (
+                torch.no_grad(),
+                torch.autocast(self.device.type, enabled=False),
+                evaluating(self.pair_classifier),
+            ):
+                yield
+        finally:
+            self._buffers, self._panel = {}, None
+
+    def buffer(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Returns a tensor of a shape whose memory is used again: fresh memory costs time."""
+        numel = torch.Size(shape).numel()
+        if name not in self._buffers or self._buffers[name].numel() < numel:
+            self._buffers[name] = torch.empty(numel, dtype=self.dtype, device=self.device)
+        return self._buffers[name][:numel].view(shape)
+
+    def images(self, images: Encoding, *, is_query: bool) -> _Images:
+        """Returns one side of a tile on the device."""
+        images = images.to(self.device)
+        key = images.features
+        if self.first_layer is not None:
+            bias = self.first_layer.bias if is_query else None
+            key = F.linear(key, self.first_layer.weight.to(key.dtype))
+            key = key if bias is None else key + bias.to(key.dtype)
+        return _Images(images, key, self.precision)
+
+    def panels(self) -> Iterator[tuple[slice, _Images]]:
+        """Yields the queries, as many at a time as the device may hold."""
+        for start in range(0, len(self.query), self.panel_size):
+            rows = slice(start, min(start + self.panel_size, len(self.query)))
+            if self._panel is None or self._panel[0] != rows:
+                self._panel = None
+                self._panel = rows, self.images(self.query[rows], is_query=True)
+            yield self._panel
+
+    def blocks(self) -> list[slice]:
+        """Returns this process's share of the gallery."""
+        every = [
+            slice(start, min(start + self.columns, len(self.gallery)))
+            for start in range(0, len(self.gallery), self.columns)
+        ]
+        if not self.distributed:
+            return every
+        rank, world = dist.get_rank(), dist.get_world_size()
+        return every[rank * len(every) // world : (rank + 1) * len(every) // world]
+
+    def everyones(self, own: Any) -> list[Any]:
+        """Returns what every process has, in their order."""
+        if not self.distributed:
+            return [own]
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, own)
+        return gathered
+
+    def gathered(self, parts: list[_Pairs]) -> _Pairs:
+        """Returns the listed pairs of all processes."""
+        own = tuple(each.cpu() for each in _cat(parts)) if self.distributed else _cat(parts)
+        return _cat(self.everyones(own))
+
+    def bar(self, total: int, desc: str) -> Any:
+        """Returns a progress bar over pairs."""
+        return tqdm(
+            total=total, unit="pair", unit_scale=True, leave=False,
+            disable=None if self.progress else True, desc=desc,
+        )  # fmt: skip
+
+    def every_pair(
+        self, function: Callable[[_Images, _Images, _Indicator], Tensor], desc: str
+    ) -> Tensor:
+        """Returns the (Q, G) matrix of a function of tiles, on the device of the queries."""
+        blocks = self.blocks()
+        span = slice(blocks[0].start, blocks[-1].stop) if blocks else slice(0, 0)
+        own = self.query.features.new_empty(len(self.query), span.stop - span.start)
+        with self.bar(own.numel(), desc) as bar:
+            for rows, panel in self.panels():
+                for block in blocks:
+                    second = self.images(self.gallery[block], is_query=False)
+                    of_pairs = _Indicator(self, panel.key, second.key)
+                    columns = slice(block.start - span.start, block.stop - span.start)
+                    for start in range(0, len(panel), self.rows):
+                        first = panel[start : start + self.rows]
+                        to = slice(rows.start + start, rows.start + start + len(first))
+                        own[to, columns] = function(first, second, of_pairs).to(own.device)
+                        bar.update(len(first) * len(second))
+        if not self.distributed:
+            return own
+        return torch.cat(self.everyones(own.cpu()), 1).to(own.device)
+
+    def distances(self, first: _Images, second: _Images, of_pairs: _Indicator) -> Tensor:
+        """Returns the attention distances of a tile."""
+        alpha = of_pairs(first.key[:, None], second.key[None])
+        maps = (len(first), first.maps.shape[1], len(second))
+        by_first = first.profiles_of(alpha, self.buffer("maps", maps))
+        out = self.buffer("maps", (len(second), maps[1], len(first)))
+        by_second = second.profiles_of(alpha.transpose(0, 1), out)
+        return self.distance(by_first.contiguous(), by_second.transpose(0, 1).contiguous())
+
+    def distance(self, first: Tensor, second: Tensor) -> Tensor:
+        """Returns the distances of row profiles."""
+        return attention_distance(first, second, threshold=self.threshold, unit=self.unit)
+
+    def same_identity(self, first: _Images, second: _Images, _: _Indicator) -> Tensor:
+        """Returns z1 − z0 of a tile."""
+        layers = _linear_layers(self.pair_classifier)
+        if layers:
+            last = layers[1]
+            hidden = (first.key[:, None] - second.key[None]).relu_()
+            scores: Tensor = hidden @ (last.weight[1] - last.weight[0]).to(hidden.dtype)
+            return scores if last.bias is None else scores + (last.bias[1] - last.bias[0])
+        differences = first.features[:, None] - second.features[None]
+        scores = self.pair_classifier(differences.flatten(0, 1))
+        return (scores[:, 1] - scores[:, 0]).view(len(first), len(second))
+
+    def of_one_indicator(self) -> Tensor:
+        """Returns the (Q, G) matrix where all pairs have one α: an affine pair classifier."""
+        alpha = indicator(self.pair_classifier, self.query.features[:1].to(self.device))
+        alpha = _by_part(alpha, self.parts).to(self.dtype)
+
+        def aligned(images: _Images) -> Tensor:
+            profiles = images.profiles_of(alpha.expand(len(images), 1, -1))[:, 0]
+            profiles = align_profiles(profiles, self.threshold)
+            return F.normalize(profiles, dim=-1) if self.unit else profiles
+
+        first = torch.cat(
+            [
+                aligned(panel[start : start + self.rows])
+                for _, panel in self.panels()
+                for start in range(0, len(panel), self.rows)
+            ]
+        )
+        own = [
+            aligned(self.images(self.gallery[block], is_query=False)).cpu()
+            for block in self.blocks()
+        ]
+        second = torch.cat([each for some in self.everyones(own) for each in some])
+        mode = "donot_use_mm_for_euclid_dist"
+        distmat = torch.cdist(first, second.to(first.device), compute_mode=mode)
+        return distmat.to(self.query.features.device)
+
+    def _compared(self, features: Tensor) -> Tensor:
+        """Returns features as they are compared: of unit length where profiles are."""
+        features = features.to(self.device)
+        return F.normalize(features, dim=1) if self.unit else features
+
+    def nearest(self, topk: int) -> tuple[Tensor, Tensor]:
+        """Returns the pairs of each query with its topk nearest gallery images by features."""
+        topk = min(topk, len(self.gallery))
+        qf = self._compared(self.query.features)
+        columns = None
+        if isinstance(self.gallery, Encoding) and not self.distributed:
+            columns = _nearest_by_faiss(qf, self._compared(self.gallery.features), topk)
+        if columns is None:
+            distances, columns = qf.new_empty(len(qf), 0), qf.new_empty(len(qf), 0).long()
+            for block in self.blocks():
+                gf = self._compared(self.gallery[block].features)
+                rows = torch.arange(block.start, block.stop, device=qf.device)
+                distances = torch.cat([distances, _squared_distances(qf, gf)], 1)
+                columns = torch.cat([columns, rows.expand(len(qf), -1)], 1)
+                distances, best = distances.topk(min(topk, distances.shape[1]), largest=False)
+                columns = columns.gather(1, best)
+            every = self.everyones(
+                (distances.cpu(), columns.cpu()) if self.distributed else (distances, columns)
+            )
+            distances = torch.cat([each for each, _ in every], 1)
+            best = distances.topk(topk, largest=False).indices
+            columns = torch.cat([each for _, each in every], 1).gather(1, best)
+        rows = torch.arange(len(qf), device=columns.device)[:, None].expand_as(columns)
+        return rows.flatten(), columns.flatten()
+
+    def share(self, rows: Tensor, columns: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yields the blocks of this process's share, each with those of the pairs in it."""
+        order = columns.argsort(stable=True)
+        rows, columns = rows[order], columns[order]
+        with self.bar(len(rows), "Comparing attention") as bar:
+            for block in self.blocks():
+                span = columns.new_tensor([block.start, block.stop])
+                start, stop = torch.searchsorted(columns, span).tolist()
+                if stop > start:
+                    yield block, rows[start:stop], columns[start:stop]
+                    bar.update(stop - start)
+
+    def within(self, bound: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yields the blocks with the pairs whose features are no further apart than a bound."""
+        qf = self._compared(self.query.features)
+        slack = 1e-5 if qf.dtype == torch.float32 else 1e-12  # of squared distances of unit vectors
+        bound = bound.to(qf.device).square()[:, None] + slack
+        blocks = self.blocks()
+        with self.bar(len(qf) * sum(b.stop - b.start for b in blocks), "Searching") as bar:
+            for block in blocks:
+                gf = self._compared(self.gallery[block].features)
+                columns, rows = (_squared_distances(qf, gf) <= bound).T.nonzero(as_tuple=True)
+                if len(rows):
+                    yield block, rows, columns + block.start
+                bar.update(len(qf) * len(gf))
+
+    def listed(self, block: slice, rows: Tensor, columns: Tensor) -> _Pairs:
+        """Returns the distances of some pairs of the queries and one block of the gallery.
+
+        Pairs are sorted by gallery image, so that the maps of each image are one product.
+        """
+        rows, columns = rows.to(self.device), columns.to(self.device)
+        second = self.images(self.gallery[block], is_query=False)
+        found: list[_Pairs] = []
+        for queries, panel in self.panels():
+            inside = (rows >= queries.start) & (rows < queries.stop)
+            of_pairs = _Indicator(self, panel.key, second.key)
+            for i, j in zip(
+                rows[inside].split(self.pairs), columns[inside].split(self.pairs), strict=True
+            ):
+                mine, its = i - queries.start, j - block.start
+                alpha = of_pairs(panel.key[mine], second.key[its])
+                by_second = _profiles_of_listed(second, its, alpha)
+                order = mine.argsort(stable=True)
+                by_first = torch.empty_like(by_second)
+                by_first[order] = _profiles_of_listed(panel, mine[order], alpha[order])
+                differences = self._compared(panel.features[mine])
+                differences -= self._compared(second.features[its])
+                found.append((i, j, differences.norm(dim=1), self.distance(by_first, by_second)))
+        return _cat(found)
+
+
+def _by_part(values: Tensor, parts: int) -> Tensor:
+    """Returns (..., D) values of features with the channels of a part together, if any."""
+    return values.unflatten(-1, (-1, parts)).transpose(-2, -1).flatten(-2) if parts else values
+
+
+def _profiles_of_listed(images: _Images, rows: Tensor, alpha: Tensor) -> Tensor:
+    """Returns the profiles of images, one for each α; equal rows stand together."""
+    which, counts = rows.unique_consecutive(return_counts=True)
+    profiles = [
+        images[row : row + 1].profiles_of(each[None])[0]
+        for row, each in zip(which.tolist(), alpha.split(counts.tolist()), strict=True)
+    ]
+    return torch.cat(profiles)
+
+
+def _cat(parts: list[_Pairs]) -> _Pairs:
+    """Returns several lists of pairs as one."""
+    if not parts:
+        nothing = torch.empty(0)
+        return nothing.long(), nothing.long(), nothing, nothing
+    first, second, third, fourth = (torch.cat(each) for each in zip(*parts, strict=True))
+    return first, second, third, fourth
+
+
+def _squared_distances(qf: Tensor, gf: Tensor) -> Tensor:
+    """Returns the squared l2 distances of all pairs, up to rounding."""
+    distances = torch.addmm(gf.square().sum(1)[None], qf, gf.T, alpha=-2)
+    return distances.add_(qf.square().sum(1)[:, None])
+
+
+def _nearest_by_faiss(qf: Tensor, gf: Tensor, topk: int) -> Tensor | None:
+    """Returns the nearest rows of gf of each row of qf by FAISS; None where it cannot be used."""
+    if qf.device.type != "cpu" or qf.dtype != torch.float32:
+        return None
+    try:
+        import faiss
+    except ImportError:
+        return None
+    _, nearest = faiss.knn(qf.contiguous().numpy(), gf.contiguous().numpy(), topk)
+    return torch.from_numpy(nearest)
+
+
+def _rounded(operand: Tensor, dtype: torch.dtype, precision: torch.dtype | None) -> Tensor:
+    """Returns the operand of a matrix product: rounded to a precision where one is given.
+
+    It comes in that precision on CUDA, and in `dtype` elsewhere: few CPUs multiply halves.
+    """
+    if precision is None:
+        return operand.to(dtype)
+    operand = operand.to(precision)
+    return operand if operand.device.type == "cuda" else operand.to(dtype)
+
+
+def _at_least_one(name: str, value: int) -> int:
+    """Returns a count, or raises ValueError."""
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
 
 
 def _pair_classifier(
-    model: nn.Module, query: Encoding, gallery: Encoding
+    model: nn.Module, query: Encoding, gallery: Encodings
 ) -> tuple[nn.Module, torch.device]:
     """Returns the pair classifier of a model and its device, the arguments being sound."""
-    if not isinstance(query, Encoding) or not isinstance(gallery, Encoding):
+    if not isinstance(query, Encoding) or not isinstance(gallery[:1], Encoding):
         raise TypeError(
             "query and gallery must be what model.encode gives, got "
             f"{type(query).__name__} and {type(gallery).__name__}"
         )
+    gallery = gallery[:1]
     if (query.basis is None) != (gallery.basis is None):
         raise TypeError("query and gallery must be encoded by one model, got unlike encodings")
     if query.maps.shape[1:] != gallery.maps.shape[1:] or (
@@ -485,121 +879,6 @@ def _linear_layers(pair_classifier: PairScorer) -> tuple[nn.Linear, nn.Linear] |
 def _is_affine(pair_classifier: PairScorer) -> bool:
     layers = _layers(pair_classifier)
     return bool(layers) and all(type(layer) is nn.Linear for layer in layers)
-
-
-def _tiled(
-    pair_classifier: PairScorer,
-    device: torch.device,
-    query: Encoding,
-    gallery: Encoding,
-    function: Callable[[Encoding, Encoding, Tensor], Tensor],
-    max_memory: int,
-    progress: bool,
-    wanted: Literal["gradient", "scores"],
-) -> Tensor:
-    """Returns a (Q, G) matrix computed in tiles of pairs.
-
-    `function` takes the images of a tile, and the (q, g, D) gradients ∂z1/∂f⁻ of its pairs or
-    their (q, g, 2) scores z; it returns (q, g) values.
-    """
-    dim = query.features.shape[1]
-    layers = _linear_layers(pair_classifier)
-    hidden = layers[0].out_features if layers else dim
-    per_pair = 3 * dim + 2 * hidden + (8 * query.maps[0, 0].numel() if wanted == "gradient" else 8)
-    if query.activations is not None:
-        per_pair += 2 * dim + 2 * query.maps.shape[1]
-    pairs = max(max_memory // (per_pair * query.features.element_size()), 1)
-    rows = max(min(int(pairs**0.5), len(query)), 1)
-    columns = max(min(pairs // rows, len(gallery)), 1)
-    distmat = query.features.new_empty(len(query), len(gallery))
-    bar = tqdm(
-        total=distmat.numel(), unit="pair", unit_scale=True, leave=False,
-        disable=None if progress else True, desc="Comparing attention",
-    )  # fmt: skip
-    with bar:
-        for left in range(0, len(query), rows):
-            first = query[left : left + rows].to(device)
-            for top in range(0, len(gallery), columns):
-                second = gallery[top : top + columns].to(device)
-                values = (_gradients if wanted == "gradient" else _scores)(
-                    pair_classifier, first.features, second.features
-                )
-                distmat[left : left + rows, top : top + columns] = function(first, second, values)
-                bar.update(len(first) * len(second))
-    return distmat
-
-
-def _hidden(first_layer: nn.Linear, qf: Tensor, gf: Tensor) -> Tensor:
-    """Returns W1 (f1 − f2) + b1 of all pairs, (q, g, hidden): W1 f once per image."""
-    weight = first_layer.weight.to(qf.dtype)
-    hidden = (qf @ weight.T)[:, None] - (gf @ weight.T)[None]
-    return hidden if first_layer.bias is None else hidden + first_layer.bias.to(qf.dtype)
-
-
-def _gradients(pair_classifier: PairScorer, qf: Tensor, gf: Tensor) -> Tensor:
-    """Returns ∂z1/∂f⁻ of all pairs, (q, g, D)."""
-    layers = _linear_layers(pair_classifier)
-    if layers:
-        towards_same = layers[1].weight[1].to(qf.dtype)[:, None] * layers[0].weight.to(qf.dtype)
-        gate = _hidden(layers[0], qf, gf) > 0
-        return gate.to(qf.dtype) @ towards_same
-    with torch.enable_grad():
-        differences = (qf[:, None] - gf[None]).flatten(0, 1).requires_grad_()
-        scores = pair_classifier(differences)[:, 1].sum()
-        (gradients,) = torch.autograd.grad(scores, differences)
-    return gradients.view(len(qf), len(gf), -1)
-
-
-def _scores(pair_classifier: PairScorer, qf: Tensor, gf: Tensor) -> Tensor:
-    """Returns z of all pairs, (q, g, 2)."""
-    layers = _linear_layers(pair_classifier)
-    if layers:
-        scores = _hidden(layers[0], qf, gf).relu() @ layers[1].weight.to(qf.dtype).T
-        return scores if layers[1].bias is None else scores + layers[1].bias.to(qf.dtype)
-    return pair_classifier((qf[:, None] - gf[None]).flatten(0, 1)).view(len(qf), len(gf), 2)
-
-
-def _attention_maps(
-    alpha: Float[Tensor, "images others dim"], images: Encoding
-) -> Float[Tensor, "images others height width"]:
-    """Returns the maps M = ReLU(Σ_k w_k A_k) of each image for each of its indicators α."""
-    weights = (
-        alpha if images.basis is not None else _part_weights(images.features, images.maps, alpha)
-    )
-    maps = torch.bmm(weights, images.maps.flatten(2)).relu_()
-    return maps.view(*maps.shape[:2], *images.maps.shape[2:])
-
-
-def _parts(activations: Tensor, parts: int) -> Tensor:
-    """Returns A pooled into horizontal parts, (B, C, parts)."""
-    return F.adaptive_avg_pool2d(activations, (parts, 1)).squeeze(3)
-
-
-def _part_weights(
-    features: Float[Tensor, "images dim"],
-    activations: Float[Tensor, "images channels height width"],
-    alpha: Float[Tensor, "images others dim"],
-) -> Float[Tensor, "images others channels"]:
-    """Returns w = GAP(∂(α, f)/∂A) of normalised parts: Σ_p (α_p − f_p (f_p·α_p)) / (‖g_p‖ HW).
-
-    g_p is the pooled part and f_p = g_p / ‖g_p‖, with ‖g_p‖ >= 1e-12 as in ``F.normalize``.
-    """
-    channels, height, width = activations.shape[1:]
-    parts = features.shape[1] // channels
-    norms = _parts(activations, parts).norm(dim=1).clamp(min=1e-12)
-    scale = 1 / (norms * (height * width))
-    unit = features.unflatten(1, (channels, parts))
-    alpha = alpha.unflatten(2, (channels, parts))
-    along = torch.einsum("nocp,ncp->nop", alpha, unit) * scale[:, None]
-    return torch.einsum("nocp,np->noc", alpha, scale) - torch.einsum("nop,ncp->noc", along, unit)
-
-
-def _close(first: Tensor, second: Tensor) -> bool:
-    """Returns whether two tensors agree up to rounding, relative to their largest value."""
-    if first.shape != second.shape:
-        return False
-    tolerance = 100 * torch.finfo(first.dtype).eps
-    return bool((first - second).abs().max() <= tolerance * second.abs().max())
 
 
 def _min_max(distmat: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -26,7 +26,8 @@ from torchvision.models import mobilenet_v2
 
 from casn_plugin import CASN, ImageCASNEngine, PairSampler, attention_distmat, fuse_distmats
 from casn_plugin.engine import EMBEDDED_DATASET
-from casn_plugin.ranking import Encoding, pair_attention
+from casn_plugin.encoding import Encoding
+from casn_plugin.ranking import pair_attention
 from casn_plugin.visualization import denormalize, plot_curves, plot_pairs
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -12,7 +12,10 @@ import pytest
 import casn_plugin
 
 ROOT = Path(casn_plugin.__file__).parent
-LAYERS = ("attention", "losses", "sampler", "ranking", "model", "visualization", "data", "engine")
+LAYERS = (
+    "attention", "losses", "sampler", "encoding", "ranking", "evaluation", "model", "index",
+    "visualization", "data", "engine",
+)  # fmt: skip
 
 
 def test_import_loads_neither_torchreid_nor_matplotlib():

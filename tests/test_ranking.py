@@ -7,12 +7,8 @@ import torch
 from torch import nn
 
 from casn_plugin import Encoding, PairClassifier, attention_distmat, fuse_distmats
-from casn_plugin.ranking import (
-    encode_head,
-    pair_attention,
-    same_identity_distmat,
-    verification_auc,
-)
+from casn_plugin.encoding import encode_head
+from casn_plugin.ranking import pair_attention, same_identity_distmat
 
 CHANNELS, PARTS = 8, 3
 
@@ -248,15 +244,3 @@ def test_fusion_by_query_depends_on_no_other_query():
     whole = fuse_distmats(features, attention, normalization="query")
     alone = fuse_distmats(features[2:3], attention[2:3], normalization="query")
     torch.testing.assert_close(whole[2:3], alone, rtol=0, atol=0)
-
-
-def test_auc_counts_pairs_in_the_right_order():
-    scores = torch.randint(0, 5, (6, 7)).double()
-    same = torch.rand(6, 7) > 0.6
-    wins = [
-        1.0 if s > d else 0.5 if s == d else 0.0
-        for s in scores[same].tolist()
-        for d in scores[~same].tolist()
-    ]
-    assert verification_auc(scores, same) == pytest.approx(np.mean(wins))
-    assert np.isnan(verification_auc(scores, torch.ones(6, 7, dtype=torch.bool)))

@@ -1,0 +1,221 @@
+"""How well a ranking or a classification of pairs is: CMC, mAP, mINP and the ROC AUC.
+
+A match's position in a ranking is 1 + the number of valid gallery entries nearer than it, which
+is found by its value alone: no order of the whole gallery is made, only sorted distances.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32, Float64, Int64, Integer
+from torch import Tensor
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well distances rank the gallery, as :func:`evaluate_rank` finds it.
+
+    Attributes:
+        cmc: cumulative matching characteristics in [0, 1]: the share of valid queries with a
+            match among the first 1, 2, ... entries.
+        mean_ap: mAP in (0, 1].
+        mean_inp: mINP in (0, 1] (Ye et al., "Deep learning for person re-identification: a survey
+            and outlook"): mean of number of matches / position of the last match.
+        ap: average precision of each query in (0, 1], NaN where it has no match.
+        first_match: each query's rank of the first match, from 0, or -1 where it has none.
+    """
+
+    cmc: Float32[np.ndarray, "ranks"]
+    mean_ap: float
+    mean_inp: float
+    ap: Float64[np.ndarray, "queries"]
+    first_match: Int64[np.ndarray, "queries"]
+
+
+def evaluate_rank(
+    distmat: Float[Tensor, "queries galleries"],
+    q_pids: Integer[np.ndarray, "queries"] | Integer[Tensor, "queries"],
+    g_pids: Integer[np.ndarray, "galleries"] | Integer[Tensor, "galleries"],
+    q_camids: Integer[np.ndarray, "queries"] | Integer[Tensor, "queries"],
+    g_camids: Integer[np.ndarray, "galleries"] | Integer[Tensor, "galleries"],
+    *,
+    max_rank: int = 50,
+    max_memory: int = 256 * 2**20,
+    progress: bool = False,
+) -> Evaluation:
+    """Returns CMC, mAP and mINP, the first two equal to those of torchreid's ``evaluate_rank``.
+
+    Gallery entries of the query's own pid and camid are junk and left out; a query without any
+    other entry of its pid does not count. Where a match ties with another person's entry, the
+    order is that of ``np.argsort``, as in torchreid (in float32 for dtypes that NumPy lacks).
+
+    Args:
+        distmat: distances of any float dtype on any device, where the work is done.
+        q_pids: identities of the queries.
+        g_pids: identities of the gallery.
+        q_camids: cameras of the queries.
+        g_camids: cameras of the gallery.
+        max_rank: length of the CMC, cut to the size of the gallery.
+        max_memory: bytes that the tensors of a block of queries may take.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        TypeError: distances that are no float tensor, pids or camids that are no integers.
+        ValueError: unlike shapes, `max_rank` or `max_memory` below 1, or no query with a match.
+
+    Example:
+        >>> distmat, camids = torch.tensor([[0.0, 0.1, 0.2]]), np.array([1, 1, 2])
+        >>> found = evaluate_rank(distmat, np.array([7]), np.array([7, 8, 7]), camids[:1], camids)
+        >>> found.cmc.tolist(), found.mean_ap, found.mean_inp
+        ([0.0, 1.0, 1.0], 0.5, 0.5)
+    """
+    if not isinstance(distmat, Tensor) or not distmat.is_floating_point():
+        got = distmat.dtype if isinstance(distmat, Tensor) else type(distmat).__name__
+        raise TypeError(f"distmat must be a float tensor, got {got}")
+    if distmat.ndim != 2:
+        raise ValueError(f"distmat must be (queries, galleries), got {tuple(distmat.shape)}")
+    for name, value in (("max_rank", max_rank), ("max_memory", max_memory)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    distmat, (queries, galleries) = distmat.detach(), distmat.shape
+    q_pids, q_camids = _ids("q_pids", q_pids, queries), _ids("q_camids", q_camids, queries)
+    g_pids, g_camids = _ids("g_pids", g_pids, galleries), _ids("g_camids", g_camids, galleries)
+
+    by_pid = g_pids.argsort(kind="stable")
+    start = np.searchsorted(g_pids, q_pids, "left", by_pid)
+    end = np.searchsorted(g_pids, q_pids, "right", by_pid)
+    slots = np.arange((end - start).max(initial=0))  # a query's entries of its pid, padded
+    ap, inp = np.full(queries, np.nan), np.full(queries, np.nan)
+    first_match = np.full(queries, -1)
+    block_size = max(1, max_memory // max(1, 24 * galleries + 200 * len(slots)))
+    stop = queries if len(slots) else 0
+    bar = tqdm(
+        total=stop, unit="query", leave=False,
+        disable=None if progress else True, desc="Evaluating",
+    )  # fmt: skip
+    with bar:
+        for top in range(0, stop, block_size):
+            rows = slice(top, top + block_size)
+            at = start[rows, None] + slots
+            present = at < end[rows, None]
+            same = by_pid[np.where(present, at, 0)]
+            match = present & (g_camids[same] != q_camids[rows, None])
+            positions, unsure = _positions(distmat[rows], same, present, match)
+            numbers = match.sum(1)
+            for row in unsure.nonzero()[0]:
+                query = top + row
+                junk = (g_pids == q_pids[query]) & (g_camids == q_camids[query])
+                place = _sorted_positions(distmat[query], g_pids == q_pids[query], junk)
+                positions[row, : len(place)] = place
+            valid = numbers.nonzero()[0]
+            numbers, positions = numbers[valid], positions[valid]
+            precision = np.where(slots < numbers[:, None], (slots + 1) / positions, 0)
+            ap[top + valid] = precision.sum(1) / numbers
+            inp[top + valid] = precision[np.arange(len(valid)), numbers - 1]
+            first_match[top + valid] = positions[:, 0] - 1
+            bar.update(len(at))
+
+    found = first_match[first_match >= 0]
+    if not len(found):
+        raise ValueError(
+            f"none of the {queries} queries has a match: expected a gallery entry of its pid from "
+            "another camera"
+        )
+    max_rank = min(max_rank, galleries)
+    hits = np.bincount(found, minlength=max_rank)[:max_rank].cumsum()
+    return Evaluation(
+        cmc=hits.astype(np.float32) / np.float32(len(found)),
+        mean_ap=float(np.nanmean(ap)),
+        mean_inp=float(np.nanmean(inp)),
+        ap=ap,
+        first_match=first_match,
+    )
+
+
+def verification_auc(
+    scores: Float[Tensor, "queries galleries"], same: Bool[Tensor, "queries galleries"]
+) -> float:
+    """Returns the ROC AUC of pair scores: 1 = all positives score higher, 0.5 = chance.
+
+    It is NaN where positives or negatives are missing. Ties count half.
+
+    Example:
+        >>> verification_auc(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([[True, False, False]]))
+        1.0
+    """
+    positives, negatives = scores[same], _sorted(scores[~same])
+    if not len(positives) or not len(negatives):
+        return float("nan")
+    below = int(torch.searchsorted(negatives, positives).sum())
+    not_above = int(torch.searchsorted(negatives, positives, right=True).sum())
+    return (below + not_above) / 2 / len(positives) / len(negatives)
+
+
+def _sorted(values: Tensor) -> Tensor:
+    """Returns values sorted along the last dimension, NaN last."""
+    if values.is_cuda:
+        return values.sort().values
+    return torch.from_numpy(np.sort(values))  # several times faster than PyTorch on the CPU
+
+
+def _ids(name: str, ids: np.ndarray | Tensor, length: int) -> Int64[np.ndarray, "images"]:
+    """Returns pids or camids as an array of int64, or raises TypeError or ValueError."""
+    array = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integers, got {array.dtype}")
+    if array.shape != (length,):
+        raise ValueError(
+            f"{name} must be of shape ({length},) to fit distmat, got shape {array.shape}"
+        )
+    return array.astype(np.int64)
+
+
+def _positions(
+    distmat: Float[Tensor, "queries galleries"],
+    same: Int64[np.ndarray, "queries slots"],
+    present: Bool[np.ndarray, "queries slots"],
+    match: Bool[np.ndarray, "queries slots"],
+) -> tuple[Int64[np.ndarray, "queries slots"], Bool[np.ndarray, "queries"]]:
+    """Returns the positions of each query's matches, from 1, and for which queries to sort instead.
+
+    Those are the queries with a match that ties with a non-match, or is infinite or NaN.
+
+    Args:
+        distmat: the distances.
+        same: the gallery entries of each query's pid, padded.
+        present: which of these are no padding.
+        match: which are no junk either.
+    """
+    device = distmat.device
+    real, matching = (torch.from_numpy(mask).to(device) for mask in (present, match))
+    distmat = (distmat if distmat.element_size() >= 4 else distmat.float()).contiguous()
+    near = distmat.gather(1, torch.from_numpy(same).to(device))
+    near = near.where(real & (near < torch.inf), torch.inf)  # NaN becomes inf too
+    matches = near.where(matching, torch.inf)
+    unsure = (matching & (matches == torch.inf)).any(1)
+    near, matches = near.sort(1).values, matches.sort(1).values
+
+    ordered = _sorted(distmat)
+    ordered = ordered.where(~ordered.isnan(), torch.inf)
+    below = torch.searchsorted(ordered, matches)
+    upto = torch.searchsorted(ordered, matches, right=True)
+    same_below = torch.searchsorted(near, matches)
+    same_upto = torch.searchsorted(near, matches, right=True)
+
+    tied = (upto - below != same_upto - same_below) & (matches < torch.inf)
+    positions = below - same_below + torch.arange(1, same.shape[1] + 1, device=device)
+    return positions.cpu().numpy(), (unsure | tied.any(1)).cpu().numpy()
+
+
+def _sorted_positions(
+    distances: Float[Tensor, "galleries"],
+    same: Bool[np.ndarray, "galleries"],
+    junk: Bool[np.ndarray, "galleries"],
+) -> Int64[np.ndarray, "matches"]:
+    """Returns the positions of one query's matches, from 1, by torchreid's own procedure."""
+    known = distances.dtype in (torch.float16, torch.float32, torch.float64)
+    row = (distances if known else distances.float()).cpu().contiguous()
+    order = np.argsort(row.numpy())
+    return np.flatnonzero(same[order[~junk[order]]]) + 1
