@@ -233,7 +233,8 @@ def part_scales(
         tensor([[0.0417, 0.0417, 0.0417]])
     """
     norms = _parts(activations, parts).norm(dim=1).clamp(min=1e-12)
-    return 1 / (norms * activations[0, 0].numel())
+    scales: Tensor = 1 / (norms * (activations.shape[2] * activations.shape[3]))
+    return scales
 
 
 def _parts(activations: Tensor, parts: int) -> Tensor:

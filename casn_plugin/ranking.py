@@ -517,7 +517,8 @@ class _Ranker:
             max_memory = free // 2
         _at_least_one("max_memory", max_memory)
         features, maps = self.query.features, self.query.maps
-        dim, channels, positions = features.shape[1], maps.shape[1], maps[0, 0].numel()
+        dim, channels = features.shape[1], maps.shape[1]
+        positions = maps.shape[2] * maps.shape[3]
         hidden = 2 * dim if self.first_layer is None else self.first_layer.out_features
         size = self.dtype.itemsize
         per_pair = size * (dim + hidden + positions) + 100 * maps.shape[2]
@@ -529,7 +530,7 @@ class _Ranker:
             and images.maps.dtype == self.dtype
             for images in (self.query, self.gallery)
         )
-        per_image = size * (maps[0].numel() + 2 * dim) * (2 if self.precision else 1)
+        per_image = size * (channels * positions + 2 * dim) * (2 if self.precision else 1)
         images = max_memory // 2 // per_image  # images that can be brought to the device
         pairs = max_memory // per_pair if here else max_memory // 2 // per_pair
         columns = int(pairs**0.5) if here else min(int(pairs**0.5), images // 2)
@@ -570,14 +571,19 @@ class _Ranker:
             key = key if bias is None else key + bias.to(key.dtype)
         return _Images(images, key, self.precision)
 
-    def panels(self) -> Iterator[tuple[slice, _Images]]:
-        """Yields the queries, as many at a time as the device may hold."""
-        for start in range(0, len(self.query), self.panel_size):
-            rows = slice(start, min(start + self.panel_size, len(self.query)))
-            if self._panel is None or self._panel[0] != rows:
-                self._panel = None
-                self._panel = rows, self.images(self.query[rows], is_query=True)
-            yield self._panel
+    def panels(self) -> list[slice]:
+        """Returns the queries in portions that the device may hold."""
+        return [
+            slice(start, min(start + self.panel_size, len(self.query)))
+            for start in range(0, len(self.query), self.panel_size)
+        ]
+
+    def panel(self, rows: slice) -> _Images:
+        """Returns some queries on the device; the last ones asked for stay there."""
+        if self._panel is None or self._panel[0] != rows:
+            self._panel = None
+            self._panel = rows, self.images(self.query[rows], is_query=True)
+        return self._panel[1]
 
     def blocks(self) -> list[slice]:
         """Returns this process's share of the gallery."""
@@ -618,7 +624,8 @@ class _Ranker:
         span = slice(blocks[0].start, blocks[-1].stop) if blocks else slice(0, 0)
         own = self.query.features.new_empty(len(self.query), span.stop - span.start)
         with self.bar(own.numel(), desc) as bar:
-            for rows, panel in self.panels():
+            for rows in self.panels():
+                panel = self.panel(rows)
                 for block in blocks:
                     second = self.images(self.gallery[block], is_query=False)
                     of_pairs = _Indicator(self, panel.key, second.key)
@@ -669,9 +676,9 @@ class _Ranker:
 
         first = torch.cat(
             [
-                aligned(panel[start : start + self.rows])
-                for _, panel in self.panels()
-                for start in range(0, len(panel), self.rows)
+                aligned(self.panel(rows)[start : start + self.rows])
+                for rows in self.panels()
+                for start in range(0, rows.stop - rows.start, self.rows)
             ]
         )
         own = [
@@ -747,8 +754,11 @@ class _Ranker:
         rows, columns = rows.to(self.device), columns.to(self.device)
         second = self.images(self.gallery[block], is_query=False)
         found: list[_Pairs] = []
-        for queries, panel in self.panels():
+        for queries in self.panels():
             inside = (rows >= queries.start) & (rows < queries.stop)
+            if not inside.any():
+                continue
+            panel = self.panel(queries)
             of_pairs = _Indicator(self, panel.key, second.key)
             for i, j in zip(
                 rows[inside].split(self.pairs), columns[inside].split(self.pairs), strict=True

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torchvision.models import mobilenet_v2
 
 from casn_plugin import CASN, ImageCASNEngine, PairSampler, attention_distmat, fuse_distmats
-from casn_plugin.engine import EMBEDDED_DATASET
 from casn_plugin.encoding import Encoding
+from casn_plugin.engine import EMBEDDED_DATASET
 from casn_plugin.ranking import pair_attention
 from casn_plugin.visualization import denormalize, plot_curves, plot_pairs
 

@@ -1,14 +1,23 @@
-"""Exactness of the ranking for every kind of head, fusion, and bounded tiles."""
+"""Exactness of the ranking for every kind of head, search, fusion, bounded tiles, processes."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
 import reference
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from casn_plugin import Encoding, PairClassifier, attention_distmat, fuse_distmats
+import casn_plugin
+from casn_plugin import Encoding, PairClassifier, attention_distmat, fuse_distmats, rank_gallery
 from casn_plugin.encoding import encode_head
-from casn_plugin.ranking import pair_attention, same_identity_distmat
+from casn_plugin.ranking import indicator_flips, pair_attention, same_identity_distmat
 
 CHANNELS, PARTS = 8, 3
 
@@ -244,3 +253,296 @@ def test_fusion_by_query_depends_on_no_other_query():
     whole = fuse_distmats(features, attention, normalization="query")
     alone = fuse_distmats(features[2:3], attention[2:3], normalization="query")
     torch.testing.assert_close(whole[2:3], alone, rtol=0, atol=0)
+
+
+class Blocks:
+    """A gallery that is no Encoding: it counts what is read of it."""
+
+    def __init__(self, encoding):
+        self.encoding, self.read = encoding, 0
+
+    def __len__(self):
+        return len(self.encoding)
+
+    def __getitem__(self, rows):
+        some = self.encoding[rows]
+        self.read += len(some)
+        return some
+
+
+@pytest.mark.parametrize("name", ["pooled", "parts"])
+@pytest.mark.parametrize("max_memory", [1, 30_000, 10**9])
+def test_a_gallery_read_in_blocks_gives_the_same(name, max_memory):
+    encoding = encode(HEADS[name][0], torch.rand(15, CHANNELS, 7, 3, dtype=torch.float64))
+    model = Model(PairClassifier(encoding.features.shape[1], 16).double())
+    query, gallery = encoding[:4], Blocks(encoding[4:])
+    for function in (attention_distmat, same_identity_distmat):
+        whole = function(model, query, encoding[4:])
+        read = function(model, query, gallery, max_memory=max_memory)
+        torch.testing.assert_close(read, whole, rtol=0, atol=1e-12)
+    whole = rank_gallery(model, query, encoding[4:], topk=5)
+    read = rank_gallery(model, query, gallery, topk=5, max_memory=max_memory)
+    assert torch.equal(read.indices, whole.indices)
+    torch.testing.assert_close(read.distances, whole.distances, rtol=0, atol=1e-12)
+
+
+def test_a_gallery_is_read_once_where_the_queries_fit():
+    encoding = encode(pooled, torch.rand(40, CHANNELS, 7, 3))
+    model, gallery = Model(PairClassifier(CHANNELS, 16)), Blocks(encoding)
+    attention_distmat(model, encoding[:4], gallery, max_memory=100_000)
+    assert gallery.read <= len(encoding) + 2  # twice one image, to see its size
+    gallery.read = 0
+    attention_distmat(model, encoding, gallery, max_memory=20_000)
+    assert gallery.read > 2 * len(encoding)
+
+
+def brute_force(model, query, gallery, topk, weight, threshold=0.2):
+    """Returns indices and distances by the whole matrices."""
+    qf, gf = (nn.functional.normalize(each.features) for each in (query, gallery))
+    distmat = (qf[:, None] - gf[None]).norm(dim=2)
+    attention = attention_distmat(model, query, gallery, unit=True, threshold=threshold)
+    fused = distmat + weight * attention
+    best = fused.sort(dim=1, stable=True)
+    return best.indices[:, :topk], best.values[:, :topk], distmat, attention
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    queries=st.integers(1, 6),
+    galleries=st.integers(1, 40),
+    topk=st.integers(1, 50),
+    weight=st.sampled_from([0.0, 0.01, 0.1, 0.5, 3.0]),
+    spread=st.sampled_from([0.0, 0.1, 1.0]),
+    name=st.sampled_from(["pooled", "parts"]),
+    max_memory=st.sampled_from([1, 40_000, None]),
+    classifier=st.sampled_from(["two layers", "affine", "smooth"]),
+)
+def test_search_finds_what_brute_force_finds(
+    seed, queries, galleries, topk, weight, spread, name, max_memory, classifier
+):
+    torch.manual_seed(seed)
+    centres = torch.rand(4, CHANNELS, 7, 3, dtype=torch.float64)
+    maps = centres[torch.randint(4, (queries + galleries,))]
+    maps = maps + spread * torch.rand_like(maps)
+    encoding = encode(HEADS[name][0], maps)
+    query, gallery = encoding[:queries], encoding[queries:]
+    model = Model(CLASSIFIERS[classifier](encoding.features.shape[1]).double())
+    found = rank_gallery(
+        model, query, gallery, topk=topk, attention_weight=weight, max_memory=max_memory
+    )
+    _, distances, by_features, attention = brute_force(model, query, gallery, topk, weight)
+    assert found.indices.shape == (queries, min(topk, galleries))
+    # equal images may come in either order, so distances tell
+    torch.testing.assert_close(found.distances, distances, rtol=0, atol=1e-7)
+    for own, matrix in (
+        (found.feature_distances, by_features),
+        (found.attention_distances, attention),
+    ):
+        torch.testing.assert_close(own, matrix.gather(1, found.indices), rtol=0, atol=1e-7)
+    assert all(len(set(row)) == len(row) for row in found.indices.tolist())
+    assert found.scored >= found.indices.numel()
+
+
+def test_search_scores_only_what_the_bound_cannot_exclude():
+    torch.manual_seed(1)
+    maps = torch.rand(50, CHANNELS, 7, 3, dtype=torch.float64) ** 4
+    encoding = encode(pooled, maps)
+    query, gallery = encoding[:3], encoding[3:]
+    model = Model(PairClassifier(CHANNELS, 16).double())
+    topk, weight = 2, 0.05
+    _, _, by_features, attention = brute_force(model, query, gallery, topk, weight)
+    nearest = by_features.topk(topk, largest=False).indices
+    bound = (by_features + weight * attention).gather(1, nearest).amax(1, keepdim=True)
+    expected = int((by_features <= bound).sum()) + 3 * topk
+    assert (
+        rank_gallery(model, query, gallery, topk=topk, attention_weight=weight).scored == expected
+    )
+    assert expected < 3 * 47
+
+
+@pytest.mark.parametrize("unit", [False, True])
+@pytest.mark.parametrize("with_faiss", [False, True])
+def test_a_shortlist_compares_the_nearest_by_features_only(unit, with_faiss, monkeypatch):
+    if with_faiss:
+        pytest.importorskip("faiss")
+    else:
+        monkeypatch.setitem(sys.modules, "faiss", None)
+    encoding = encode(parts, torch.rand(30, CHANNELS, 9, 3))
+    features = encoding.features * torch.rand(30, 1)
+    encoding = encode(pooled, torch.rand(30, CHANNELS, 9, 3) * torch.rand(30, 1, 1, 1))
+    query, gallery = encoding[:5], encoding[5:]
+    model = Model(PairClassifier(CHANNELS, 16))
+    whole = attention_distmat(model, query, gallery, unit=unit)
+    features = [
+        nn.functional.normalize(e.features) if unit else e.features for e in (query, gallery)
+    ]
+    distmat = torch.cdist(*features)
+    for topk in (1, 7, 25, 99):
+        some = attention_distmat(model, query, gallery, unit=unit, topk=topk)
+        near = torch.zeros_like(some, dtype=torch.bool)
+        near.scatter_(1, distmat.topk(min(topk, 25), largest=False).indices, True)
+        torch.testing.assert_close(some[near], whole[near], rtol=0, atol=1e-5)
+        assert (some[~near] == some.new_tensor(2**0.5 if unit else 9**0.5)).all()
+        assert (whole <= (2**0.5 if unit else 9**0.5)).all()
+        if unit:
+            found = rank_gallery(model, query, gallery, topk=topk, exact=False)
+            assert torch.equal(found.indices.sort(1).values, near.nonzero()[:, 1].view(5, -1))
+            fused = (distmat + 0.1 * whole).gather(1, found.indices)
+            torch.testing.assert_close(found.distances, fused, rtol=0, atol=1e-5)
+            assert (found.distances.diff(dim=1) >= 0).all() and found.scored == near.sum()
+
+
+@pytest.mark.parametrize("name", ["pooled", "parts"])
+def test_reduced_precision_rounds_the_operands_and_nothing_else(name):
+    encoding = encode(HEADS[name][0], torch.rand(12, CHANNELS, 7, 3))
+    model = Model(PairClassifier(encoding.features.shape[1], 16))
+    exact = attention_distmat(model, encoding[:4], encoding)
+    for precision, atol in ((torch.float16, 0.02), (torch.bfloat16, 0.2)):
+        reduced = attention_distmat(model, encoding[:4], encoding, precision=precision)
+        assert reduced.dtype == torch.float32
+        assert 0 < (reduced - exact).abs().median() < atol
+    same = encoding.to(torch.float64)
+    model.double()
+    assert indicator_flips(model, same, same) == (0, 144 * encoding.features.shape[1])
+
+
+def test_flips_of_the_indicator_are_counted():
+    encoding = encode(parts, torch.rand(9, CHANNELS, 7, 3))
+    model = Model(PairClassifier(CHANNELS * PARTS, 64))
+    layers = model.pair_classifier
+    weights = (layers[2].weight[1, :, None] * layers[0].weight).detach()
+    weights = (weights / weights.abs().max()).bfloat16().float()
+    expected = 0
+    with torch.no_grad():
+        for first in encoding.features:
+            for second in encoding.features:
+                gate = (layers[0](first - second) > 0).float()
+                alpha = gate @ weights > 0
+                inputs = (first - second).double().requires_grad_()
+                with torch.enable_grad():
+                    z = nn.Sequential(*layers).double()(inputs)[1]
+                    (gradient,) = torch.autograd.grad(z, inputs)
+                nn.Sequential(*layers).float()
+                expected += int((alpha != (gradient > 0)).sum())
+    found, number = indicator_flips(model, encoding, encoding, precision=torch.bfloat16)
+    assert found == expected > 0 and number == 81 * CHANNELS * PARTS
+
+
+def test_hidden_units_that_never_change_are_left_out(monkeypatch):
+    """They go into a constant, and the result stays what it was."""
+    encoding = encode(pooled, torch.rand(9, CHANNELS, 7, 3, dtype=torch.float64))
+    model = Model(PairClassifier(CHANNELS, 16).double())
+    model.pair_classifier[0].bias.data[:6] = torch.tensor([9.0, -9, 9, -9, 9, -9])
+    maps, shapes, mm = encoding.basis * 21, [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, **kw: shapes.append(a.shape[1]) or mm(a, b, **kw))
+    distmat = attention_distmat(model, encoding[:4], encoding[4:])
+    monkeypatch.undo()
+    assert 1 < max(shapes) <= 11  # ten units that change at most, and the constant
+    expected = reference.attention_distmat(
+        pooled, model.pair_classifier, maps[:4], maps[4:], 0.2, False
+    )
+    np.testing.assert_allclose(distmat, expected, rtol=0, atol=1e-10)
+
+
+def test_tiles_keep_to_their_memory():
+    from torch.profiler import ProfilerActivity, profile
+
+    encoding = encode(parts, torch.rand(150, 32, 12, 4))
+    model = Model(PairClassifier(32 * PARTS, 64))
+    for max_memory in (2**20, 2**22):
+        held = []
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            attention_distmat(model, encoding, Blocks(encoding), max_memory=max_memory)
+        total = 0
+        for event in profiler.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                total += event.nbytes()
+                held.append(total)
+        assert max_memory / 8 < max(held) - 4 * 150 * 150 < 1.5 * max_memory
+
+
+DISTRIBUTED = """
+import sys, torch, torch.distributed as dist
+from torch import nn
+from casn_plugin import Encoding, PairClassifier, attention_distmat, rank_gallery
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = nn.Module()
+model.pair_classifier = PairClassifier(24, 16)
+affine = nn.Module()
+affine.pair_classifier = nn.Linear(24, 2)
+images = Encoding(torch.rand(60, 24), basis=torch.rand(60, 24, 8, 3))
+query, gallery, distributed = images[:7], images[7:], len(sys.argv) > 2
+if distributed:
+    dist.init_process_group("gloo")
+options = dict(max_memory=200_000, distributed=distributed)
+found = [
+    attention_distmat(model, query, gallery, **options),
+    attention_distmat(affine, query, gallery, **options),
+    attention_distmat(model, query, gallery, topk=9, **options),
+    *vars(rank_gallery(model, query, gallery, topk=5, **options)).values(),
+    *vars(rank_gallery(model, query, gallery, topk=5, exact=False, **options)).values(),
+]
+rank = dist.get_rank() if distributed else 0
+torch.save(found, f"{sys.argv[1]}/{distributed}{rank}.pt")
+if distributed:
+    dist.destroy_process_group()
+"""
+
+
+def test_two_processes_rank_as_one_does_bit_for_bit(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(textwrap.dedent(DISTRIBUTED))
+    alone = [sys.executable, str(script), str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": str(Path(casn_plugin.__file__).parents[1])}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for command in (alone, [*launch, *alone[1:], "distributed"]):
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    one, first, second = (
+        torch.load(tmp_path / f"{name}.pt") for name in ("False0", "True0", "True1")
+    )
+    assert len(one) == len(first) == len(second) == 13
+    for expected, *both in zip(one, first, second, strict=True):
+        for each in both:
+            assert each == expected if isinstance(each, int) else torch.equal(each, expected)
+
+
+def test_bad_options_of_a_ranking_say_what_was_expected(unchecked):
+    encoding = encode(pooled, torch.rand(4, CHANNELS, 7, 3))
+    model = Model(PairClassifier(CHANNELS, 16))
+    for function in (attention_distmat, rank_gallery):
+        with pytest.raises(ValueError, match="topk must be at least 1, got 0"):
+            function(model, encoding, encoding, topk=0)
+        with pytest.raises(ValueError, match="max_memory must be at least 1, got 0"):
+            function(model, encoding, encoding, max_memory=0)
+        with pytest.raises(TypeError, match=r"float16 or torch.bfloat16, got torch.float64"):
+            function(model, encoding, encoding, precision=torch.float64)
+        with pytest.raises(ValueError, match="init_process_group"):
+            function(model, encoding, encoding, distributed=True)
+    with pytest.raises(ValueError, match="gallery is empty"):
+        rank_gallery(model, encoding, encoding[:0])
+    with pytest.raises(ValueError, match="attention_weight must be >= 0, got -1"):
+        rank_gallery(model, encoding, encoding, attention_weight=-1)
+    assert attention_distmat(model, encoding, encoding[:0]).shape == (4, 0)
+    assert attention_distmat(model, encoding[:0], encoding).shape == (0, 4)
+    assert rank_gallery(model, encoding[:0], encoding, topk=2).indices.shape == (0, 2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", [None, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["pooled", "parts"])
+def test_cuda_ranks_as_the_cpu_does(name, precision):
+    encoding = encode(HEADS[name][0], torch.rand(20, CHANNELS, 7, 3))
+    model = Model(PairClassifier(encoding.features.shape[1], 64))
+    options = {"precision": precision, "unit": True}
+    here = attention_distmat(model, encoding[:6], encoding, **options)
+    found = rank_gallery(model, encoding[:6], encoding, topk=4)
+    model.cuda()
+    for gallery in (encoding, encoding.to("cuda"), Blocks(encoding)):
+        there = attention_distmat(model, encoding[:6], gallery, **options)
+        assert there.device.type == "cpu"
+        assert (there - here).abs().median() < (1e-5 if precision is None else 1e-2)
+        again = rank_gallery(model, encoding[:6], gallery, topk=4)
+        torch.testing.assert_close(again.distances, found.distances, rtol=0, atol=1e-3)
