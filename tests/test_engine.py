@@ -13,6 +13,7 @@ import torchreid
 from conftest import MOBILENET, WARD, TinyBackbone, tiny_forward
 from torch import nn
 
+import casn_plugin.engine
 from casn_plugin import (
     CASN,
     IdentificationAttentionLoss,
@@ -21,6 +22,7 @@ from casn_plugin import (
     SiameseAttentionLoss,
 )
 from casn_plugin.engine import EMBEDDED_DATASET
+from casn_plugin.evaluation import Evaluation
 
 SIZE = (48, 24)
 
@@ -152,6 +154,57 @@ def test_every_reading_of_normalized_ranks_and_reranks(market_root, normalizatio
     assert plain == cmc[0] and type(plain) is float
     engine.test(rerank=True)
     assert engine.results["market1501"]["fused"]["mAP"] > 0
+
+
+def test_a_gallery_on_disk_ranks_as_one_in_memory(market_root, tmp_path, capsys):
+    engine = make_engine(market_root)
+    engine.test()
+    expected = engine.results
+    on_disk = make_engine(market_root, gallery_dir=str(tmp_path / "spill"), max_memory=2**20)
+    on_disk.casn.load_state_dict(engine.casn.state_dict())
+    capsys.readouterr()
+    for rerank in (False, True):
+        on_disk.test(rerank=rerank)
+        assert str(tmp_path / "spill") in capsys.readouterr().out
+        assert list((tmp_path / "spill").iterdir()) == []
+        if not rerank:
+            for name in ("features", "attention", "fused"):
+                for measure in ("mAP", "mINP"):
+                    assert on_disk.results["market1501"][name][measure] == pytest.approx(
+                        expected["market1501"][name][measure], abs=1e-6
+                    )
+
+
+def test_a_shortlist_as_long_as_the_gallery_changes_nothing(market_root):
+    engine = make_engine(market_root, attention_weight=0.5)
+    engine.test(normalize_feature=True)
+    expected = engine.results["market1501"]
+    short = make_engine(market_root, attention_weight=0.5, topk=10**6)
+    short.casn.load_state_dict(engine.casn.state_dict())
+    short.test(normalize_feature=True)
+    assert short.results["market1501"]["fused"]["mAP"] == pytest.approx(expected["fused"]["mAP"])
+    short.topk = 1  # the nearest stays the nearest, whatever its attention
+    short.test(normalize_feature=True)
+    assert short.results["market1501"]["fused"]["cmc"] == expected["features"]["cmc"]
+
+
+def test_evaluation_is_that_of_torchreid_and_has_minp(market_root, monkeypatch, capsys):
+    engine = make_engine(market_root)
+    engine.test()
+    assert "mINP" in capsys.readouterr().out
+    ours = engine.results["market1501"]
+    assert 0 < ours["fused"]["mINP"] <= 1
+
+    def theirs(distmat, *ids):
+        cmc, mean_ap = torchreid.metrics.evaluate_rank(distmat.numpy(), *ids)
+        return Evaluation(cmc, float(mean_ap), 0.0, np.zeros(1), np.zeros(1, dtype=np.int64))
+
+    monkeypatch.setattr(casn_plugin.engine, "evaluate_rank", theirs)
+    engine.test()
+    for name in ("features", "attention", "fused"):
+        cmc = engine.results["market1501"][name]["cmc"]  # torchreid's ends with the shortest row
+        assert cmc == ours[name]["cmc"][: len(cmc)] and len(cmc) > 5
+        assert engine.results["market1501"][name]["mAP"] == pytest.approx(ours[name]["mAP"])
 
 
 def test_without_weight_the_fused_ranking_is_that_of_the_features(market_root):
