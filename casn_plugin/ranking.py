@@ -378,14 +378,16 @@ class _Images:
     ) -> None:
         self.features = images.features
         self.key = images.features if key is None else key
-        maps = images.maps
+        maps = images.maps.to(self.features.dtype)
         self.size = maps.shape[2:]
         self.parts = 0 if images.basis is not None else self.features.shape[1] // maps.shape[1]
+        if self.parts:
+            scale = part_scales(maps, self.parts)
         if precision is not None:
-            maps = maps / maps.flatten(1).amax(1).clamp(min=1e-30)[:, None, None, None]
+            greatest = torch.linalg.vector_norm(maps, torch.inf, (1, 2, 3), keepdim=True)
+            maps = maps / greatest.clamp(min=1e-30)
         self.maps = _rounded(maps.flatten(2).transpose(1, 2), self.features.dtype, precision)
         if self.parts:
-            scale = part_scales(maps.to(self.features.dtype), self.parts)
             if precision is not None:
                 scale = scale / scale.amax(1, keepdim=True)
             unit = self.features.unflatten(1, (maps.shape[1], self.parts))
@@ -530,7 +532,7 @@ class _Ranker:
             and images.maps.dtype == self.dtype
             for images in (self.query, self.gallery)
         )
-        per_image = size * (channels * positions + 2 * dim) * (2 if self.precision else 1)
+        per_image = size * (channels * positions + 4 * dim) * (2 if self.precision else 1)
         images = max_memory // 2 // per_image  # images that can be brought to the device
         pairs = max_memory // per_pair if here else max_memory // 2 // per_pair
         columns = int(pairs**0.5) if here else min(int(pairs**0.5), images // 2)

@@ -139,6 +139,14 @@ def test_rows_with_nan_and_infinities(dtype, galleries):
         check(arguments)
 
 
+def test_nan_in_most_of_a_row_comes_last(monkeypatch):
+    monkeypatch.setattr(evaluation, "_sorted_positions", None)
+    distmat, *_ = make(4, 1, 40, 1, 1)
+    distmat[0, 10:] = torch.nan
+    pids = np.array([1, 2, 1, 2, 2, 1] + [2] * 34)
+    check((distmat, np.array([1]), pids, np.array([0]), np.ones(40, dtype=int)))
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("kind", ["match", "junk", "other"])
 def test_one_special_value(value, kind):

@@ -393,9 +393,13 @@ def test_a_shortlist_compares_the_nearest_by_features_only(unit, with_faiss, mon
             assert (found.distances.diff(dim=1) >= 0).all() and found.scored == near.sum()
 
 
-@pytest.mark.parametrize("name", ["pooled", "parts"])
+@pytest.mark.parametrize("name", ["pooled", "parts", "negative"])
 def test_reduced_precision_rounds_the_operands_and_nothing_else(name):
-    encoding = encode(HEADS[name][0], torch.rand(12, CHANNELS, 7, 3))
+    if name == "negative":  # a basis may be
+        encoding = encode(pooled, torch.rand(12, CHANNELS, 7, 3))
+        encoding = Encoding(encoding.features, basis=torch.rand(12, CHANNELS, 7, 3) - 0.8)
+    else:
+        encoding = encode(HEADS[name][0], torch.rand(12, CHANNELS, 7, 3))
     model = Model(PairClassifier(encoding.features.shape[1], 16))
     exact = attention_distmat(model, encoding[:4], encoding)
     for precision, atol in ((torch.float16, 0.02), (torch.bfloat16, 0.2)):
@@ -449,6 +453,7 @@ def test_tiles_keep_to_their_memory():
     from torch.profiler import ProfilerActivity, profile
 
     encoding = encode(parts, torch.rand(150, 32, 12, 4))
+    encoding = Encoding(encoding.features, activations=encoding.maps.half())  # to be converted
     model = Model(PairClassifier(32 * PARTS, 64))
     for max_memory in (2**20, 2**22):
         held = []
@@ -459,7 +464,7 @@ def test_tiles_keep_to_their_memory():
             if event.name() == "[memory]":
                 total += event.nbytes()
                 held.append(total)
-        assert max_memory / 8 < max(held) - 4 * 150 * 150 < 1.5 * max_memory
+        assert max_memory / 8 < max(held) - 4 * 150 * 150 < 1.2 * max_memory
 
 
 DISTRIBUTED = """
