@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from casn_plugin.attention import grad_cam
 from casn_plugin.encoding import Encoding
+from casn_plugin.index import GalleryIndex
 from casn_plugin.losses import IdentificationAttentionLoss, SiameseAttentionLoss
 from casn_plugin.model import CASN, CASNOutput, PairClassifier
 from casn_plugin.ranking import attention_distmat, fuse_distmats, rank_gallery
@@ -21,6 +22,7 @@ __all__ = [
     "CASN",
     "CASNOutput",
     "Encoding",
+    "GalleryIndex",
     "IdentificationAttentionLoss",
     "ImageCASNEngine",
     "PairClassifier",

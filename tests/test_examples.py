@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import urllib.error
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import pytest
 import torch
 from conftest import MOBILENET, WARD
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "train_casn_pcb.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SCRIPT = EXAMPLES / "train_casn_pcb.py"
 SMALL = [
     "--height",
     "64",
@@ -141,3 +143,67 @@ def test_real_pictures_with_a_plain_module(example):
     )  # fmt: skip
     results = example.main([str(option) for option in options])
     assert results["market1501"]["features"]["mAP"] > 0.12
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """The benchmark of ranking as a module."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module("benchmark_ranking")
+
+
+def cells(table: str) -> list[list[str]]:
+    """Returns the rows of a table in Markdown below its header."""
+    lines = [line for line in table.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[1:]]
+
+
+def test_the_benchmark_measures_speed_and_exactness(benchmark, tmp_path):
+    arguments = [
+        "--only",
+        "speed",
+        "exactness",
+        "--heads",
+        "OSNet",
+        "--repeats",
+        "1",
+        "--scale",
+        "0.1",
+    ]
+    speed, exactness = benchmark.main([*arguments, "--device", "cpu", "--save-dir", str(tmp_path)])
+    assert (tmp_path / "cpu.md").read_text() == f"{speed}\n{exactness}"
+    rates = {row[1]: float(row[2].replace(",", "")) for row in cells(speed)}
+    assert rates["ours, float32"] > rates["autograd, one pair at a time"]
+    kinds = {row[1]: row[2:] for row in cells(exactness)}
+    assert kinds["float64"][0] == "0 of 65,536" and float(kinds["float64"][2]) < 1e-12
+    assert float(kinds["float32"][2]) < 1e-4 < float(kinds["bfloat16"][2])
+
+
+def test_the_benchmark_measures_what_shortlists_cost(benchmark, example, monkeypatch, tmp_path):
+    from casn_plugin.engine import EmbeddedPedestrians
+
+    sizes = {"num_train_pids": 2, "num_test_pids": 4, "images_per_camera": 2, "progress": False}
+    monkeypatch.setattr(EmbeddedPedestrians, "options", sizes)
+    checkpoint = tmp_path / "model.pth"
+    torch.save({}, checkpoint)
+    options = example.parse_args(["--resume", str(checkpoint), "--device", "cpu"])
+    model = example.build_model(options, 2)
+    torch.save({"state_dict": model.state_dict()}, checkpoint)
+    with pytest.raises(SystemExit):
+        benchmark.main(["--only", "quality"])
+    arguments = ["--only", "quality", "--checkpoint", str(checkpoint), "--device", "cpu"]
+    (table,) = benchmark.main([*arguments, "--save-dir", str(tmp_path)])
+    rows = {row[0]: row[1:] for row in cells(table)}
+    assert rows["all pairs, float32"][2:] == rows["shortlist of 500"][2:]
+    assert sum("exact top" in name for name in rows) == 3
+
+
+def test_the_benchmark_compares_processes_and_memory(benchmark, monkeypatch, tmp_path):
+    peaks = benchmark.Peak()
+    with peaks:
+        held = torch.ones(2**24)
+        time.sleep(0.05)
+    assert 60 < peaks.peak / 2**20 < 100 and len(held)
+    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
+    rows = cells(benchmark.processes(benchmark.parse_args(["--scale", "0.1"])))
+    assert [row[-1] for row in rows] == ["yes"] * 3
