@@ -430,9 +430,36 @@ class _Images:
         self, alpha: Float[Tensor, "images others dim"], out: Tensor | None = None
     ) -> Float[Tensor, "images others height"]:
         """Returns the row profiles of the maps: the largest value of each row, scaled to [0, 1]."""
-        rows = self.maps_of(alpha, out).unflatten(1, self.size).amax(2).relu_()
-        rows = rows.transpose(1, 2).to(self.features.dtype)
-        return scale_maps(rows[..., None])[..., 0]
+        rows = self.maps_of(alpha, out).unflatten(1, self.size).amax(2)
+        return self._scaled(rows.transpose(1, 2))
+
+    def profiles_of_listed(
+        self, rows: Int[Tensor, " pairs"], alpha: Float[Tensor, "pairs dim"]
+    ) -> Float[Tensor, "pairs height"]:
+        """Returns the row profiles of listed images, one for each α; equal rows stand together."""
+        weights = alpha
+        if self.parts:
+            alpha = alpha.unflatten(1, (self.parts, -1))
+            weights = torch.bmm(self.scale[rows, None], alpha)[:, 0]
+            units = self.unit.index_select(0, rows).flatten(0, 1)
+        maps = weights.new_empty(len(rows), self.maps.shape[1])
+        which, counts = rows.unique_consecutive(return_counts=True)
+        for row, to, some in zip(
+            which.tolist(),
+            maps.split(counts.tolist()),
+            weights.split(counts.tolist()),
+            strict=True,
+        ):
+            torch.mm(some, self.maps[row].T, out=to)
+        if self.parts:
+            along = torch.bmm(units[:, None], alpha.flatten(0, 1)[..., None])
+            own = self.own.index_select(0, rows)
+            maps -= torch.bmm(own, along.view(len(rows), self.parts, 1))[..., 0]
+        return self._scaled(maps.unflatten(1, self.size).amax(2))
+
+    def _scaled(self, rows: Float[Tensor, "*pairs height"]) -> Float[Tensor, "*pairs height"]:
+        """Returns profiles in [0, 1] from the greatest values of the rows of maps."""
+        return scale_maps(rows.relu().to(self.features.dtype)[..., None])[..., 0]
 
 
 class _Indicator:
@@ -460,7 +487,11 @@ class _Indicator:
             alpha = indicator(ranker.pair_classifier, (first - second).flatten(0, -2))
             return _by_part(alpha, ranker.parts).to(ranker.dtype).view(*shape, -1)
         gates = ranker.buffer("gates", (*shape, len(self.weights)))
-        torch.gt(first[..., self.varying], second[..., self.varying], out=gates[..., :-1])
+        torch.gt(
+            first.index_select(-1, self.varying),
+            second.index_select(-1, self.varying),
+            out=gates[..., :-1],
+        )
         gates[..., -1] = 1
         alpha = ranker.buffer("alpha", (shape.numel(), self.weights.shape[1]))
         torch.mm(gates.flatten(0, -2), self.weights, out=alpha)
@@ -541,7 +572,7 @@ class _Ranker:
         self.rows = max(min(pairs // self.columns, len(self.query)), 1)
         self.panel_size = len(self.query) if here else images - self.columns
         self.panel_size = max(self.panel_size // self.rows, 1) * self.rows
-        self.pairs = max(pairs, 1)
+        self.listed_pairs = max(pairs // 4, 1)  # each needs more: what it is made of is copied
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
@@ -762,34 +793,28 @@ class _Ranker:
                 continue
             panel = self.panel(queries)
             of_pairs = _Indicator(self, panel.key, second.key)
+            qf, gf = self._compared(panel.features), self._compared(second.features)
             for i, j in zip(
-                rows[inside].split(self.pairs), columns[inside].split(self.pairs), strict=True
+                rows[inside].split(self.listed_pairs),
+                columns[inside].split(self.listed_pairs),
+                strict=True,
             ):
                 mine, its = i - queries.start, j - block.start
-                alpha = of_pairs(panel.key[mine], second.key[its])
-                by_second = _profiles_of_listed(second, its, alpha)
+                alpha = of_pairs(panel.key.index_select(0, mine), second.key.index_select(0, its))
+                by_second = second.profiles_of_listed(its, alpha)
                 order = mine.argsort(stable=True)
                 by_first = torch.empty_like(by_second)
-                by_first[order] = _profiles_of_listed(panel, mine[order], alpha[order])
-                differences = self._compared(panel.features[mine])
-                differences -= self._compared(second.features[its])
-                found.append((i, j, differences.norm(dim=1), self.distance(by_first, by_second)))
+                by_first[order] = panel.profiles_of_listed(
+                    mine[order], alpha.index_select(0, order)
+                )
+                features = (qf.index_select(0, mine) - gf.index_select(0, its)).norm(dim=1)
+                found.append((i, j, features, self.distance(by_first, by_second)))
         return _cat(found)
 
 
 def _by_part(values: Tensor, parts: int) -> Tensor:
     """Returns (..., D) values of features with the channels of a part together, if any."""
     return values.unflatten(-1, (-1, parts)).transpose(-2, -1).flatten(-2) if parts else values
-
-
-def _profiles_of_listed(images: _Images, rows: Tensor, alpha: Tensor) -> Tensor:
-    """Returns the profiles of images, one for each α; equal rows stand together."""
-    which, counts = rows.unique_consecutive(return_counts=True)
-    profiles = [
-        images[row : row + 1].profiles_of(each[None])[0]
-        for row, each in zip(which.tolist(), alpha.split(counts.tolist()), strict=True)
-    ]
-    return torch.cat(profiles)
 
 
 def _cat(parts: list[_Pairs]) -> _Pairs:

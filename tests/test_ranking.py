@@ -1,9 +1,11 @@
 """Exactness of the ranking for every kind of head, search, fusion, bounded tiles, processes."""
 
+import itertools
 import os
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -457,11 +459,11 @@ def test_tiles_keep_to_their_memory():
     encoding = encode(parts, torch.rand(150, 32, 12, 4))
     encoding = Encoding(encoding.features, activations=encoding.maps.half())  # to be converted
     model = Model(PairClassifier(32 * PARTS, 64))
-    for max_memory in (2**20, 2**22):
-        held = []
+    functions = attention_distmat, partial(attention_distmat, topk=40), rank_gallery
+    for max_memory, function in itertools.product((2**20, 2**22), functions):
+        held, total = [], 0
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            attention_distmat(model, encoding, Blocks(encoding), max_memory=max_memory)
-        total = 0
+            function(model, encoding, Blocks(encoding), max_memory=max_memory)
         for event in profiler.profiler.kineto_results.events():
             if event.name() == "[memory]":
                 total += event.nbytes()
