@@ -60,6 +60,10 @@ class Encoding:
         """Returns the encoding of some of the images."""
         return self._map(lambda tensor: tensor[rows])
 
+    def features_of(self, rows: slice) -> Tensor:
+        """Returns the features of some of the images."""
+        return self.features[rows]
+
     def to(self, *args: Any, **kwargs: Any) -> "Encoding":
         """Returns the encoding on another device or in another dtype, as ``Tensor.to`` does."""
         return self._map(lambda tensor: tensor.to(*args, **kwargs))
@@ -107,6 +111,9 @@ class Encodings(Protocol):
 
     def __getitem__(self, rows: slice, /) -> Encoding:
         """Returns the encoding of some of the images."""
+
+    def features_of(self, rows: slice, /) -> Tensor:
+        """Returns their features alone, without reading their maps."""
 
 
 def encode_head(

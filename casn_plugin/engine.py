@@ -372,9 +372,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             return distmat
 
         unit = self.normalization == "unit"
-        gallery_features = torch.cat(
-            [gallery[at : at + 1024].features for at in range(0, len(gallery), 1024)]
-        )
+        gallery_features = gallery.features_of(slice(0, len(gallery)))
         features = of_features(normalize_feature)
         attention = attention_distmat(
             self.model,

@@ -164,21 +164,35 @@ class GalleryIndex:
         """
         if self._manifest["images"] is None:
             raise ValueError(f"the index in {self.folder} is empty")
+        parts = [self._shards[shard][local] for shard, local in self._pieces(rows)]
+        if not parts:
+            return _no_images(self._manifest["images"])
+        return parts[0] if len(parts) == 1 else Encoding.cat(parts)
+
+    def features_of(self, rows: _Rows) -> Float[Tensor, "images dim"]:
+        """Returns the features of some of the images; nothing of their maps is read.
+
+        Raises:
+            IndexError: no such row.
+            TypeError: a single number, or anything else that is no list of rows.
+        """
+        parts = [self._shards[shard].features[local] for shard, local in self._pieces(rows)]
+        return torch.cat(parts) if parts else self[:0].features
+
+    def _pieces(self, rows: _Rows) -> Iterator[tuple[int, slice | Tensor]]:
+        """Yields runs of rows that lie in one shard: the shard, and the rows in it."""
         physical = self._physical(rows)
         if not len(physical):
-            return _no_images(self._manifest["images"])
+            return
         shards = np.searchsorted(self._starts, physical, "right") - 1
         edges = [0, *(np.flatnonzero(np.diff(shards)) + 1), len(physical)]
-        parts = []
         for start, stop in pairwise(edges):
             local = physical[start:stop] - self._starts[shards[start]]
             neighbours = np.all(np.diff(local) == 1)
-            parts.append(
-                self._shards[shards[start]][
-                    slice(local[0], local[-1] + 1) if neighbours else torch.from_numpy(local)
-                ]
+            yield (
+                int(shards[start]),
+                slice(int(local[0]), int(local[-1]) + 1) if neighbours else torch.from_numpy(local),
             )
-        return parts[0] if len(parts) == 1 else Encoding.cat(parts)
 
     def add(
         self,

@@ -87,8 +87,8 @@ def attention_distmat(
             the pair classifier, maps), each scaled to a maximum of 1, and multiplies in it where
             the device can (CUDA). An approximation.
         max_memory: bytes that the tensors of a tile may take on the device, images brought there
-            included; 256 MiB by default on the CPU, half of what is free on a CUDA device. Where
-            it is too small for that, one pair is worked on at a time.
+            included; by default 256 MiB on the CPU and 4 GiB on CUDA. Where it is too small for
+            anything, one pair is worked on at a time.
         distributed: every process of ``torch.distributed``'s group calls this with the same
             arguments, takes a share of the gallery, and gets the whole matrix: bit for bit that
             of one process with as many threads.
@@ -475,6 +475,8 @@ class _Indicator:
         if ranker.towards_same is None:
             return
         always = first.amin(0) > second.amax(0)
+        if ranker.precision is not None:
+            always = torch.zeros_like(always)  # a sum of rounded weights would be rounded again
         never = first.amax(0) <= second.amin(0)
         self.varying = (~(always | never)).nonzero()[:, 0]
         constant = always.to(ranker.dtype)[None] @ ranker.towards_same
@@ -546,8 +548,7 @@ class _Ranker:
 
     def _set_grid(self, max_memory: int | None) -> None:
         if max_memory is None:
-            free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 2**29
-            max_memory = free // 2
+            max_memory = 2**32 if self.device.type == "cuda" else 2**28
         _at_least_one("max_memory", max_memory)
         features, maps = self.query.features, self.query.maps
         dim, channels = features.shape[1], maps.shape[1]
@@ -738,7 +739,7 @@ class _Ranker:
         if columns is None:
             distances, columns = qf.new_empty(len(qf), 0), qf.new_empty(len(qf), 0).long()
             for block in self.blocks():
-                gf = self._compared(self.gallery[block].features)
+                gf = self._compared(self.gallery.features_of(block))
                 rows = torch.arange(block.start, block.stop, device=qf.device)
                 distances = torch.cat([distances, _squared_distances(qf, gf)], 1)
                 columns = torch.cat([columns, rows.expand(len(qf), -1)], 1)
@@ -773,7 +774,7 @@ class _Ranker:
         blocks = self.blocks()
         with self.bar(len(qf) * sum(b.stop - b.start for b in blocks), "Searching") as bar:
             for block in blocks:
-                gf = self._compared(self.gallery[block].features)
+                gf = self._compared(self.gallery.features_of(block))
                 columns, rows = (_squared_distances(qf, gf) <= bound).T.nonzero(as_tuple=True)
                 if len(rows):
                     yield block, rows, columns + block.start

@@ -271,6 +271,9 @@ class Blocks:
         self.read += len(some)
         return some
 
+    def features_of(self, rows):
+        return self.encoding.features[rows]
+
 
 @pytest.mark.parametrize("name", ["pooled", "parts"])
 @pytest.mark.parametrize("max_memory", [1, 30_000, 10**9])
@@ -296,6 +299,12 @@ def test_a_gallery_is_read_once_where_the_queries_fit():
     gallery.read = 0
     attention_distmat(model, encoding, gallery, max_memory=20_000)
     assert gallery.read > 2 * len(encoding)
+    gallery.read = 0  # a search reads no maps of blocks where the bound leaves nothing
+    far = encoding.features.norm(dim=1).argsort()
+    ordered = Encoding(encoding.features[far] ** 8, basis=encoding.maps[far])
+    gallery = Blocks(ordered)
+    rank_gallery(model, ordered[:1], gallery, topk=1, attention_weight=1e-6, max_memory=100_000)
+    assert gallery.read < len(encoding) / 2
 
 
 def brute_force(model, query, gallery, topk, weight, threshold=0.2):
