@@ -36,13 +36,19 @@ class Encoding:
     activations: Float[Tensor, "images channels height width"] | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError where not exactly one of basis and activations is given."""
+        """Raises ValueError where not exactly one is given, or where sizes do not fit."""
         if (self.basis is None) == (self.activations is None):
             raise ValueError("an Encoding holds either a basis or activations")
         if len(self.maps) != len(self.features):
             raise ValueError(
                 f"features and maps must be of one length, got {len(self.features)} and "
                 f"{len(self.maps)}"
+            )
+        dim, channels = self.features.shape[1], self.maps.shape[1]
+        if dim % channels or (self.basis is not None and dim != channels):
+            raise ValueError(
+                "a basis has a channel for each feature, activations have one for each feature of "
+                f"a part: got {dim} features and {channels} channels"
             )
 
     @property

@@ -75,7 +75,8 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             "query" or "global": see :func:`casn_plugin.fuse_distmats`.
         attention_weight: weight of the attention distance in the fused ranking.
         topk: compare the attention of each query's so many nearest by features only, an
-            approximation for long galleries: see :func:`casn_plugin.attention_distmat`.
+            approximation for long galleries: see :func:`casn_plugin.attention_distmat`. Only
+            with normalization "unit", and without re-ranking.
         max_memory: bytes that a tile of the attention ranking may take.
         gallery_dir: keep the encodings of a gallery in a temporary folder made there instead of
             in memory: a :class:`~casn_plugin.index.GalleryIndex`, read block by block.
@@ -90,8 +91,9 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
 
     Raises:
         TypeError: a model that is no CASN.
-        ValueError: a train loader that draws no pairs although λ2 > 0, an unknown normalization,
-            or an optimizer that lacks the pair classifier although λ2 > 0.
+        ValueError: a train loader that draws no pairs although λ2 > 0, an unknown normalization
+            or one that does not go with `topk`, or an optimizer that lacks the pair classifier
+            although λ2 > 0.
     """
 
     train_loader: Any
@@ -133,6 +135,11 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         if normalization not in ("unit", "query", "global"):
             raise ValueError(
                 f"normalization must be 'unit', 'query' or 'global', got {normalization!r}"
+            )
+        if topk is not None and normalization != "unit":
+            raise ValueError(
+                f"topk needs normalization='unit', got {normalization!r}: the other readings scale "
+                "by the distances of all pairs"
             )
         optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if lambda_sa and any(id(p) not in optimized for p in casn.pair_classifier.parameters()):
@@ -283,6 +290,8 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         rerank: bool = False,
     ) -> tuple[float, float]:
         """Returns rank-1 and mAP of the fused ranking, as shares."""
+        if rerank and self.topk is not None:
+            raise ValueError("re-ranking needs the distances of all pairs: topk must be None")
         query, q_pids, q_camids = self._encode(query_loader, "query")
         gallery, g_pids, g_camids = (
             self._encode(gallery_loader, "gallery")

@@ -90,17 +90,19 @@ def attention_distmat(
             included; by default 256 MiB on the CPU and 4 GiB on CUDA. Where it is too small for
             anything, one pair is worked on at a time.
         distributed: every process of ``torch.distributed``'s group calls this with the same
-            arguments, takes a share of the gallery, and gets the whole matrix: bit for bit that
-            of one process with as many threads.
+            arguments, takes a share of the gallery, and gets the whole matrix: the same, bit for
+            bit, for any number of processes with as many threads each. Where one fails, all do.
         progress: show a progress bar on a terminal.
 
     Returns:
         Distances >= 0, on the device of the queries.
 
     Raises:
-        TypeError: encodings of unlike kinds, a `precision` that is no half precision.
+        TypeError: encodings of unlike kinds or dtypes, features in half precision, a `precision`
+            that is no half precision.
         ValueError: unlike feature or map sizes, no pair classifier, a threshold outside [0, 1),
-            topk or max_memory below 1, `distributed` without a process group.
+            topk or max_memory below 1, features that are not finite, `distributed` without a
+            process group.
 
     Example:
         >>> model = nn.Module()
@@ -112,13 +114,18 @@ def attention_distmat(
     ranker = _Ranker(
         model, query, gallery, threshold, unit, precision, max_memory, distributed, progress
     )
+    if topk is not None:
+        _at_least_one("topk", topk)
+    if not len(query) or not len(gallery):
+        return query.features.new_empty(len(query), len(gallery))
     with ranker.working():
         if topk is not None:
-            listed = ranker.nearest(_at_least_one("topk", topk))
+            listed = ranker.nearest(topk)
             pairs = ranker.gathered([ranker.listed(*each) for each in ranker.share(*listed)])
             greatest = 2**0.5 if unit else query.maps.shape[2] ** 0.5
             distmat = query.features.new_full((len(query), len(gallery)), greatest)
-            distmat[pairs[0], pairs[1]] = pairs[3].to(distmat.device)
+            rows, columns, _, distances = (each.to(distmat.device) for each in pairs)
+            distmat[rows, columns] = distances
             return distmat
         if _is_affine(ranker.pair_classifier):  # one α for all pairs: O(Q + G)
             return ranker.of_one_indicator()
@@ -162,10 +169,11 @@ def rank_gallery(
         progress: show a progress bar on a terminal.
 
     Raises:
-        TypeError: encodings of unlike kinds, a `precision` that is no half precision.
+        TypeError: encodings of unlike kinds or dtypes, features in half precision, a `precision`
+            that is no half precision.
         ValueError: unlike feature or map sizes, an empty gallery, no pair classifier, a threshold
-            outside [0, 1), topk or max_memory below 1, a negative weight, `distributed` without
-            a process group.
+            outside [0, 1), topk or max_memory below 1, a weight that is negative or infinite,
+            features that are not finite, `distributed` without a process group.
 
     Example:
         >>> model = nn.Module()
@@ -174,8 +182,8 @@ def rank_gallery(
         >>> rank_gallery(model, images[:2], images, topk=3).indices[:, 0]
         tensor([0, 1])
     """
-    if not attention_weight >= 0:
-        raise ValueError(f"attention_weight must be >= 0, got {attention_weight}")
+    if not 0 <= attention_weight < float("inf"):
+        raise ValueError(f"attention_weight must be >= 0 and finite, got {attention_weight}")
     if not len(gallery):
         raise ValueError("the gallery is empty")
     topk = min(_at_least_one("topk", topk), len(gallery))
@@ -205,10 +213,10 @@ def rank_gallery(
             bound = fused(pairs).view(len(query), topk).amax(1)
             found: list[_Pairs] = []
             within = 0
-            for block, rows, columns in ranker.within(bound):
+            for block, rows, columns in ranker.within(bound, *pairs[:2]):
                 within += len(rows)
                 found = [best([*found, ranker.listed(block, rows, columns)])]
-            pairs = best([ranker.gathered(found)])
+            pairs = best([pairs, ranker.gathered(found)] if found or distributed else [pairs])
             scored += sum(ranker.everyones(within))
     shape, device = (len(query), topk), query.features.device
     _, indices, features, attention = (each.view(shape).to(device) for each in pairs)
@@ -228,7 +236,7 @@ def pair_attention(
         second: the second images, as many.
 
     Raises:
-        TypeError: encodings of unlike kinds.
+        TypeError: encodings of unlike kinds or dtypes, or features in half precision.
         ValueError: unlike numbers of images, feature or map sizes, or no pair classifier.
 
     Example:
@@ -265,7 +273,7 @@ def same_identity_distmat(
         max_memory: as in :func:`attention_distmat`.
 
     Raises:
-        TypeError: encodings of unlike kinds.
+        TypeError: encodings of unlike kinds or dtypes, or features in half precision.
         ValueError: unlike feature or map sizes, no pair classifier, or max_memory below 1.
 
     Example:
@@ -301,7 +309,8 @@ def indicator_flips(
         max_memory: as in :func:`attention_distmat`.
 
     Raises:
-        TypeError: encodings of unlike kinds, a `precision` that is no half precision.
+        TypeError: encodings of unlike kinds or dtypes, features in half precision, a `precision`
+            that is no half precision.
         ValueError: unlike feature or map sizes, no pair classifier, or max_memory below 1.
 
     Example:
@@ -368,6 +377,17 @@ def fuse_distmats(
         feature_distmat = _min_max(feature_distmat, dims)
         attention_distmat = _min_max(attention_distmat, dims)
     return feature_distmat + attention_weight * attention_distmat
+
+
+class _OtherProcessError(RuntimeError):
+    """Another process of the group has failed."""
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What a process that fails sends to the others."""
+
+    message: str
 
 
 class _Images:
@@ -549,7 +569,7 @@ class _Ranker:
     def _set_grid(self, max_memory: int | None) -> None:
         if max_memory is None:
             max_memory = 2**32 if self.device.type == "cuda" else 2**28
-        _at_least_one("max_memory", max_memory)
+        max_memory = min(_at_least_one("max_memory", max_memory), 2**60)
         features, maps = self.query.features, self.query.maps
         dim, channels = features.shape[1], maps.shape[1]
         positions = maps.shape[2] * maps.shape[3]
@@ -562,6 +582,7 @@ class _Ranker:
             isinstance(images, Encoding)
             and images.maps.device == self.device
             and images.maps.dtype == self.dtype
+            and self.precision is None
             for images in (self.query, self.gallery)
         )
         per_image = size * (channels * positions + 4 * dim) * (2 if self.precision else 1)
@@ -570,14 +591,18 @@ class _Ranker:
         columns = int(pairs**0.5) if here else min(int(pairs**0.5), images // 2)
         columns = columns // 16 * 16 if columns > 16 else columns
         self.columns = max(min(columns, len(self.gallery)), 1)
-        self.rows = max(min(pairs // self.columns, len(self.query)), 1)
-        self.panel_size = len(self.query) if here else images - self.columns
-        self.panel_size = max(self.panel_size // self.rows, 1) * self.rows
+        panel = len(self.query) if here else max(images - self.columns, 1)
+        self.rows = max(min(pairs // self.columns, len(self.query), panel), 1)
+        self.panel_size = max(panel // self.rows, 1) * self.rows
         self.listed_pairs = max(pairs // 4, 1)  # each needs more: what it is made of is copied
+        self.compared_rows = max(max_memory // (64 * self.columns + 16 * dim), 1)
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """No gradients, no autocast, the pair classifier in eval mode, buffers freed at the end."""
+        """No gradients, no autocast, the pair classifier in eval mode, buffers freed at the end.
+
+        An exception in one process is raised in all: it goes out with what they gather next.
+        """
         try:
             with (
                 torch.no_grad(),
@@ -585,6 +610,11 @@ class _Ranker:
                 evaluating(self.pair_classifier),
             ):
                 yield
+        except Exception as error:
+            if self.distributed and not isinstance(error, _OtherProcessError):
+                everyones: list[Any] = [None] * dist.get_world_size()
+                dist.all_gather_object(everyones, _Failure(repr(error)))
+            raise
         finally:
             self._buffers, self._panel = {}, None
 
@@ -598,7 +628,7 @@ class _Ranker:
     def images(self, images: Encoding, *, is_query: bool) -> _Images:
         """Returns one side of a tile on the device."""
         images = images.to(self.device)
-        key = images.features
+        key = _finite(images.features)
         if self.first_layer is not None:
             bias = self.first_layer.bias if is_query else None
             key = F.linear(key, self.first_layer.weight.to(key.dtype))
@@ -636,6 +666,9 @@ class _Ranker:
             return [own]
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, own)
+        for rank, each in enumerate(gathered):
+            if isinstance(each, _Failure):
+                raise _OtherProcessError(f"process {rank} failed: {each.message}")
         return gathered
 
     def gathered(self, parts: list[_Pairs]) -> _Pairs:
@@ -695,7 +728,9 @@ class _Ranker:
             scores: Tensor = hidden @ (last.weight[1] - last.weight[0]).to(hidden.dtype)
             return scores if last.bias is None else scores + (last.bias[1] - last.bias[0])
         differences = first.features[:, None] - second.features[None]
-        scores = self.pair_classifier(differences.flatten(0, 1))
+        weight = next(self.pair_classifier.parameters(), differences)
+        scores = self.pair_classifier(differences.flatten(0, 1).to(weight.dtype))
+        scores = scores.to(differences.dtype)
         return (scores[:, 1] - scores[:, 0]).view(len(first), len(second))
 
     def of_one_indicator(self) -> Tensor:
@@ -726,33 +761,50 @@ class _Ranker:
 
     def _compared(self, features: Tensor) -> Tensor:
         """Returns features as they are compared: of unit length where profiles are."""
-        features = features.to(self.device)
+        features = _finite(features.to(self.device))
         return F.normalize(features, dim=1) if self.unit else features
 
+    def _feature_distances(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Yields blocks of this process's share, rows of the queries, their l2 distances.
+
+        In float64, which no setting of the matrix products makes coarser.
+        """
+        for block in self.blocks():
+            gf = self._compared(self.gallery.features_of(block)).double()
+            for start in range(0, len(self.query), self.compared_rows):
+                rows = slice(start, min(start + self.compared_rows, len(self.query)))
+                qf = self._compared(self.query.features[rows]).double()
+                distances = torch.addmm(gf.square().sum(1)[None], qf, gf.T, alpha=-2)
+                distances += qf.square().sum(1)[:, None]
+                yield block, rows, distances.clamp_(min=0).sqrt_()
+
     def nearest(self, topk: int) -> tuple[Tensor, Tensor]:
-        """Returns the pairs of each query with its topk nearest gallery images by features."""
+        """Returns the pairs of each query with its topk nearest gallery images by features.
+
+        Of images at one distance those that come first, unless FAISS has found them.
+        """
         topk = min(topk, len(self.gallery))
-        qf = self._compared(self.query.features)
-        columns = None
+        rows = torch.arange(len(self.query), device=self.device)[:, None].expand(-1, topk).flatten()
         if isinstance(self.gallery, Encoding) and not self.distributed:
-            columns = _nearest_by_faiss(qf, self._compared(self.gallery.features), topk)
-        if columns is None:
-            distances, columns = qf.new_empty(len(qf), 0), qf.new_empty(len(qf), 0).long()
-            for block in self.blocks():
-                gf = self._compared(self.gallery.features_of(block))
-                rows = torch.arange(block.start, block.stop, device=qf.device)
-                distances = torch.cat([distances, _squared_distances(qf, gf)], 1)
-                columns = torch.cat([columns, rows.expand(len(qf), -1)], 1)
-                distances, best = distances.topk(min(topk, distances.shape[1]), largest=False)
-                columns = columns.gather(1, best)
-            every = self.everyones(
-                (distances.cpu(), columns.cpu()) if self.distributed else (distances, columns)
+            qf, gf = (self._compared(each.features) for each in (self.query, self.gallery))
+            found = _nearest_by_faiss(qf, gf, topk)
+            if found is not None:
+                return rows, found.flatten()
+        size = (len(self.query), topk)
+        nearest = torch.full(size, torch.inf, dtype=torch.float64, device=self.device)
+        columns = torch.full(size, -1, device=self.device)
+        for block, some, distances in self._feature_distances():
+            numbers = torch.arange(block.start, block.stop, device=self.device)
+            nearest[some], columns[some] = _least(
+                torch.cat([nearest[some], distances], 1),
+                torch.cat([columns[some], numbers.expand(len(distances), -1)], 1),
+                topk,
             )
-            distances = torch.cat([each for each, _ in every], 1)
-            best = distances.topk(topk, largest=False).indices
-            columns = torch.cat([each for _, each in every], 1).gather(1, best)
-        rows = torch.arange(len(qf), device=columns.device)[:, None].expand_as(columns)
-        return rows.flatten(), columns.flatten()
+        if self.distributed:
+            every = self.everyones((nearest.cpu(), columns.cpu()))
+            nearest, columns = (torch.cat(each, 1) for each in zip(*every, strict=True))
+            columns = _least(nearest, columns, topk)[1]
+        return rows, columns.flatten().to(self.device)
 
     def share(self, rows: Tensor, columns: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yields the blocks of this process's share, each with those of the pairs in it."""
@@ -766,19 +818,26 @@ class _Ranker:
                     yield block, rows[start:stop], columns[start:stop]
                     bar.update(stop - start)
 
-    def within(self, bound: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yields the blocks with the pairs whose features are no further apart than a bound."""
-        qf = self._compared(self.query.features)
-        slack = 1e-5 if qf.dtype == torch.float32 else 1e-12  # of squared distances of unit vectors
-        bound = bound.to(qf.device).square()[:, None] + slack
-        blocks = self.blocks()
-        with self.bar(len(qf) * sum(b.stop - b.start for b in blocks), "Searching") as bar:
-            for block in blocks:
-                gf = self._compared(self.gallery.features_of(block))
-                columns, rows = (_squared_distances(qf, gf) <= bound).T.nonzero(as_tuple=True)
+    def within(
+        self, bound: Tensor, known_rows: Tensor, known_columns: Tensor
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yields the blocks with the pairs whose features are no further apart than a bound.
+
+        Pairs that are known already are left out.
+        """
+        bound = bound.to(self.device).double()[:, None] + 1e-6  # of distances rounded to float32
+        known_rows, known_columns = known_rows.to(self.device), known_columns.to(self.device)
+        total = len(self.query) * sum(block.stop - block.start for block in self.blocks())
+        with self.bar(total, "Searching") as bar:
+            for block, some, distances in self._feature_distances():
+                known = (known_columns >= block.start) & (known_columns < block.stop)
+                known &= (known_rows >= some.start) & (known_rows < some.stop)
+                near = distances <= bound[some]
+                near[known_rows[known] - some.start, known_columns[known] - block.start] = False
+                columns, rows = near.T.nonzero(as_tuple=True)
                 if len(rows):
-                    yield block, rows, columns + block.start
-                bar.update(len(qf) * len(gf))
+                    yield block, rows + some.start, columns + block.start
+                bar.update(near.numel())
 
     def listed(self, block: slice, rows: Tensor, columns: Tensor) -> _Pairs:
         """Returns the distances of some pairs of the queries and one block of the gallery.
@@ -827,10 +886,17 @@ def _cat(parts: list[_Pairs]) -> _Pairs:
     return first, second, third, fourth
 
 
-def _squared_distances(qf: Tensor, gf: Tensor) -> Tensor:
-    """Returns the squared l2 distances of all pairs, up to rounding."""
-    distances = torch.addmm(gf.square().sum(1)[None], qf, gf.T, alpha=-2)
-    return distances.add_(qf.square().sum(1)[:, None])
+def _least(distances: Tensor, columns: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """Returns the topk least distances of each row and their columns; the first where they tie."""
+    distances, order = distances.sort(dim=1, stable=True)
+    return distances[:, :topk], columns.gather(1, order[:, :topk])
+
+
+def _finite(features: Tensor) -> Tensor:
+    """Returns features, or raises ValueError where they are none."""
+    if not features.isfinite().all():
+        raise ValueError("features must be finite, got NaN or infinity")
+    return features
 
 
 def _nearest_by_faiss(qf: Tensor, gf: Tensor, topk: int) -> Tensor | None:
@@ -887,6 +953,11 @@ def _pair_classifier(
     pair_classifier = getattr(wrapped, "pair_classifier", None)
     if not isinstance(pair_classifier, nn.Module):
         raise ValueError(f"{type(wrapped).__name__} has no pair_classifier; is it a CASN?")
+    if query.features.dtype != gallery.features.dtype or query.features.dtype.itemsize < 4:
+        raise TypeError(
+            "query and gallery must have features of one dtype, float32 or wider, got "
+            f"{query.features.dtype} and {gallery.features.dtype}"
+        )
     first = next(iter(pair_classifier.parameters()), query.features)
     return pair_classifier, first.device
 
@@ -903,7 +974,15 @@ def _layers(pair_classifier: PairScorer) -> list[nn.Module]:
     else:
         return []
     every = [*layers, pair_classifier]
-    return [] if any(each._forward_hooks or each._forward_pre_hooks for each in every) else layers
+    changed = any(
+        each._forward_hooks
+        or each._forward_pre_hooks
+        or each._backward_hooks
+        or each._backward_pre_hooks
+        or "forward" in vars(each)
+        for each in every
+    )
+    return [] if changed else layers
 
 
 def _linear_layers(pair_classifier: PairScorer) -> tuple[nn.Linear, nn.Linear] | None:

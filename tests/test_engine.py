@@ -188,6 +188,13 @@ def test_a_shortlist_as_long_as_the_gallery_changes_nothing(market_root):
     assert short.results["market1501"]["fused"]["cmc"] == expected["features"]["cmc"]
 
 
+def test_a_shortlist_goes_with_unit_length_and_without_reranking(market_root):
+    with pytest.raises(ValueError, match="topk needs normalization='unit', got 'query'"):
+        make_engine(market_root, normalization="query", topk=5)
+    with pytest.raises(ValueError, match="topk must be None"):
+        make_engine(market_root, topk=5).test(rerank=True)
+
+
 def test_evaluation_is_that_of_torchreid_and_has_minp(market_root, monkeypatch, capsys):
     engine = make_engine(market_root)
     engine.test()

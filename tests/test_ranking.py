@@ -307,6 +307,50 @@ def test_a_gallery_is_read_once_where_the_queries_fit():
     assert gallery.read < len(encoding) / 2
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.01])
+def test_the_bound_holds_where_matrix_products_are_coarse(weight, monkeypatch):
+    """As with TF32: what is compared with the bound is not made of float32 products."""
+    torch.manual_seed(3)
+    features = torch.rand(64) + 0.05 * torch.randn(300, 64)
+    encoding = Encoding(features, basis=torch.rand(300, 64, 6, 2))
+    model, addmm = Model(PairClassifier(64, 16)), torch.addmm
+    distances = brute_force(model, encoding[:20], encoding, 5, weight)[1]
+
+    def coarse(bias, first, second, **kwargs):
+        if first.dtype == torch.float32:
+            first, second = first.bfloat16().float(), second.bfloat16().float()
+        return addmm(bias, first, second, **kwargs)
+
+    monkeypatch.setattr(torch, "addmm", coarse)
+    found = rank_gallery(model, encoding[:20], encoding, topk=5, attention_weight=weight)
+    torch.testing.assert_close(found.distances, distances, rtol=0, atol=1e-5)
+
+
+def test_a_patched_forward_and_backward_hooks_are_followed():
+    encoding = encode(pooled, torch.rand(6, CHANNELS, 7, 3, dtype=torch.float64))
+    model = Model(PairClassifier(CHANNELS, 16).double())
+    before = attention_distmat(model, encoding, encoding)
+    forward = model.pair_classifier.forward
+    model.pair_classifier.forward = lambda differences: forward(-differences)
+    after = attention_distmat(model, encoding, encoding)
+    expected = reference.attention_distmat(
+        pooled, model.pair_classifier, encoding.maps * 21, encoding.maps * 21, 0.2, False
+    )
+    np.testing.assert_allclose(after, expected, rtol=0, atol=1e-10)
+    assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("classifier", CLASSIFIERS)
+def test_a_float32_model_ranks_float64_encodings(classifier):
+    encoding = encode(pooled, torch.rand(6, CHANNELS, 7, 3, dtype=torch.float64))
+    model = Model(CLASSIFIERS[classifier](CHANNELS))
+    for function in (attention_distmat, same_identity_distmat):
+        found = function(model, encoding, encoding)
+        expected = function(model, *[encoding.to(torch.float32)] * 2)
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(found.float(), expected, rtol=0, atol=1e-4)
+
+
 def brute_force(model, query, gallery, topk, weight, threshold=0.2):
     """Returns indices and distances by the whole matrices."""
     qf, gf = (nn.functional.normalize(each.features) for each in (query, gallery))
@@ -365,7 +409,7 @@ def test_search_scores_only_what_the_bound_cannot_exclude():
     _, _, by_features, attention = brute_force(model, query, gallery, topk, weight)
     nearest = by_features.topk(topk, largest=False).indices
     bound = (by_features + weight * attention).gather(1, nearest).amax(1, keepdim=True)
-    expected = int((by_features <= bound).sum()) + 3 * topk
+    expected = int((by_features <= bound).sum())
     assert (
         rank_gallery(model, query, gallery, topk=topk, attention_weight=weight).scored == expected
     )
@@ -468,7 +512,12 @@ def test_tiles_keep_to_their_memory():
     encoding = encode(parts, torch.rand(150, 32, 12, 4))
     encoding = Encoding(encoding.features, activations=encoding.maps.half())  # to be converted
     model = Model(PairClassifier(32 * PARTS, 64))
-    functions = attention_distmat, partial(attention_distmat, topk=40), rank_gallery
+    functions = (
+        attention_distmat,
+        partial(attention_distmat, topk=40),
+        partial(attention_distmat, precision=torch.float16),
+        rank_gallery,
+    )
     for max_memory, function in itertools.product((2**20, 2**22), functions):
         held, total = [], 0
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -490,7 +539,8 @@ model = nn.Module()
 model.pair_classifier = PairClassifier(24, 16)
 affine = nn.Module()
 affine.pair_classifier = nn.Linear(24, 2)
-images = Encoding(torch.rand(60, 24), basis=torch.rand(60, 24, 8, 3))
+features = torch.rand(30, 24).repeat_interleave(2, 0)  # two at each distance
+images = Encoding(features, basis=torch.rand(60, 24, 8, 3))
 query, gallery, distributed = images[:7], images[7:], len(sys.argv) > 2
 if distributed:
     dist.init_process_group("gloo")
@@ -503,6 +553,22 @@ found = [
     *vars(rank_gallery(model, query, gallery, topk=5, exact=False, **options)).values(),
 ]
 rank = dist.get_rank() if distributed else 0
+if distributed:
+    class Broken:
+        def __len__(self):
+            return len(gallery)
+        def __getitem__(self, rows):
+            if rank and rows.stop > 1:
+                raise OSError("no such disk")
+            return gallery[rows]
+        def features_of(self, rows):
+            return gallery.features[rows]
+    for function in attention_distmat, rank_gallery:
+        try:
+            function(model, query, Broken(), **options)
+        except (OSError, RuntimeError) as error:
+            message = str(error)
+        assert message == ("no such disk" if rank else "process 1 failed: OSError('no such disk')")
 torch.save(found, f"{sys.argv[1]}/{distributed}{rank}.pt")
 if distributed:
     dist.destroy_process_group()
@@ -539,12 +605,34 @@ def test_bad_options_of_a_ranking_say_what_was_expected(unchecked):
             function(model, encoding, encoding, precision=torch.float64)
         with pytest.raises(ValueError, match="init_process_group"):
             function(model, encoding, encoding, distributed=True)
+        with pytest.raises(TypeError, match="float32 or wider, got torch.float32 and torch.float6"):
+            function(model, encoding, encoding.to(torch.float64))
+        half = encoding.to(torch.float16)
+        with pytest.raises(TypeError, match="float32 or wider, got torch.float16"):
+            function(model, half, half)
+        for value in (torch.nan, torch.inf):
+            broken = Encoding(encoding.features.clone(), basis=encoding.maps)
+            broken.features[2, 1] = value
+            with pytest.raises(ValueError, match="features must be finite"):
+                function(model, encoding, broken)
+            with pytest.raises(ValueError, match="features must be finite"):
+                function(model, broken, encoding)
+    for sizes in ((4, 5), (5, 4)):
+        with pytest.raises(ValueError, match=f"got {sizes[0]} features and {sizes[1]} channels"):
+            Encoding(torch.rand(2, sizes[0]), basis=torch.rand(2, sizes[1], 6, 3))
+    with pytest.raises(ValueError, match="got 8 features and 3 channels"):
+        Encoding(torch.rand(2, 8), activations=torch.rand(2, 3, 6, 3))
+    assert attention_distmat(model, encoding, encoding, max_memory=10**30).shape == (4, 4)
     with pytest.raises(ValueError, match="gallery is empty"):
         rank_gallery(model, encoding, encoding[:0])
-    with pytest.raises(ValueError, match="attention_weight must be >= 0, got -1"):
+    with pytest.raises(ValueError, match="attention_weight must be >= 0 and finite, got -1"):
         rank_gallery(model, encoding, encoding, attention_weight=-1)
     assert attention_distmat(model, encoding, encoding[:0]).shape == (4, 0)
     assert attention_distmat(model, encoding[:0], encoding).shape == (0, 4)
+    affine = Model(nn.Linear(CHANNELS, 2))
+    assert attention_distmat(affine, encoding[:0], encoding).shape == (0, 4)
+    with pytest.raises(ValueError, match="finite, got inf"):
+        rank_gallery(model, encoding, encoding, attention_weight=float("inf"))
     assert rank_gallery(model, encoding[:0], encoding, topk=2).indices.shape == (0, 2)
 
 
@@ -562,5 +650,7 @@ def test_cuda_ranks_as_the_cpu_does(name, precision):
         there = attention_distmat(model, encoding[:6], gallery, **options)
         assert there.device.type == "cpu"
         assert (there - here).abs().median() < (1e-5 if precision is None else 1e-2)
+        near = attention_distmat(model, encoding[:6], gallery, topk=5, **options)
+        assert near.device.type == "cpu" and (near < 2**0.5).sum() <= 30
         again = rank_gallery(model, encoding[:6], gallery, topk=4)
         torch.testing.assert_close(again.distances, found.distances, rtol=0, atol=1e-3)
