@@ -342,7 +342,7 @@ def row_profiles(maps: Float[Tensor, "*batch height width"]) -> Float[Tensor, "*
         >>> row_profiles(torch.tensor([[[0.0, 2.0], [4.0, 1.0]]]))
         tensor([[0.5000, 1.0000]])
     """
-    return scale_maps(maps.amax(-1, keepdim=True))[..., 0]
+    return scale_maps(maps).amax(-1)
 
 
 def attended_span(
