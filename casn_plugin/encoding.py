@@ -58,6 +58,11 @@ class Encoding:
         assert maps is not None  # for the type checker: __post_init__ saw to it
         return maps
 
+    @property
+    def parts(self) -> int:
+        """The number of normalised parts that the features are made of; 0 with a basis."""
+        return 0 if self.basis is not None else self.features.shape[1] // self.maps.shape[1]
+
     def __len__(self) -> int:
         """Returns the number of images."""
         return len(self.features)

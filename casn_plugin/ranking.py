@@ -400,7 +400,7 @@ class _Images:
         self.key = images.features if key is None else key
         maps = images.maps.to(self.features.dtype)
         self.size = maps.shape[2:]
-        self.parts = 0 if images.basis is not None else self.features.shape[1] // maps.shape[1]
+        self.parts = images.parts
         if self.parts:
             scale = part_scales(maps, self.parts)
         if precision is not None:
@@ -549,15 +549,15 @@ class _Ranker:
         self.query, self.gallery = query, gallery
         self.threshold, self.unit, self.precision = threshold, unit, precision
         self.distributed, self.progress = distributed, progress
-        features, maps = query.features, query.maps
+        features = query.features
         cuda = self.device.type == "cuda"
         self.dtype = precision if precision is not None and cuda else features.dtype
-        self.parts = 0 if query.basis is not None else features.shape[1] // maps.shape[1]
-        self.first_layer, self.towards_same = None, None
-        layers = _linear_layers(self.pair_classifier)
-        if layers:
-            self.first_layer = layers[0]
-            weights = layers[1].weight.detach()[1, :, None] * layers[0].weight.detach()
+        self.parts = query.parts
+        self.towards_same = None
+        self.layers = _linear_layers(self.pair_classifier)
+        if self.layers:
+            first, last = self.layers
+            weights = last.weight.detach()[1, :, None] * first.weight.detach()
             weights = _by_part(weights.to(features.dtype), self.parts)
             if precision is not None:
                 weights = weights / weights.abs().max().clamp(min=1e-30)
@@ -573,11 +573,11 @@ class _Ranker:
         features, maps = self.query.features, self.query.maps
         dim, channels = features.shape[1], maps.shape[1]
         positions = maps.shape[2] * maps.shape[3]
-        hidden = 2 * dim if self.first_layer is None else self.first_layer.out_features
+        hidden = self.layers[0].out_features if self.layers else 2 * dim
         size = self.dtype.itemsize
         per_pair = size * (dim + hidden + positions) + 100 * maps.shape[2]
         per_pair += 2 * size * channels if self.parts else 0
-        per_pair += 2 * features.element_size() * dim if self.first_layer is None else 0
+        per_pair += 0 if self.layers else 2 * features.element_size() * dim
         here = all(
             isinstance(images, Encoding)
             and images.maps.device == self.device
@@ -629,9 +629,9 @@ class _Ranker:
         """Returns one side of a tile on the device."""
         images = images.to(self.device)
         key = _finite(images.features)
-        if self.first_layer is not None:
-            bias = self.first_layer.bias if is_query else None
-            key = F.linear(key, self.first_layer.weight.to(key.dtype))
+        if self.layers:
+            bias = self.layers[0].bias if is_query else None
+            key = F.linear(key, self.layers[0].weight.to(key.dtype))
             key = key if bias is None else key + bias.to(key.dtype)
         return _Images(images, key, self.precision)
 
@@ -721,9 +721,8 @@ class _Ranker:
 
     def same_identity(self, first: _Images, second: _Images, _: _Indicator) -> Tensor:
         """Returns z1 − z0 of a tile."""
-        layers = _linear_layers(self.pair_classifier)
-        if layers:
-            last = layers[1]
+        if self.layers:
+            last = self.layers[1]
             hidden = (first.key[:, None] - second.key[None]).relu_()
             scores: Tensor = hidden @ (last.weight[1] - last.weight[0]).to(hidden.dtype)
             return scores if last.bias is None else scores + (last.bias[1] - last.bias[0])
@@ -769,13 +768,14 @@ class _Ranker:
 
         In float64, which no setting of the matrix products makes coarser.
         """
-        for block in self.blocks():
-            gf = self._compared(self.gallery.features_of(block)).double()
-            for start in range(0, len(self.query), self.compared_rows):
-                rows = slice(start, min(start + self.compared_rows, len(self.query)))
-                qf = self._compared(self.query.features[rows]).double()
+        for start in range(0, len(self.query), self.compared_rows):
+            rows = slice(start, min(start + self.compared_rows, len(self.query)))
+            qf = self._compared(self.query.features[rows]).double()
+            squares = qf.square().sum(1)[:, None]
+            for block in self.blocks():
+                gf = self._compared(self.gallery.features_of(block)).double()
                 distances = torch.addmm(gf.square().sum(1)[None], qf, gf.T, alpha=-2)
-                distances += qf.square().sum(1)[:, None]
+                distances += squares
                 yield block, rows, distances.clamp_(min=0).sqrt_()
 
     def nearest(self, topk: int) -> tuple[Tensor, Tensor]:
@@ -933,12 +933,12 @@ def _pair_classifier(
     model: nn.Module, query: Encoding, gallery: Encodings
 ) -> tuple[nn.Module, torch.device]:
     """Returns the pair classifier of a model and its device, the arguments being sound."""
-    if not isinstance(query, Encoding) or not isinstance(gallery[:1], Encoding):
+    kind, gallery = type(gallery).__name__, gallery[:1]
+    if not isinstance(query, Encoding) or not isinstance(gallery, Encoding):
         raise TypeError(
             "query and gallery must be what model.encode gives, got "
-            f"{type(query).__name__} and {type(gallery).__name__}"
+            f"{type(query).__name__} and {kind}"
         )
-    gallery = gallery[:1]
     if (query.basis is None) != (gallery.basis is None):
         raise TypeError("query and gallery must be encoded by one model, got unlike encodings")
     if query.maps.shape[1:] != gallery.maps.shape[1:] or (

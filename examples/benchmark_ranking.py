@@ -34,7 +34,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from casn_plugin import CASN, PairClassifier, attention_distmat, rank_gallery
+from casn_plugin import CASN, PairClassifier, attention_distmat, fuse_distmats, rank_gallery
 from casn_plugin.attention import attention_distance, row_profiles, siamese_attention, split_pairs
 from casn_plugin.encoding import Encoding, encode_head, part_embedding
 from casn_plugin.evaluation import evaluate_rank
@@ -150,8 +150,7 @@ def speed_of(name: str, args: argparse.Namespace) -> list[list[str]]:
 
     def ours(dtype: torch.dtype) -> None:
         precision = dtype if dtype.itemsize == 2 else None
-        memory = 2**32 if cuda else None
-        attention_distmat(head, query, gallery, precision=precision, max_memory=memory)
+        attention_distmat(head, query, gallery, precision=precision)
 
     functions: dict[str, Callable[[], Any]] = dict(
         zip(pairs, (one_at_a_time, lambda: autograd_distances(head, first, second)), strict=True)
@@ -244,12 +243,11 @@ def pooled_forward(net: nn.Module, imgs: Tensor) -> tuple[Tensor, Tensor]:
     return features, features
 
 
-def peak_of(folder: str, name: str, device: str) -> dict[str, float]:
+def peak_of(folder: str, function: Callable[..., Any], device: str) -> dict[str, float]:
     """Returns the peak memory, in MiB, of ranking an index in this process."""
     head = Head((512, 16, 8), 512, lambda maps: maps.mean((2, 3))).to(device)
     index = GalleryIndex(folder, verify=False)
     query = index[:64]  # from the file too: no memory used before the measurement
-    function = {"attention_distmat": attention_distmat, "rank_gallery": rank_gallery}[name]
     function(head, query[:2], query[:2])  # what libraries keep for themselves
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -283,7 +281,7 @@ def memory(args: argparse.Namespace) -> str:
             row = [f"{len(index):,}", f"{size:,.0f} MiB"]
             for function in (attention_distmat, rank_gallery):
                 with multiprocessing.get_context("spawn").Pool(1) as pool:  # memory as new
-                    peaks = pool.apply(peak_of, (folder, function.__name__, args.device))
+                    peaks = pool.apply(peak_of, (folder, function, args.device))
                 for where, peak in peaks.items():
                     curves.setdefault(f"{function.__name__}, {where}", []).append(peak)
                 row.append(", ".join(f"{peak:,.0f} MiB {where}" for where, peak in peaks.items()))
@@ -378,7 +376,6 @@ def evaluation(args: argparse.Namespace) -> str:
 
     rng = np.random.default_rng(0)
     ids = [rng.integers(0, high, n) for high in (750, 6) for n in MARKET]
-    ids = [ids[0], ids[1], ids[2], ids[3]]
     distmat = torch.rand(*MARKET)
     there = distmat.to(args.device)
     ours = [clock(lambda: evaluate_rank(there, *ids), args.device) for _ in range(args.repeats)]
@@ -435,13 +432,14 @@ def quality(args: argparse.Namespace) -> str:
     def fuse(**kwargs: Any) -> tuple[Tensor, float]:
         start = time.perf_counter()
         attention = attention_distmat(model, query, gallery, unit=True, **kwargs)
-        return features + 0.1 * attention, time.perf_counter() - start
+        return fuse_distmats(features, attention), time.perf_counter() - start
 
     row("features alone", features, 0, 0)
     exact, seconds = fuse()
     row("all pairs, float32", exact, 1, seconds)
     for precision in (torch.float16, torch.bfloat16):
-        row(f"all pairs, {str(precision)[6:]}", *[(x := fuse(precision=precision))[0], 1, x[1]])
+        fused, seconds = fuse(precision=precision)
+        row(f"all pairs, {str(precision)[6:]}", fused, 1, seconds)
     for topk in (50, 100, 500):
         fused, seconds = fuse(topk=topk)
         row(f"shortlist of {topk}", fused, topk / len(gallery), seconds)
@@ -449,11 +447,8 @@ def quality(args: argparse.Namespace) -> str:
         start = time.perf_counter()
         found = rank_gallery(model, query, gallery, topk=topk)
         seconds = time.perf_counter() - start
-        off = (
-            (found.distances - exact.topk(found.distances.shape[1], largest=False).values)
-            .abs()
-            .max()
-        )
+        nearest = exact.topk(found.distances.shape[1], largest=False).values
+        off = (found.distances - nearest).abs().max()
         rows.append([
             f"exact top {topk}, pruned (off by {off:.0e})",
             f"{found.scored / exact.numel():.1%}", f"{seconds:.2f} s", "", "",
