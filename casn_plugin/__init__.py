@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from casn_plugin.attention import grad_cam
 from casn_plugin.encoding import Encoding
+from casn_plugin.explanation import explain_pair, explain_ranking
 from casn_plugin.index import GalleryIndex
 from casn_plugin.losses import IdentificationAttentionLoss, SiameseAttentionLoss
 from casn_plugin.model import CASN, CASNOutput, PairClassifier
@@ -29,6 +30,8 @@ __all__ = [
     "PairSampler",
     "SiameseAttentionLoss",
     "attention_distmat",
+    "explain_pair",
+    "explain_ranking",
     "fuse_distmats",
     "grad_cam",
     "rank_gallery",

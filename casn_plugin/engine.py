@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from casn_plugin.data import load_pedestrians
 from casn_plugin.encoding import Encoding, Encodings
-from casn_plugin.evaluation import evaluate_rank, verification_auc
+from casn_plugin.evaluation import RankedLists, evaluate_rank, ranked_lists, verification_auc
+from casn_plugin.explanation import ExplainedRankings
 from casn_plugin.index import GalleryIndex
 from casn_plugin.losses import (
     IdentificationAttentionLoss,
@@ -34,14 +35,16 @@ from casn_plugin.losses import (
     same_identity,
     siamese_attention_loss,
 )
-from casn_plugin.model import CASN, CASNOutput
+from casn_plugin.model import CASN, CASNOutput, encode_batches
 from casn_plugin.ranking import (
     Normalization,
     attention_distmat,
     fuse_distmats,
+    pair_attention,
     same_identity_distmat,
 )
 from casn_plugin.sampler import PairSampler
+from casn_plugin.visualization import IMAGENET_MEAN, IMAGENET_STD, denormalize, pair_mosaic
 
 EMBEDDED_DATASET = "casn_pedestrians"
 """The name under which torchreid finds the embedded data set."""
@@ -82,18 +85,22 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             in memory: a :class:`~casn_plugin.index.GalleryIndex`, read block by block.
         autocast: run the forward pass under autocast in this dtype; on CUDA, float16 is trained
             with a gradient scaler.
+        logged_pairs: so many fixed pairs of the first target's test images, half of them of one
+            identity, are drawn with their attention to TensorBoard after every epoch; 0: none.
 
     Attributes:
         results: of the last evaluation: data set, then "features", "attention" and "fused", each
             with "mAP" and "mINP" (shares; with `use_metric_cuhk03` no mINP) and "cmc" (a list of
             shares), and "auc" of the pair classifier.
+        ranked: of the last evaluation: data set, then who came where in the fused ranking:
+            see :class:`casn_plugin.evaluation.RankedLists` and :meth:`explain`.
         history: one dictionary an epoch, the mean of every loss term in it.
 
     Raises:
         TypeError: a model that is no CASN.
         ValueError: a train loader that draws no pairs although λ2 > 0, an unknown normalization
-            or one that does not go with `topk`, or an optimizer that lacks the pair classifier
-            although λ2 > 0.
+            or one that does not go with `topk`, a negative `logged_pairs`, or an optimizer that
+            lacks the pair classifier although λ2 > 0.
     """
 
     train_loader: Any
@@ -119,6 +126,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         max_memory: int | None = None,
         gallery_dir: str | None = None,
         autocast: torch.dtype | None = None,
+        logged_pairs: int = 4,
     ) -> None:
         parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
         casn = model.module if isinstance(model, parallel) else model
@@ -136,6 +144,8 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             raise ValueError(
                 f"normalization must be 'unit', 'query' or 'global', got {normalization!r}"
             )
+        if logged_pairs < 0:
+            raise ValueError(f"logged_pairs must be >= 0, got {logged_pairs}")
         if topk is not None and normalization != "unit":
             raise ValueError(
                 f"topk needs normalization='unit', got {normalization!r}: the other readings scale "
@@ -165,10 +175,13 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         self.scaler = torch.amp.GradScaler(
             self._device.type, enabled=autocast == torch.float16 and self.use_gpu
         )
+        self.logged_pairs = logged_pairs
         self.results: dict[str, dict[str, Any]] = {}
+        self.ranked: dict[str, RankedLists] = {}
         self.history: list[dict[str, float]] = []
         self._terms = torchreid.utils.MetricMeter()
         self._folder: str | None = None
+        self._logged: tuple[Tensor, Tensor, list[bool]] | None = None
 
     @property
     def _device(self) -> torch.device:
@@ -193,6 +206,8 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             self.train_loader = loader
         means = {name: float(meter.avg) for name, meter in self._terms.meters.items()}
         self.history.append({"epoch": self.epoch + 1, **means})
+        if self.writer is not None and self.logged_pairs:
+            self._log_attention()
 
     def forward_backward(self, data: dict[str, Any]) -> dict[str, float]:
         """Returns the loss terms of one optimisation step, as numbers.
@@ -264,6 +279,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         Evaluation leaves the random state as found, so how often it is done changes no training.
         """
         self.results = {}
+        self.ranked = {}
         folder: Any = contextlib.nullcontext()
         if self.gallery_dir is not None:
             Path(self.gallery_dir).mkdir(parents=True, exist_ok=True)
@@ -310,8 +326,8 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
 
         print("Computing CMC and mAP ...")
         results: dict[str, Any] = {}
+        ids = q_pids, g_pids, q_camids, g_camids
         for name, distmat in distmats.items():
-            ids = q_pids, g_pids, q_camids, g_camids
             if use_metric_cuhk03:
                 cmc, mean_ap = torchreid.metrics.evaluate_rank(
                     distmat.numpy(), *ids, use_metric_cuhk03=True
@@ -327,6 +343,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         scores = same_identity_distmat(self.model, query, gallery, max_memory=self.max_memory)
         results["auc"] = verification_auc(scores[counted][None], same[counted][None])
         self.results[dataset_name] = results
+        self.ranked[dataset_name] = ranked_lists(distmats["features"], distmats["fused"], *ids)
         self._report(dataset_name, results, ranks)
         if visrank:
             torchreid.utils.visualize_ranked_results(
@@ -344,16 +361,11 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         self, loader: DataLoader[Any], name: str
     ) -> tuple[Encoding, np.ndarray, np.ndarray]:
         """Returns the encodings of a loader's images on the CPU, their pids and camids."""
-        encodings, pids, camids = [], [], []
-        for data in tqdm(loader, desc=f"Encoding {name}", leave=False, disable=None):
-            imgs, batch_pids, batch_camids = self.parse_data_for_eval(data)
-            encodings.append(self.casn.encode(imgs.to(self._device)).to("cpu"))
-            pids.extend(batch_pids.tolist())
-            camids.extend(batch_camids.tolist())
-        encoding = Encoding.cat(encodings)
-        rows, dim = encoding.features.shape
+        batches = tqdm(loader, desc=f"Encoding {name}", leave=False, disable=None)
+        found = encode_batches(self.casn, map(self.parse_data_for_eval, batches))
+        rows, dim = found[0].features.shape
         print(f"Done, encoded {rows} {name} images, {dim} features each")
-        return encoding, np.asarray(pids), np.asarray(camids)
+        return found
 
     def _encode_to_disk(
         self, loader: DataLoader[Any]
@@ -450,6 +462,73 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
                 self.writer.add_scalar(f"{tag}/mAP", results[name]["mAP"], self.epoch)
             self.writer.add_scalar(f"Test/{dataset_name}/pair_auc", results["auc"], self.epoch)
 
+    def explain(self, dataset_name: str | None = None, *, topk: int = 5) -> ExplainedRankings:
+        """Returns the ranked lists of the last evaluation, each explained when it is asked for.
+
+        Nothing is ranked again: ``engine.explain()[0].plot()`` takes milliseconds.
+
+        Args:
+            dataset_name: one of the targets; by default the first.
+            topk: matches to explain for each query, at most 10.
+
+        Raises:
+            ValueError: a data set that has not been evaluated, or topk outside [1, 10].
+        """
+        name = dataset_name or next(iter(self.ranked), "")
+        if name not in self.ranked:
+            raise ValueError(
+                f"{name or 'no data set'!r} has been evaluated: call engine.run() first; evaluated "
+                f"were {list(self.ranked)}"
+            )
+        if not 1 <= topk <= 10:
+            raise ValueError(f"topk must lie in [1, 10], got {topk}")
+        mean, std = self._colours()
+        return ExplainedRankings(
+            self.casn,
+            *self._test_data(name),
+            self.ranked[name],
+            topk=topk,
+            mean=mean,
+            std=std,
+            threshold=self.siamese.threshold,
+        )
+
+    def _test_data(self, name: str) -> tuple[Any, Any]:
+        """Returns the queries and the gallery of a target, as data sets."""
+        query, gallery = (self.test_loader[name][part].dataset for part in ("query", "gallery"))
+        return query, gallery
+
+    def _colours(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Returns mean and std with which the data manager normalises."""
+        for transform in reversed(getattr(self.datamanager.transform_te, "transforms", [])):
+            if hasattr(transform, "mean") and hasattr(transform, "std"):
+                return transform.mean, transform.std
+        return IMAGENET_MEAN, IMAGENET_STD
+
+    def _log_attention(self) -> None:
+        """Draws the attention of the fixed pairs to TensorBoard."""
+        name = next(iter(self.test_loader))
+        if self._logged is None:
+            query, gallery = self._test_data(name)
+            pairs = _fixed_pairs(query.data, gallery.data, self.logged_pairs)
+            items = [(query[i], gallery[j]) for i, j in pairs]
+            self._logged = (
+                torch.stack([first["img"] for first, _ in items]),
+                torch.stack([second["img"] for _, second in items]),
+                [bool(first["pid"] == second["pid"]) for first, second in items],
+            )
+        first, second, same = self._logged
+        maps = pair_attention(
+            self.casn,
+            self.casn.encode(first.to(self._device)),
+            self.casn.encode(second.to(self._device)),
+        )
+        colours = self._colours()
+        mosaic = pair_mosaic(
+            denormalize(first, *colours), denormalize(second, *colours), *maps, same
+        )
+        self.writer.add_image(f"Attention/{name}", mosaic, self.epoch + 1, dataformats="HWC")
+
     def save_model(self, epoch: int, rank1: float, save_dir: str, is_best: bool = False) -> None:
         """Saves torchreid's checkpoint, with the random state that an exact resume needs.
 
@@ -533,6 +612,36 @@ class EmbeddedPedestrians(torchreid.data.ImageDataset):  # type: ignore[misc]
 
 
 torchreid.data.register_image_dataset(EMBEDDED_DATASET, EmbeddedPedestrians)
+
+
+def _fixed_pairs(
+    query: Sequence[Any], gallery: Sequence[Any], number: int
+) -> list[tuple[int, int]]:
+    """Returns rows of query and gallery, the same at every call.
+
+    In turn a pair of one identity, seen by two cameras, and a pair of two identities; of the
+    other kind where there is none.
+
+    Args:
+        query: tuples of (path, pid, camid, ...).
+        gallery: likewise.
+        number: pairs to return; queries repeat where there are fewer.
+    """
+    rng = np.random.default_rng(0)
+    pids = np.array([row[1] for row in gallery])
+    camids = np.array([row[2] for row in gallery])
+    one_each = {row[1]: i for i, row in enumerate(query)}
+    queries = rng.permutation(list(one_each.values())).tolist()
+    pairs = []
+    for i in range(number):
+        row = queries[i % len(queries)]
+        pid, camid = query[row][1:3]
+        same = np.flatnonzero((pids == pid) & (camids != camid))
+        different = np.flatnonzero(pids != pid)
+        wanted, other = (different, same) if i % 2 else (same, different)
+        rows = wanted if len(wanted) else other if len(other) else np.arange(len(pids))
+        pairs.append((row, int(rng.choice(rows))))
+    return pairs
 
 
 def _random_state() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How well a ranking or a classification of pairs is: CMC, mAP, mINP and the ROC AUC.
+"""How well a ranking or a classification of pairs is: CMC, mAP, mINP, ROC AUC, who came where.
 
 A match's position in a ranking is 1 + the number of valid gallery entries nearer than it, which
 is found by its value alone: no order of the whole gallery is made, only sorted distances.
@@ -132,6 +132,148 @@ def evaluate_rank(
         ap=ap,
         first_match=first_match,
     )
+
+
+@dataclass(frozen=True)
+class RankedLists:
+    """Who came out where, for every query, as :func:`ranked_lists` finds it.
+
+    Ranks count from 1: one more than the number of entries that are nearer. Junk (gallery entries
+    of the query's own pid and camid) is left out.
+
+    Attributes:
+        nearest: gallery row of each query's nearest entries by fused distance, -1 where there
+            are no more.
+        right: whether these are of the query's identity.
+        feature_ranks: at which rank each of them stands by features alone, 0 where there is none.
+        truth: gallery row of the right entry that stands first, -1 where there is none.
+        truth_rank: its rank by fused distance, 0 where there is none.
+        truth_feature_rank: its rank by features alone.
+        ap: average precision of each query's fused ranking in (0, 1], NaN without a match.
+    """
+
+    nearest: Int64[np.ndarray, "queries topk"]
+    right: Bool[np.ndarray, "queries topk"]
+    feature_ranks: Int64[np.ndarray, "queries topk"]
+    truth: Int64[np.ndarray, "queries"]
+    truth_rank: Int64[np.ndarray, "queries"]
+    truth_feature_rank: Int64[np.ndarray, "queries"]
+    ap: Float64[np.ndarray, "queries"]
+
+    def __len__(self) -> int:
+        """Returns the number of queries."""
+        return len(self.ap)
+
+    def failures(self, number: int | None = None) -> list[int]:
+        """Returns the queries with a match but a wrong entry at rank 1, the worst first."""
+        return [query for query in self.worst() if self.truth_rank[query] > 1][:number]
+
+    def worst(self, number: int | None = None) -> list[int]:
+        """Returns the queries with a match by average precision, the lowest first."""
+        order = np.lexsort((-self.truth_rank, self.ap))
+        return [int(query) for query in order if self.truth[query] >= 0][:number]
+
+    def best(self, number: int | None = None) -> list[int]:
+        """Returns the queries with a match by average precision, the highest first."""
+        return self.worst()[::-1][:number]
+
+
+def ranked_lists(
+    feature_distmat: Float[Tensor, "queries galleries"],
+    fused_distmat: Float[Tensor, "queries galleries"],
+    q_pids: Integer[np.ndarray, "queries"] | Integer[Tensor, "queries"],
+    g_pids: Integer[np.ndarray, "galleries"] | Integer[Tensor, "galleries"],
+    q_camids: Integer[np.ndarray, "queries"] | Integer[Tensor, "queries"],
+    g_camids: Integer[np.ndarray, "galleries"] | Integer[Tensor, "galleries"],
+    *,
+    topk: int = 10,
+    max_memory: int = 256 * 2**20,
+) -> RankedLists:
+    """Returns each query's nearest entries, where features alone put them, and the truth.
+
+    Entries at one distance share the lowest of their ranks.
+
+    Args:
+        feature_distmat: distances of the features alone.
+        fused_distmat: distances of features and attention, of the same pairs.
+        q_pids: identities of the queries.
+        g_pids: identities of the gallery.
+        q_camids: cameras of the queries.
+        g_camids: cameras of the gallery.
+        topk: entries to keep for each query, at most as many as the gallery has.
+        max_memory: bytes that the tensors of a block of queries may take.
+
+    Raises:
+        TypeError: as :func:`evaluate_rank`.
+        ValueError: as :func:`evaluate_rank`, matrices of unlike shapes, `topk` below 1.
+
+    Example:
+        >>> distmat, camids = torch.tensor([[0.2, 0.1, 0.3]]), np.array([2, 2, 2])
+        >>> ids = np.array([7]), np.array([7, 8, 9]), np.array([1]), camids
+        >>> found = ranked_lists(distmat, distmat, *ids, topk=2)
+        >>> found.nearest.tolist(), found.truth_rank.tolist(), found.failures()
+        ([[1, 0]], [2], [0])
+    """
+    if topk < 1:
+        raise ValueError(f"topk must be at least 1, got {topk}")
+    if feature_distmat.shape != fused_distmat.shape:
+        raise ValueError(
+            "expected two matrices of one shape, got "
+            f"{tuple(feature_distmat.shape)} and {tuple(fused_distmat.shape)}"
+        )
+    ap = evaluate_rank(fused_distmat, q_pids, g_pids, q_camids, g_camids).ap
+    device, (queries, galleries) = fused_distmat.device, fused_distmat.shape
+    ids = zip(
+        ("q_pids", "g_pids", "q_camids", "g_camids"),
+        (q_pids, g_pids, q_camids, g_camids),
+        (queries, galleries) * 2,
+        strict=True,
+    )
+    qp, gp, qc, gc = (torch.from_numpy(_ids(*each)).to(device) for each in ids)
+    topk = min(topk, galleries)
+    block_size = max(1, max_memory // max(1, 40 * galleries))
+    blocks = []
+    for top in range(0, queries, block_size):
+        rows = slice(top, top + block_size)
+        same = qp[rows, None] == gp
+        junk = same & (qc[rows, None] == gc)
+        fused, features = (
+            _finite(distmat[rows].detach().to(device)).masked_fill(junk, torch.inf)
+            for distmat in (fused_distmat, feature_distmat)
+        )
+        nearest = fused.topk(topk, largest=False).indices.sort(dim=1).values
+        nearest = nearest.gather(1, fused.gather(1, nearest).argsort(dim=1, stable=True))
+        truth = fused.masked_fill(~same, torch.inf).argmin(1, keepdim=True)
+        shown = torch.cat([nearest, truth], 1)
+        missing = junk.gather(1, shown)
+        missing[:, -1] |= ~same.gather(1, truth)[:, 0]
+        ranks = [
+            (1 + torch.searchsorted(_sorted(distmat), distmat.gather(1, shown)))
+            .masked_fill(missing, 0)
+            .cpu()
+            for distmat in (features, fused)
+        ]
+        right = (same.gather(1, nearest) & ~missing[:, :-1]).cpu()
+        blocks.append((shown.masked_fill(missing, -1).cpu(), right, *ranks))
+    entries, rights, of_features, of_fused = (
+        torch.cat(each).numpy() for each in zip(*blocks, strict=True)
+    )
+    return RankedLists(
+        nearest=entries[:, :-1],
+        right=rights,
+        feature_ranks=of_features[:, :-1],
+        truth=entries[:, -1],
+        truth_rank=of_fused[:, -1],
+        truth_feature_rank=of_features[:, -1],
+        ap=ap,
+    )
+
+
+def _finite(distmat: Tensor) -> Tensor:
+    """Returns distances in float32 or wider, NaN and infinity as the greatest finite number."""
+    distmat = distmat if distmat.element_size() >= 4 else distmat.float()
+    greatest = torch.finfo(distmat.dtype).max
+    return distmat.nan_to_num(nan=greatest, posinf=greatest)
 
 
 def verification_auc(

@@ -1,12 +1,13 @@
 """CASN: a backbone, its tapped feature map and the pair classifier, as one module."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 
 from casn_plugin.attention import capture, evaluating, frozen_batchnorm
@@ -107,6 +108,9 @@ class CASN(nn.Module):
             default 256x128, and 160x64 for HACNN.
         seed: of the default pair classifier's weights.
 
+    Attributes:
+        input_size: (rows, columns) that pictures are brought to where a size is not given.
+
     Raises:
         TypeError: no module, or no torchreid model and no `forward`.
         ValueError: a target layer that does not exist or gives no map (the message lists those
@@ -154,7 +158,8 @@ class CASN(nn.Module):
         self.backbone = backbone
         self._forward: Forward = forward if forward is not None else _torchreid_forward
         self._target, self._at = self._find_target(target_layer)
-        features = self._try_out(input_size or _INPUT_SIZE.get(_kind(backbone), (256, 128)))
+        self.input_size = input_size or _INPUT_SIZE.get(_kind(backbone), (256, 128))
+        features = self._try_out(self.input_size)
         if pair_classifier is None:
             pair_classifier = PairClassifier(features.shape[1], hidden_dim, seed=seed)
             pair_classifier.to(features.device, features.dtype)
@@ -349,6 +354,27 @@ class CASN(nn.Module):
                 f"{tuple(features.shape) if isinstance(features, Tensor) else type(features)}"
             )
         return features
+
+
+def encode_batches(
+    model: CASN, batches: Iterable[tuple[Tensor, Any, Any]]
+) -> tuple[Encoding, Int64[np.ndarray, " images"], Int64[np.ndarray, " images"]]:
+    """Returns the encodings of batches of (imgs, pids, camids) on the CPU, their pids and camids.
+
+    Images are encoded where the model is.
+
+    Raises:
+        ValueError: no batch at all; otherwise as :meth:`CASN.encode`.
+    """
+    device = next(iter(model.parameters())).device
+    encodings: list[Encoding] = []
+    pids: list[int] = []
+    camids: list[int] = []
+    for imgs, batch_pids, batch_camids in batches:
+        encodings.append(model.encode(imgs.to(device)).to("cpu"))
+        pids.extend(int(pid) for pid in batch_pids)
+        camids.extend(int(camid) for camid in batch_camids)
+    return Encoding.cat(encodings), np.asarray(pids), np.asarray(camids)
 
 
 def _torchreid_forward(backbone: nn.Module, imgs: Tensor) -> tuple[Logits, Tensor]:

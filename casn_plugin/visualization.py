@@ -1,4 +1,4 @@
-"""Pictures: attention over images, query-gallery pairs, training curves and CMC curves.
+"""Pictures: attention over images, pairs, ranked lists, training curves and CMC curves.
 
 matplotlib is imported when a picture is drawn; no display is needed. The figures belong to no
 window: save them with ``figure.savefig(path)``.
@@ -13,7 +13,13 @@ import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float
 from torch import Tensor
 
-from casn_plugin.attention import align_profiles, attended_span, row_profiles, scale_maps
+from casn_plugin.attention import (
+    align_profiles,
+    attended_span,
+    attention_distance,
+    row_profiles,
+    scale_maps,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,7 +27,9 @@ if TYPE_CHECKING:
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 COLOURS = {"features": "#0072B2", "attention": "#E69F00", "fused": "#CC79A7"}  # Okabe and Ito's
-RIGHT, WRONG = "#009E73", "#D55E00"
+PAIR_COLOURS = ("#0072B2", "#E69F00")  # of the first and the second image of a pair
+# the field's green and red, of unlike lightness; never the only sign: words and broken lines too
+RIGHT, WRONG = "#00875A", "#D7301F"
 
 
 def denormalize(
@@ -71,6 +79,127 @@ def overlay(
     return np.asarray((1 - cover) * pictures + cover * colours, dtype=np.float64)
 
 
+def pair_mosaic(
+    first_pictures: Float[np.ndarray, "pairs rows columns 3"],
+    second_pictures: Float[np.ndarray, "pairs rows columns 3"],
+    first_maps: Float[Tensor, "pairs height width"],
+    second_maps: Float[Tensor, "pairs height width"],
+    same: Sequence[bool],
+) -> Float[np.ndarray, "rows columns 3"]:
+    """Returns one RGB picture in [0, 1] of pairs and their attention, a pair a row.
+
+    Without text and without matplotlib's layout, so it is quick: for TensorBoard. From left to
+    right: first picture, its attention, the second picture's attention, second picture. The
+    frame of the last two is green where both show one identity, else red and broken.
+
+    Args:
+        first_pictures: RGB in [0, 1].
+        second_pictures: the same for the second images.
+        first_maps: attention of the first images in their pairs, >= 0.
+        second_maps: that of the second images.
+        same: whether each pair shows one identity.
+
+    Example:
+        >>> pictures, maps = np.full((2, 16, 8, 3), 0.5), torch.rand(2, 4, 2)
+        >>> pair_mosaic(pictures, pictures, maps, maps, [True, False]).shape
+        (44, 52, 3)
+    """
+    _, rows, columns = first_pictures.shape[:3]
+    edge = max(2, rows // 48)  # of the frames, and between pictures
+    panels = (
+        first_pictures,
+        overlay(first_pictures, first_maps),
+        overlay(second_pictures, second_maps),
+        second_pictures,
+    )
+    height, width = rows + 2 * edge, columns + 2 * edge
+    gap = 2 * edge  # between the two persons
+    mosaic = np.ones((len(same) * (height + edge), 4 * width + gap, 3))
+    for i, right in enumerate(same):
+        for j, panel in enumerate(panels):
+            top, left = i * (height + edge), j * width + (gap if j > 1 else 0)
+            tile = mosaic[top : top + height, left : left + width]
+            if j > 1:
+                tile[:] = _rgb(RIGHT if right else WRONG)
+                if not right:  # broken lines: told apart without seeing colours
+                    tile[np.arange(height) // (4 * edge) % 2 == 1] = 1
+            tile[edge:-edge, edge:-edge] = panel[i]
+    return mosaic
+
+
+def plot_pair(
+    first_picture: Float[np.ndarray, "rows columns 3"],
+    second_picture: Float[np.ndarray, "rows columns 3"],
+    first_map: Float[Tensor, "height width"],
+    second_map: Float[Tensor, "height width"],
+    *,
+    headline: str = "",
+    details: str = "",
+    names: tuple[str, str] = ("first picture", "second picture"),
+    threshold: float = 0.2,
+) -> "Figure":
+    """Returns a figure that explains one pair to a reader who does not know the paper.
+
+    From the outside in: both pictures, where the network looked in each, how strongly in each
+    row, with the attended span marked, and in the middle both profiles as they are compared.
+
+    Args:
+        first_picture: RGB in [0, 1].
+        second_picture: the same for the second image.
+        first_map: Siamese attention of the first image, >= 0.
+        second_map: that of the second one.
+        headline: what the model says.
+        details: a line below it.
+        names: what to call the two pictures.
+        threshold: t, the share of a map's maximum above which a row counts as attended.
+
+    Example:
+        >>> figure = plot_pair(np.zeros((8, 4, 3)), np.zeros((8, 4, 3)), torch.eye(4), torch.eye(4))
+        >>> [axis.get_title() for axis in figure.axes][0]
+        'first picture'
+    """
+    from matplotlib.figure import Figure
+
+    rows, columns = first_picture.shape[:2]
+    tall = 3.4  # inches
+    wide = tall * columns / rows
+    widths = [wide, wide, 1.2, 2.0, 1.2, wide, wide]
+    figure = Figure(figsize=(sum(widths) + 1.2, tall + 1.75), layout="constrained", dpi=120)
+    figure.suptitle(headline, fontsize=13, fontweight="bold")
+    axes: Any = figure.subplots(1, 7, width_ratios=widths)
+    profiles = [row_profiles(each.detach().float().cpu()) for each in (first_map, second_map)]
+    pictures, maps = (first_picture, second_picture), (first_map, second_map)
+    for side, (colour, name) in enumerate(zip(PAIR_COLOURS, names, strict=True)):
+        shown, looked, strength = [axes[i] for i in ((0, 1, 2), (6, 5, 4))[side]]
+        height = len(profiles[side])
+        first, last = (int(row) for row in attended_span(profiles[side], threshold))
+        extent = (0, height * columns / rows, height, 0)
+        covered = overlay(pictures[side][None], maps[side][None])[0]
+        for axis, picture in ((shown, pictures[side]), (looked, covered)):
+            axis.imshow(picture, extent=extent)
+            axis.set_xticks([])
+            axis.set_yticks([])
+        shown.set_title(name, fontsize=9)
+        looked.set_title("where it looked", fontsize=9)
+        for edge in (first, last + 1):
+            looked.axhline(edge, color="white", linewidth=2.4)
+            looked.axhline(edge, color=colour, linewidth=1.4, linestyle="--")
+        _plot_profile(strength, profiles[side], colour, threshold)
+        strength.axhspan(first, last + 1, color=colour, alpha=0.13, linewidth=0)
+        strength.set_title("how strongly", fontsize=9)
+        strength.set_xlabel(f"rows {first + 1} to {last + 1} of {height}\ncount", fontsize=8)
+        if side:
+            strength.invert_xaxis()  # both grow towards the middle
+    _plot_aligned(axes[3], profiles, threshold, names)
+    axes[3].set_title("the rows that count,\nstretched to one length", fontsize=9)
+    figure.supxlabel(
+        f"{details}\nBright: what speaks for the same person. t: rows that reach more than "
+        f"{threshold:.0%} of the strongest count. Grey: what differs.".strip(),
+        fontsize=8,
+    )
+    return figure
+
+
 def plot_pairs(
     query_pictures: Float[np.ndarray, "pairs rows columns 3"],
     gallery_pictures: Float[np.ndarray, "pairs rows columns 3"],
@@ -115,51 +244,158 @@ def plot_pairs(
             axis = axes[i, j]
             if i == 0:
                 axis.set_title(headings[j], fontsize=9)
-            if panel is None:
-                _plot_profiles(axis, row_profiles(query_maps[i]), row_profiles(gallery_maps[i]),
-                               threshold, legend=i == 0)  # fmt: skip
+            if panel is not None:
+                _show(axis, panel[i], same[i] if j >= 3 else None)
                 continue
-            axis.imshow(panel[i])
-            axis.set_xticks([])
-            axis.set_yticks([])
-            for spine in axis.spines.values():
-                spine.set_visible(j >= 3)
-                spine.set_edgecolor(RIGHT if same[i] else WRONG)
-                spine.set_linewidth(3)
-        words = "same person" if same[i] else "different person"
-        axes[i, 4].set_xlabel(words, fontsize=8, color=RIGHT if same[i] else WRONG)
+            profiles = [row_profiles(maps[i].detach().float().cpu())
+                        for maps in (query_maps, gallery_maps)]  # fmt: skip
+            for name, profile, colour, at in zip(
+                ("query", "gallery"), profiles, PAIR_COLOURS, (1.06, 1.14), strict=True
+            ):
+                first, last = (int(row) for row in attended_span(profile, threshold))
+                _plot_profile(axis, profile, colour, threshold, label=name)
+                axis.plot([at, at], [first, last + 1], color=colour, linewidth=3,
+                          solid_capstyle="butt")  # fmt: skip
+            axis.set_xlim(-0.03, 1.22)
+            distance = float(attention_distance(*profiles, threshold=threshold))
+            axis.set_xlabel(f"row maxima; distance {distance:.2f}", fontsize=8)
+            if i == 0:
+                axis.legend(fontsize=7, frameon=False, loc="lower center",
+                            bbox_to_anchor=(0.5, 1.0), ncols=2)  # fmt: skip
+        axes[i, 4].set_xlabel(verdict(same[i]), fontsize=8, color=RIGHT if same[i] else WRONG)
         if titles is not None:
             axes[i, 0].set_xlabel(titles[i], fontsize=8)
     return figure
 
 
-def _plot_profiles(
-    axis: Any, query: Tensor, gallery: Tensor, threshold: float, *, legend: bool
-) -> None:
-    """Draws two profiles down the rows of their pictures; the aligned spans as bars beside."""
-    axis.axvline(threshold, color="0.7", linewidth=0.8, linestyle=":")
-    both = (("query", query, "#0072B2", 1.06), ("gallery", gallery, "#E69F00", 1.14))
-    for name, profile, colour, at in both:
-        profile = profile.detach().float().cpu()
-        first, last = (int(row) for row in attended_span(profile, threshold))
-        axis.plot(profile, np.arange(len(profile)) + 0.5, color=colour, marker="o", markersize=2,
-                  linewidth=1.2, label=name)  # fmt: skip
-        axis.plot([at, at], [first, last + 1], color=colour, linewidth=3, solid_capstyle="butt")
-    distance = torch.linalg.vector_norm(
-        align_profiles(query.detach().float().cpu(), threshold)
-        - align_profiles(gallery.detach().float().cpu(), threshold)
+def plot_ranking(
+    query_picture: Float[np.ndarray, "rows columns 3"],
+    gallery_pictures: Float[np.ndarray, "matches rows columns 3"],
+    query_maps: Float[Tensor, "matches height width"],
+    gallery_maps: Float[Tensor, "matches height width"],
+    right: Sequence[bool],
+    captions: Sequence[str],
+    *,
+    headline: str = "",
+    apart: int = 0,
+) -> "Figure":
+    """Returns a figure of a ranked list: the query, its matches, the attention of each pair.
+
+    Above, the gallery pictures with frames in green (right) and red (wrong, and broken); below
+    each, where the network looked in it, and where in the query when it compared the two.
+
+    Args:
+        query_picture: RGB in [0, 1].
+        gallery_pictures: the matches, in their order.
+        query_maps: Siamese attention of the query in its pair with each match.
+        gallery_maps: that of the matches.
+        right: whether each match shows the query's identity.
+        captions: some lines below each match's picture.
+        headline: above all.
+        apart: so many matches at the end are set apart: they are no part of the list.
+
+    Example:
+        >>> picture, maps = np.zeros((8, 4, 3)), torch.rand(2, 4, 2)
+        >>> matches = np.stack([picture, picture])
+        >>> figure = plot_ranking(picture, matches, maps, maps, [True, False], ["1", "2"])
+        >>> len(figure.axes)
+        9
+    """
+    from matplotlib.figure import Figure
+
+    rows, columns = query_picture.shape[:2]
+    number = len(right)
+    wide = 1.25  # inches
+    tall = wide * rows / columns
+    widths = [1.0] * (1 + number)
+    if apart:
+        widths.insert(1 + number - apart, 0.25)
+    figure = Figure(
+        figsize=(wide * sum(widths) + 0.4, 3 * tall + 1.5), layout="constrained", dpi=110
     )
-    axis.set_ylim(len(query), 0)
-    axis.set_xlim(-0.03, 1.22)
+    figure.suptitle(headline, fontsize=12, fontweight="bold")
+    axes: Any = figure.subplots(3, len(widths), squeeze=False, width_ratios=widths)
+    for axis in axes[:, 1 + number - apart] if apart else ():
+        axis.remove()
+    _show(axes[0, 0], query_picture)
+    axes[0, 0].set_title("query", fontsize=9)
+    for axis, words in zip(
+        axes[1:, 0],
+        (
+            "Where it looked\nin the\ngallery picture",
+            "Where it looked\nin the query,\nfor each pair",
+        ),
+        strict=True,
+    ):
+        axis.axis("off")
+        axis.text(1, 0.5, words, fontsize=9, ha="right", va="center", transform=axis.transAxes)
+    covered = overlay(gallery_pictures, gallery_maps)
+    of_query = overlay(np.broadcast_to(query_picture, gallery_pictures.shape), query_maps)
+    for i in range(number):
+        column = axes[:, 1 + i + (i >= number - apart and apart > 0)]
+        for axis, panel in zip(column, (gallery_pictures, covered, of_query), strict=True):
+            _show(axis, panel[i], right[i])
+        column[0].set_title(verdict(right[i]), fontsize=9, color=RIGHT if right[i] else WRONG)
+        column[0].set_xlabel(captions[i], fontsize=8)
+    return figure
+
+
+def verdict(same: bool) -> str:
+    """Returns the words, with a tick or a cross, for whether two pictures show one identity."""
+    return "\N{CHECK MARK} same person" if same else "\N{BALLOT X} other person"
+
+
+def _rgb(colour: str) -> Float[np.ndarray, "3"]:
+    from matplotlib.colors import to_rgb
+
+    return np.asarray(to_rgb(colour))
+
+
+def _show(axis: Any, picture: np.ndarray, right: bool | None = None) -> None:
+    """Draws a picture; in a frame where it is right (whole) or wrong (broken)."""
+    axis.imshow(picture)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for spine in axis.spines.values():
+        spine.set_visible(right is not None)
+        spine.set_edgecolor(RIGHT if right else WRONG)
+        spine.set_linewidth(3)
+        spine.set_linestyle("-" if right else (0, (3, 1.2)))
+        spine.set_capstyle("butt")
+
+
+def _plot_profile(
+    axis: Any, profile: Tensor, colour: str, threshold: float, *, label: str = ""
+) -> None:
+    """Draws a row profile down the rows of its picture, with the threshold t."""
+    axis.axvline(threshold, color="0.6", linewidth=0.8, linestyle=":")
+    axis.plot(profile, np.arange(len(profile)) + 0.5, color=colour, marker="o", markersize=2.5,
+              linewidth=1.2, label=label)  # fmt: skip
+    axis.set_ylim(len(profile), 0)
+    axis.set_xlim(-0.03, 1.06)
     axis.set_xticks([0, threshold, 1], ["0", "t", "1"], fontsize=7)
     axis.set_yticks([])
-    axis.set_xlabel(f"row maxima; distance {float(distance):.2f}", fontsize=8)
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
-    if legend:
-        axis.legend(
-            fontsize=7, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2
-        )
+
+
+def _plot_aligned(
+    axis: Any, profiles: Sequence[Tensor], threshold: float, names: Sequence[str]
+) -> None:
+    """Draws two aligned profiles M*_m over each other, and what differs between them."""
+    aligned = [align_profiles(profile, threshold).numpy() for profile in profiles]
+    at = np.arange(len(aligned[0])) + 0.5
+    axis.fill_betweenx(at, *aligned, color="0.85", linewidth=0)
+    for profile, colour, name, style in zip(aligned, PAIR_COLOURS, names, ("-", "--"), strict=True):
+        axis.plot(profile, at, style, color=colour, marker="o", markersize=2.5, linewidth=1.4,
+                  label=name)  # fmt: skip
+    axis.set_ylim(len(at), 0)
+    axis.set_xlim(-0.03, 1.06)
+    axis.set_xticks([0, 1], ["0", "1"], fontsize=7)
+    axis.set_yticks([])
+    axis.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.06))
+    for side in ("top", "right", "left"):
+        axis.spines[side].set_visible(False)
 
 
 def plot_curves(
@@ -199,15 +435,37 @@ def plot_curves(
     left.grid(alpha=0.3)
     if left.lines:
         left.legend(fontsize=8)
-    for name, colour in COLOURS.items():
-        cmc = results[name]["cmc"][:max_rank]
-        label = f"{name}: mAP {results[name]['mAP']:.1%}"
-        right.plot(range(1, len(cmc) + 1), [100 * share for share in cmc], color=colour,
-                   marker="o", markersize=3, label=label)  # fmt: skip
-    right.set_xlabel("rank")
-    right.set_xticks([1, *range(5, max_rank + 1, 5)])
-    right.set_ylabel("queries matched (%)")
-    right.set_ylim(0, 102)
-    right.grid(alpha=0.3)
-    right.legend(fontsize=8, loc="lower right")
+    _plot_cmc(right, {name: results[name] for name in COLOURS}, max_rank)
     return figure
+
+
+def plot_cmc(results: Mapping[str, Any], *, max_rank: int = 20) -> "Figure":
+    """Returns a figure of CMC curves.
+
+    Args:
+        results: "features", "attention" or "fused", each with "mAP" and "cmc".
+        max_rank: last rank of the curves.
+
+    Example:
+        >>> plot_cmc({"fused": {"mAP": 0.5, "cmc": [0.4, 0.8]}}).axes[0].get_xlabel()
+        'rank'
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, 3.6), layout="constrained", dpi=120)
+    _plot_cmc(figure.subplots(), results, max_rank)
+    return figure
+
+
+def _plot_cmc(axis: Any, results: Mapping[str, Any], max_rank: int) -> None:
+    for name, ranking in results.items():
+        cmc = ranking["cmc"][:max_rank]
+        label = f"{name}: mAP {ranking['mAP']:.1%}"
+        axis.plot(range(1, len(cmc) + 1), [100 * share for share in cmc], color=COLOURS[name],
+                  marker="o", markersize=3, label=label)  # fmt: skip
+    axis.set_xlabel("rank")
+    axis.set_xticks([1, *range(5, max_rank + 1, 5)])
+    axis.set_ylabel("queries matched (%)")
+    axis.set_ylim(0, 102)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="lower right")

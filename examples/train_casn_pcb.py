@@ -24,11 +24,9 @@ import torchreid
 from torch import Tensor, nn
 from torchvision.models import mobilenet_v2
 
-from casn_plugin import CASN, ImageCASNEngine, PairSampler, attention_distmat, fuse_distmats
-from casn_plugin.encoding import Encoding
+from casn_plugin import CASN, ImageCASNEngine, PairSampler
 from casn_plugin.engine import EMBEDDED_DATASET
-from casn_plugin.ranking import pair_attention
-from casn_plugin.visualization import denormalize, plot_curves, plot_pairs
+from casn_plugin.visualization import plot_curves, plot_pairs
 
 PRESETS: dict[str, dict[str, Any]] = {
     "embedded": {
@@ -62,8 +60,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Returns the options; those not given come from the preset."""
+def parse_args(
+    argv: list[str] | None = None, defaults: dict[str, Any] | None = None
+) -> argparse.Namespace:
+    """Returns the options; those not given are of `defaults`, then of the preset."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -106,6 +106,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--save-dir", default="log/casn_pcb", help="folder for checkpoints, curves and pictures")
     add("--visrank", action="store_true", help="with --test-only: save torchreid's ranked lists")
     add("--rerank", action="store_true", help="with --test-only: re-rank (Zhong et al.)")
+    parser.set_defaults(**(defaults or {}))
     args = parser.parse_args(argv)
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
@@ -220,51 +221,30 @@ def load_weights(model: CASN, args: argparse.Namespace) -> None:
 
 def save_pairs(engine: ImageCASNEngine, name: str, path: Path, number: int = 5) -> None:
     """Saves a picture of random people with their best match and the attention of each pair."""
-    device = next(engine.casn.parameters()).device
-    datasets = [engine.test_loader[name][part].dataset for part in ("query", "gallery")]
-    one_each = {row[1]: i for i, row in enumerate(datasets[0].data)}
+    explained = engine.explain(name, topk=1)
+    queries = engine.test_loader[name]["query"].dataset.data
+    one_each = {row[1]: i for i, row in enumerate(queries)}
     rows = np.random.default_rng(1).permutation(list(one_each.values()))[:number].tolist()
-    queries = [datasets[0][row] for row in rows]
-    imgs = torch.stack([item["img"] for item in queries])
-    query = engine.casn.encode(imgs.to(device)).to("cpu")
-    encodings, pids, camids = [], [], []
-    for batch in engine.test_loader[name]["gallery"]:
-        encodings.append(engine.casn.encode(batch["img"].to(device)).to("cpu"))
-        pids += batch["pid"].tolist()
-        camids += batch["camid"].tolist()
-    gallery = Encoding.cat(encodings)
-    unit = [nn.functional.normalize(part.features) for part in (query, gallery)]
-    distmat = fuse_distmats(
-        torch.cdist(*unit), attention_distmat(engine.casn, query, gallery, unit=True),
-        normalization="unit", attention_weight=engine.attention_weight,
-    )  # fmt: skip
-    matches = []
-    for i, item in enumerate(queries):
-        junk = (torch.tensor(pids) == item["pid"]) & (torch.tensor(camids) == item["camid"])
-        matches.append(int(distmat[i].masked_fill(junk, float("inf")).argmin()))
-    maps = pair_attention(engine.casn, query, gallery[torch.tensor(matches)])
-    matched = torch.stack([datasets[1][match]["img"] for match in matches])
+    shown = [explained[row] for row in rows]
+    pairs = [each.matches[0].pair for each in shown if each.matches]
     figure = plot_pairs(
-        denormalize(imgs),
-        denormalize(matched),
-        *maps,
-        [pids[match] == item["pid"] for match, item in zip(matches, queries, strict=True)],
-        titles=[f"person {item['pid']}" for item in queries],
+        np.stack([pair.first_picture for pair in pairs]),
+        np.stack([pair.second_picture for pair in pairs]),
+        torch.stack([pair.first_attention for pair in pairs]),
+        torch.stack([pair.second_attention for pair in pairs]),
+        [bool(pair.same) for pair in pairs],
+        titles=[f"person {each.pid}" for each in shown if each.matches],
         threshold=engine.siamese.threshold,
     )
     figure.savefig(path)
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Trains, ranks and saves; returns the results of each target data set."""
-    args = parse_args(argv)
+def build_engine(args: argparse.Namespace) -> ImageCASNEngine:
+    """Returns the engine, with data and model, that the options ask for."""
     torch.manual_seed(args.seed)
     np.random.seed(args.seed)
     random.seed(args.seed)
-    save_dir = Path(args.save_dir)
-    save_dir.mkdir(parents=True, exist_ok=True)
     use_gpu = args.device == "cuda"
-
     datamanager = torchreid.data.ImageDataManager(
         root=args.root,
         sources=args.sources,
@@ -292,7 +272,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     scheduler = torchreid.optim.build_lr_scheduler(
         optimizer, lr_scheduler="single_step", stepsize=args.stepsize
     )
-    engine = ImageCASNEngine(
+    return ImageCASNEngine(
         datamanager,
         model,
         optimizer,
@@ -301,6 +281,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         lambda_ia=args.lambda_ia,
         lambda_sa=args.lambda_sa,
     )
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Trains, ranks and saves; returns the results of each target data set."""
+    args = parse_args(argv)
+    save_dir = Path(args.save_dir)
+    save_dir.mkdir(parents=True, exist_ok=True)
+    engine = build_engine(args)
     start_epoch = engine.resume(args.resume) if args.resume else 0
     engine.run(
         save_dir=str(save_dir),
@@ -318,6 +306,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         plot_curves(engine.history, results).savefig(save_dir / f"curves_{name}.png")
         save_pairs(engine, name, save_dir / f"pairs_{name}.png")
         print(f"Saved curves and pairs of {name} to {save_dir}")
+    if not args.test_only:
+        print(f"The attention of fixed pairs, epoch by epoch: tensorboard --logdir {save_dir}")
     return engine.results
 
 

@@ -1,0 +1,648 @@
+"""Why a match: what made the model say same or different, for a pair and for ranked lists."""
+
+import base64
+import html
+import io
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+import torch.nn.functional as F  # noqa: N812
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from casn_plugin.attention import (
+    align_profiles,
+    attended_span,
+    attention_distance,
+    row_profiles,
+    scale_maps,
+)
+from casn_plugin.evaluation import RankedLists, ranked_lists
+from casn_plugin.model import CASN, encode_batches
+from casn_plugin.ranking import (
+    attention_distmat,
+    fuse_distmats,
+    pair_attention,
+    same_identity_distmat,
+)
+from casn_plugin.visualization import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    denormalize,
+    plot_pair,
+    plot_ranking,
+    verdict,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Image = Tensor | PIL.Image.Image | str | os.PathLike[str]
+"""A normalised (3, rows, columns) tensor as the model takes it, a picture, or its path."""
+
+
+class _Drawn:
+    """What can be drawn, and so shows itself in a notebook."""
+
+    def plot(self) -> "Figure":
+        """Returns the figure."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """Returns what the figure shows, in words."""
+        raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        """Returns the picture for a notebook, with a text for those who do not see it."""
+        stream = io.BytesIO()
+        self.plot().savefig(stream, format="png")
+        data = base64.b64encode(stream.getvalue()).decode()
+        words = html.escape(self.describe())
+        return f'<img style="max-width:100%" alt="{words}" src="data:image/png;base64,{data}">'
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PairExplanation(_Drawn):
+    """Why a pair counts as same or different, as :func:`explain_pair` finds it.
+
+    H and W are the rows and columns of the attention maps.
+
+    Attributes:
+        first_picture: the first image as RGB in [0, 1], (rows, columns, 3).
+        second_picture: the second image.
+        first_attention: (H, W) Siamese attention M1 of the first image, scaled to [0, 1].
+        second_attention: (H, W) M2 of the second one.
+        probability: softmax probability of z1, "same identity", in [0, 1].
+        feature_distance: l2 distance of the unit-length features, in [0, 2].
+        threshold: t, the value above which a row counts as attended.
+        same: whether both show one identity; None where that is not known.
+    """
+
+    first_picture: Float[np.ndarray, "rows columns 3"]
+    second_picture: Float[np.ndarray, "rows columns 3"]
+    first_attention: Float[Tensor, "height width"]
+    second_attention: Float[Tensor, "height width"]
+    probability: float
+    feature_distance: float
+    threshold: float = 0.2
+    same: bool | None = None
+
+    @property
+    def first_profile(self) -> Float[Tensor, " height"]:
+        """The row maxima M_m1 of the first image's map."""
+        return row_profiles(self.first_attention)
+
+    @property
+    def second_profile(self) -> Float[Tensor, " height"]:
+        """The row maxima M_m2 of the second image's map."""
+        return row_profiles(self.second_attention)
+
+    @property
+    def first_span(self) -> tuple[int, int]:
+        """The first and the last attended row of the first map."""
+        first, last = attended_span(self.first_profile, self.threshold)
+        return int(first), int(last)
+
+    @property
+    def second_span(self) -> tuple[int, int]:
+        """The first and the last attended row of the second map."""
+        first, last = attended_span(self.second_profile, self.threshold)
+        return int(first), int(last)
+
+    @property
+    def first_aligned(self) -> Float[Tensor, " height"]:
+        """M*_m1: the attended rows of the first image, stretched to the map's height."""
+        return align_profiles(self.first_profile, self.threshold)
+
+    @property
+    def second_aligned(self) -> Float[Tensor, " height"]:
+        """M*_m2: the attended rows of the second image, stretched to the map's height."""
+        return align_profiles(self.second_profile, self.threshold)
+
+    @property
+    def attention_distance(self) -> float:
+        """‖M*_m1 − M*_m2‖₂ (paper, Eq. 5): 0 where both were looked at alike, at most √H."""
+        profiles = self.first_profile, self.second_profile
+        return float(attention_distance(*profiles, threshold=self.threshold))
+
+    def plot(self) -> "Figure":
+        """Returns a figure that a reader understands without the paper."""
+        says = "the same person" if self.probability >= 0.5 else "different persons"
+        chance = max(self.probability, 1 - self.probability)
+        headline = f"The model says: {says} ({chance:.0%})"
+        if self.same is not None:
+            right = self.same == (self.probability >= 0.5)
+            truth = "one person" if self.same else "two persons"
+            headline += f" — {'right' if right else 'wrong'}, it is {truth}"
+        return plot_pair(
+            self.first_picture,
+            self.second_picture,
+            self.first_attention,
+            self.second_attention,
+            headline=headline,
+            details=f"Features differ by {self.feature_distance:.2f} of at most 2, attention by "
+            f"{self.attention_distance:.2f} (0: the same rows in both).",
+            threshold=self.threshold,
+        )
+
+    def describe(self) -> str:
+        """Returns what the model says of the pair and where it looked, in words."""
+        height = len(self.first_attention)
+        rows = [
+            f"rows {first + 1} to {last + 1} of {height} in the {name} picture"
+            for name, (first, last) in (("first", self.first_span), ("second", self.second_span))
+        ]
+        truth = {None: "", True: ", which is right", False: ", which is wrong"}[
+            None if self.same is None else self.same == (self.probability >= 0.5)
+        ]
+        return (
+            f"Same identity with probability {self.probability:.2f}{truth}. Attention on "
+            f"{rows[0]} and {rows[1]}. Feature distance {self.feature_distance:.2f}, attention "
+            f"distance {self.attention_distance:.2f}."
+        )
+
+    def __repr__(self) -> str:
+        """Returns the figures of the pair on a line."""
+        return (
+            f"PairExplanation(probability={self.probability:.3f}, "
+            f"feature_distance={self.feature_distance:.3f}, "
+            f"attention_distance={self.attention_distance:.3f}, same={self.same})"
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Match:
+    """One gallery image in a ranked list.
+
+    Attributes:
+        pair: the query and this image, explained.
+        row: the image's row in the gallery.
+        pid: its identity.
+        camid: its camera.
+        rank: where it stands in the fused ranking, from 1.
+        feature_rank: where it stands by features alone, from 1.
+    """
+
+    pair: PairExplanation
+    row: int
+    pid: int
+    camid: int
+    rank: int
+    feature_rank: int
+
+    @property
+    def right(self) -> bool:
+        """Whether it shows the query's identity."""
+        return bool(self.pair.same)
+
+    def __repr__(self) -> str:
+        """Returns identity and ranks on a line."""
+        return (
+            f"Match(pid={self.pid}, camid={self.camid}, right={self.right}, rank={self.rank}, "
+            f"feature_rank={self.feature_rank})"
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RankingExplanation(_Drawn):
+    """A query and its ranked list, as :func:`explain_ranking` finds it.
+
+    Attributes:
+        query: the query's row.
+        picture: its picture as RGB in [0, 1].
+        pid: its identity.
+        camid: its camera.
+        ap: average precision of its fused ranking in (0, 1]; NaN without a match.
+        matches: the nearest gallery images, in order.
+        truth: the right image that stands first, where it is none of `matches`; else None.
+    """
+
+    query: int
+    picture: Float[np.ndarray, "rows columns 3"]
+    pid: int
+    camid: int
+    ap: float
+    matches: tuple[Match, ...]
+    truth: Match | None
+
+    @property
+    def failed(self) -> bool:
+        """Whether another identity stands at rank 1."""
+        return not self.matches or not self.matches[0].right
+
+    def headline(self) -> str:
+        """Returns who was searched for and how it went, in a sentence."""
+        found = next((match for match in self.matches if match.right), self.truth)
+        outcome = (
+            "nobody to be found" if found is None else f"found at rank {found.rank}"
+            if found.rank == 1 else f"wrong at rank 1, found at rank {found.rank}"
+        )  # fmt: skip
+        return f"Person {self.pid} of camera {self.camid}: {outcome}"
+
+    def plot(self) -> "Figure":
+        """Returns a figure of the query, its matches and the attention of each pair."""
+        shown = (*self.matches, *(() if self.truth is None else (self.truth,)))
+        captions = [
+            f"rank {match.rank}\n(features: {match.feature_rank})\n"
+            f"same: {match.pair.probability:.0%}"
+            for match in shown
+        ]
+        return plot_ranking(
+            self.picture,
+            np.stack([match.pair.second_picture for match in shown]),
+            torch.stack([match.pair.first_attention for match in shown]),
+            torch.stack([match.pair.second_attention for match in shown]),
+            [match.right for match in shown],
+            captions,
+            headline=self.headline(),
+            apart=0 if self.truth is None else 1,
+        )
+
+    def describe(self) -> str:
+        """Returns the ranked list in words."""
+        shown = (*self.matches, *(() if self.truth is None else (self.truth,)))
+        words = [
+            f"rank {match.rank} (by features {match.feature_rank}): {verdict(match.right)[2:]}"
+            for match in shown
+        ]
+        return f"{self.headline()}. {'; '.join(words)}."
+
+    def __repr__(self) -> str:
+        """Returns who was searched for and how it went."""
+        return f"RankingExplanation({self.headline()!r}, ap={self.ap:.3f})"
+
+
+class ExplainedRankings(Sequence[RankingExplanation]):
+    """All queries of a data set, ranked; each explained when it is asked for.
+
+    ``explained[i]`` encodes query i and its nearest images anew, so it takes milliseconds, and
+    nothing but the lists is kept.
+
+    Args:
+        model: the CASN.
+        query: the queries: a data set whose items are dictionaries with "img" (normalised),
+            "pid" and "camid".
+        gallery: the gallery, likewise.
+        ranked: their ranked lists.
+        topk: matches to explain for each query.
+        mean: of the images' normalisation.
+        std: of the images' normalisation.
+        threshold: t.
+
+    Attributes:
+        ranked: :class:`~casn_plugin.evaluation.RankedLists`; `failures`, `best` and `worst` of
+            it pick queries.
+        threshold: t.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        query: Any,
+        gallery: Any,
+        ranked: RankedLists,
+        *,
+        topk: int = 5,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        threshold: float = 0.2,
+    ) -> None:
+        if topk < 1:
+            raise ValueError(f"topk must be at least 1, got {topk}")
+        if len(ranked) != len(query):
+            raise ValueError(f"got ranked lists of {len(ranked)} queries for {len(query)} queries")
+        self.model = _casn(model)
+        self.ranked = ranked
+        self.topk = topk
+        self._data = query, gallery
+        self._colours = mean, std
+        self.threshold = threshold
+
+    def __len__(self) -> int:
+        """Returns the number of queries."""
+        return len(self.ranked)
+
+    def __getitem__(self, query: Any) -> Any:
+        """Returns the :class:`RankingExplanation` of a query (or several, of a slice)."""
+        if isinstance(query, slice):
+            return [self[row] for row in range(*query.indices(len(self)))]
+        row = range(len(self))[query]
+        ranked, rank = self.ranked, np.arange(1, self.topk + 1)
+        columns = np.flatnonzero(ranked.nearest[row, : self.topk] >= 0)
+        shown = [
+            (int(ranked.nearest[row, i]), int(rank[i]), int(ranked.feature_ranks[row, i]))
+            for i in columns
+        ]
+        truth = int(ranked.truth[row])
+        if truth >= 0 and not ranked.right[row, columns].any():
+            shown.append((truth, int(ranked.truth_rank[row]), int(ranked.truth_feature_rank[row])))
+        item = self._data[0][row]
+        items = [self._data[1][match] for match, _, _ in shown]
+        pid = int(item["pid"])
+        same = [int(each["pid"]) == pid for each in items]
+        pairs = _explain(
+            self.model,
+            item["img"],
+            [each["img"] for each in items],
+            same,
+            self._colours,
+            self.threshold,
+        )
+        matches = [
+            Match(pair, match, int(each["pid"]), int(each["camid"]), *ranks)
+            for pair, each, (match, *ranks) in zip(pairs, items, shown, strict=True)
+        ]
+        return RankingExplanation(
+            query=row,
+            picture=denormalize(item["img"][None], *self._colours)[0],
+            pid=pid,
+            camid=int(item["camid"]),
+            ap=float(ranked.ap[row]),
+            matches=tuple(matches[: len(columns)]),
+            truth=matches[-1] if len(matches) > len(columns) else None,
+        )
+
+    def failures(self, number: int | None = None) -> Iterator[RankingExplanation]:
+        """Yields the queries that are wrong at rank 1, the worst first."""
+        return (self[row] for row in self.ranked.failures(number))
+
+    def worst(self, number: int | None = None) -> Iterator[RankingExplanation]:
+        """Yields the queries with the lowest average precision, the lowest first."""
+        return (self[row] for row in self.ranked.worst(number))
+
+    def best(self, number: int | None = None) -> Iterator[RankingExplanation]:
+        """Yields the queries with the highest average precision, the highest first."""
+        return (self[row] for row in self.ranked.best(number))
+
+
+def explain_pair(
+    model: nn.Module,
+    first: Image,
+    second: Image,
+    *,
+    same: bool | None = None,
+    size: tuple[int, int] | None = None,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    threshold: float = 0.2,
+) -> PairExplanation:
+    """Returns why the model takes two images for the same or for different persons.
+
+    The model runs in eval mode and is left as found. The first image is the query: f⁻ = f1 − f2.
+
+    Args:
+        model: a CASN, or one in nn.DataParallel.
+        first: a normalised (3, rows, columns) tensor as the model takes it, a PIL image, or the
+            path of a picture.
+        second: likewise.
+        same: whether both show one identity, where it is known.
+        size: (rows, columns) that pictures and paths are brought to; by default the model's
+            `input_size`. Tensors are taken as they are.
+        mean: what pictures are normalised with, and tensors were: by default ImageNet's.
+        std: likewise.
+        threshold: t, the share of a map's maximum above which a row counts as attended.
+
+    Raises:
+        TypeError: a model that is no CASN, an image of none of these kinds.
+        ValueError: a tensor of another shape, images of unlike sizes, a threshold outside [0, 1),
+            mean or std that are not three numbers, a std that is not positive.
+        OSError: a path that is no picture.
+
+    Example:
+        >>> class Backbone(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.features, self.fc = nn.Conv2d(3, 8, 3, 8), nn.Linear(8, 10)
+        >>> def forward(backbone, imgs):
+        ...     features = backbone.features(imgs).mean((2, 3))
+        ...     return backbone.fc(features), features
+        >>> model = CASN(Backbone(), forward=forward)
+        >>> found = explain_pair(model, torch.rand(3, 64, 32), torch.rand(3, 64, 32))
+        >>> found.first_attention.shape, 0 <= found.probability <= 1
+        (torch.Size([8, 4]), True)
+    """
+    casn = _casn(model)
+    if not 0 <= threshold < 1:
+        raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
+    size = size or casn.input_size
+    imgs = [_load(image, size, mean, std) for image in (first, second)]
+    if imgs[0].shape != imgs[1].shape:
+        raise ValueError(
+            f"both images must be of one size, got {tuple(imgs[0].shape)} and "
+            f"{tuple(imgs[1].shape)}: bring them to one, or give pictures and a size"
+        )
+    return _explain(casn, imgs[0], imgs[1:], [same], (mean, std), threshold)[0]
+
+
+def explain_ranking(
+    model: nn.Module,
+    query: Any,
+    gallery: Any,
+    *,
+    topk: int = 5,
+    size: tuple[int, int] | None = None,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    threshold: float = 0.2,
+    attention_weight: float = 0.1,
+    shortlist: int | None = None,
+    progress: bool = False,
+) -> ExplainedRankings:
+    """Returns the ranked lists of all queries, each explained when it is asked for.
+
+    Ranked by the fused distance of :func:`casn_plugin.rank_gallery`. Junk (gallery images of the
+    query's own identity and camera) is left out.
+
+    Args:
+        model: a CASN, or one in nn.DataParallel.
+        query: the queries: one of torchreid's test loaders, or a sequence of (image, pid,
+            camid), as a torchreid data set's `query` and `gallery` lists have them. Images may be
+            all that :func:`explain_pair` takes.
+        gallery: the gallery, likewise.
+        topk: matches to explain for each query.
+        size: (rows, columns) that pictures and paths are brought to; by default the model's
+            `input_size`.
+        mean: what pictures are normalised with, and tensors were.
+        std: likewise.
+        threshold: t, the share of a map's maximum above which a row counts as attended.
+        attention_weight: weight of the attention distance in the fused ranking.
+        shortlist: compare the attention of each query's so many nearest by features only: for
+            long galleries, see :func:`casn_plugin.attention_distmat`.
+        progress: show progress bars on a terminal.
+
+    Raises:
+        TypeError: a model that is no CASN, or data of another form.
+        ValueError: no queries, an empty gallery, no query with a match, topk below 1; and as
+            :func:`explain_pair`.
+
+    Example:
+        >>> class Backbone(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.features, self.fc = nn.Conv2d(3, 8, 3, 8), nn.Linear(8, 10)
+        >>> def forward(backbone, imgs):
+        ...     features = backbone.features(imgs).mean((2, 3))
+        ...     return backbone.fc(features), features
+        >>> model = CASN(Backbone(), forward=forward)
+        >>> imgs = torch.rand(3, 3, 64, 32)
+        >>> explained = explain_ranking(
+        ...     model, [(imgs[0], 7, 0)], [(imgs[1], 8, 1), (imgs[2], 7, 1)], topk=2)
+        >>> sorted(match.pid for match in explained[0].matches)
+        [7, 8]
+    """
+    casn = _casn(model)
+    if not 0 <= threshold < 1:
+        raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
+    size = size or casn.input_size
+    query = _loader("query", query, size, mean, std)
+    gallery = _loader("gallery", gallery, size, mean, std)
+
+    def encoded(loader: DataLoader[Any], name: str) -> Any:
+        bar = tqdm(loader, desc=name, leave=False, disable=None if progress else True)
+        return encode_batches(casn, ((each["img"], each["pid"], each["camid"]) for each in bar))
+
+    first, q_pids, q_camids = encoded(query, "Encoding query")
+    second, g_pids, g_camids = encoded(gallery, "Encoding gallery")
+    qf, gf = (F.normalize(images.features.double()) for images in (first, second))
+    features = torch.cdist(qf, gf).to(first.features.dtype)
+    attention = attention_distmat(
+        casn, first, second, threshold=threshold, unit=True, topk=shortlist, progress=progress
+    )
+    fused = fuse_distmats(features, attention, attention_weight=attention_weight)
+    ranked = ranked_lists(features, fused, q_pids, g_pids, q_camids, g_camids, topk=topk)
+    return ExplainedRankings(
+        casn,
+        query.dataset,
+        gallery.dataset,
+        ranked,
+        topk=topk,
+        mean=mean,
+        std=std,
+        threshold=threshold,
+    )
+
+
+class _Labelled(Dataset[dict[str, Any]]):
+    """A sequence of (image, pid, camid) as a data set of dictionaries, as torchreid's are."""
+
+    def __init__(
+        self,
+        data: Sequence[Any],
+        size: tuple[int, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        self.data = data
+        self.options = size, mean, std
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        image, pid, camid, *_ = self.data[row]
+        return {"img": _load(image, *self.options), "pid": int(pid), "camid": int(camid)}
+
+
+def _loader(
+    name: str, data: Any, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
+) -> DataLoader[Any]:
+    """Returns a loader of dictionaries with "img", "pid" and "camid"."""
+    if isinstance(data, DataLoader):
+        loader: DataLoader[Any] = data
+    else:
+        if not isinstance(data, Sequence) or isinstance(data, str):
+            raise TypeError(
+                f"{name} must be a DataLoader or a sequence of (image, pid, camid), got "
+                f"{type(data).__name__}"
+            )
+        for entry in data:
+            if not isinstance(entry, Sequence) or isinstance(entry, str) or len(entry) < 3:
+                raise TypeError(f"{name} must hold (image, pid, camid), got {entry!r:.80}")
+        sizes = {tuple(e[0].shape[1:]) if isinstance(e[0], Tensor) else size for e in data}
+        if len(sizes) > 1:
+            raise ValueError(f"images of {name} must be of one size, got {sorted(sizes)}")
+        loader = DataLoader(_Labelled(data, size, mean, std), batch_size=32)
+    if not len(loader.dataset):  # type: ignore[arg-type]
+        raise ValueError(f"{name} is empty")
+    return loader
+
+
+def _casn(model: nn.Module) -> CASN:
+    """Returns the CASN in a model, or raises TypeError."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    casn = model.module if isinstance(model, parallel) else model
+    if not isinstance(casn, CASN):
+        raise TypeError(f"model must be a CASN, or a CASN in nn.DataParallel, got {type(casn)}")
+    return casn
+
+
+def _load(
+    image: Image, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
+) -> Float[Tensor, "3 rows columns"]:
+    """Returns a normalised image, as torchreid prepares test images."""
+    from torchvision.transforms import functional as transforms
+
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"mean and std must be three numbers, std positive, got {mean} and {std}")
+    if isinstance(image, Tensor):
+        if image.ndim != 3 or len(image) != 3 or not image.is_floating_point():
+            raise ValueError(
+                "an image must be a float tensor (3, rows, columns), got "
+                f"{tuple(image.shape)} of {image.dtype}"
+            )
+        return image
+    if isinstance(image, str | os.PathLike):
+        with PIL.Image.open(image) as opened:
+            return _load(opened, size, mean, std)
+    if not isinstance(image, PIL.Image.Image):
+        raise TypeError(
+            f"an image must be a tensor, a PIL image or a path, got {type(image).__name__}"
+        )
+    upright = PIL.ImageOps.exif_transpose(image).convert("RGB")
+    resized = transforms.to_tensor(transforms.resize(upright, list(size)))
+    normalised: Tensor = transforms.normalize(resized, list(mean), list(std))
+    return normalised
+
+
+def _explain(
+    model: CASN,
+    query: Tensor,
+    gallery: Sequence[Tensor],
+    same: Sequence[bool | None],
+    colours: tuple[Sequence[float], Sequence[float]],
+    threshold: float,
+) -> list[PairExplanation]:
+    """Returns the pairs of one query with some gallery images, explained."""
+    if not gallery:
+        return []
+    imgs = torch.stack([each.detach().cpu() for each in (query, *gallery)])
+    pictures = denormalize(imgs, *colours)
+    first = next(iter(model.parameters()))
+    encoding = model.encode(imgs.to(first.device, first.dtype)).to("cpu")
+    second = encoding[1:]
+    repeated = encoding[torch.zeros(len(second), dtype=torch.long)]
+    first_maps, second_maps = (scale_maps(m.cpu()) for m in pair_attention(model, repeated, second))
+    scores = same_identity_distmat(model, encoding[:1], second)[0].cpu()
+    unit = F.normalize(encoding.features)
+    distances = (unit[:1] - unit[1:]).norm(dim=1)
+    return [
+        PairExplanation(
+            pictures[0],
+            pictures[1 + i],
+            first_maps[i],
+            second_maps[i],
+            probability=float(scores[i].sigmoid()),
+            feature_distance=float(distances[i]),
+            threshold=threshold,
+            same=same[i],
+        )
+        for i in range(len(second))
+    ]

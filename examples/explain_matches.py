@@ -1,0 +1,74 @@
+#!/usr/bin/env python
+"""Explains the matches of a trained model on one HTML page that needs nothing else.
+
+    python examples/explain_matches.py --checkpoint log/casn_pcb/model/model.pth.tar-10
+
+Data and backbone are taken from the results.json that training left two folders above the
+checkpoint; without it, give the options of examples/train_casn_pcb.py that it was trained with.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from train_casn_pcb import build_engine, parse_args
+
+from casn_plugin.report import save_report
+
+KEPT = ("sources", "targets", "root", "backbone", "height", "width", "cuhk03_labeled")
+
+
+def main(argv: list[str] | None = None) -> list[Path]:
+    """Ranks with the checkpoint and saves a page for each target; returns their paths."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="checkpoint of a trained model")
+    add("--out", default="report.html", help="file to write; of several targets, one each")
+    add("--number", type=int, default=5, help="so many of the worst and of the best queries")
+    add("--topk", type=int, default=5, help="matches to show for each, 1 to 10")
+    own, others = parser.parse_known_args(argv)
+    checkpoint = Path(own.checkpoint)
+    if not checkpoint.is_file():
+        parser.error(f"--checkpoint: there is no file {checkpoint}")
+    if own.number < 0 or not 1 <= own.topk <= 10:
+        parser.error(
+            f"--number must be >= 0 and --topk in 1 to 10, got {own.number} and {own.topk}"
+        )
+    defaults: dict[str, Any] = {}
+    trained = checkpoint.parent.parent / "results.json"
+    if trained.is_file():
+        saved = json.loads(trained.read_text())["args"]
+        defaults = {name: saved[name] for name in KEPT if saved.get(name) is not None}
+    args = parse_args([*others, "--test-only", "--weights", str(checkpoint)], defaults)
+    engine = build_engine(args)
+    engine.run(test_only=True)
+    paths = []
+    for name, results in engine.results.items():
+        out = Path(own.out)
+        if len(engine.results) > 1:
+            out = out.with_stem(f"{out.stem}_{name}")
+        facts = {
+            "Data": name,
+            "Queries": str(len(engine.ranked[name])),
+            "Gallery images": str(len(engine.test_loader[name]["gallery"].dataset)),
+            "Backbone": args.backbone,
+            "Image size": f"{args.height} x {args.width}",
+            "Checkpoint": os.fspath(checkpoint),
+        }
+        title = f"Why these matches? {name}"
+        explained = engine.explain(name, topk=own.topk)
+        paths.append(
+            save_report(
+                out, explained, results, title=title, facts=facts, number=own.number, progress=True
+            )
+        )
+        print(f"Saved {out}: {out.stat().st_size / 2**20:.1f} MiB, open it in any browser")
+    return paths
+
+
+if __name__ == "__main__":
+    main()
