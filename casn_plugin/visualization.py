@@ -85,7 +85,7 @@ def pair_mosaic(
     first_maps: Float[Tensor, "pairs height width"],
     second_maps: Float[Tensor, "pairs height width"],
     same: Sequence[bool],
-) -> Float[np.ndarray, "rows columns 3"]:
+) -> Float[np.ndarray, "all_rows all_columns 3"]:
     """Returns one RGB picture in [0, 1] of pairs and their attention, a pair a row.
 
     Without text and without matplotlib's layout, so it is quick: for TensorBoard. From left to

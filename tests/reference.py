@@ -386,3 +386,19 @@ def cmc_map(
         raise ValueError("no query has a true match in the gallery")
     num_queries = len(average_precisions)
     return [hit / num_queries for hit in hits], sum(average_precisions) / num_queries
+
+
+def ranked_list(
+    distances: Sequence[float],
+    q_pid: int,
+    g_pids: Sequence[int],
+    q_camid: int,
+    g_camids: Sequence[int],
+) -> list[tuple[int, int]]:
+    """One query's gallery rows, nearest first, without junk, each with its rank.
+
+    The rank is one more than the number of remaining images that are nearer.
+    """
+    kept = [g for g in range(len(g_pids)) if not (g_pids[g] == q_pid and g_camids[g] == q_camid)]
+    kept.sort(key=lambda g: distances[g])
+    return [(g, 1 + sum(distances[other] < distances[g] for other in kept)) for g in kept]

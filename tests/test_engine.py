@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -263,6 +264,102 @@ def test_tensorboard_gets_every_term(market_root, tmp_path):
     for name in ("features", "attention", "fused"):
         wanted |= {f"Test/market1501/{name}/rank1", f"Test/market1501/{name}/mAP"}
     assert wanted | {"Test/market1501/rank1", "Test/market1501/pair_auc"} <= tags
+
+
+def images_logged(folder: Path) -> dict[str, list]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"images": 0})
+    events.Reload()
+    return {tag: events.Images(tag) for tag in events.Tags()["images"]}
+
+
+def test_tensorboard_shows_the_attention_of_fixed_pairs_every_epoch(market_root, tmp_path):
+    engine = make_engine(market_root, logged_pairs=3)
+    seed_all(1)
+    engine.run(save_dir=str(tmp_path / "logged"), max_epoch=3)
+    ((tag, events),) = images_logged(tmp_path / "logged").items()
+    assert tag == "Attention/market1501" and [event.step for event in events] == [1, 2, 3]
+    raw = [np.frombuffer(event.encoded_image_string, np.uint8) for event in events]
+    shown = [cv2.imdecode(each, cv2.IMREAD_COLOR)[..., ::-1] for each in raw]
+    rows, columns = SIZE
+    assert shown[0].shape == (3 * (rows + 6), 4 * (columns + 4) + 4, 3)
+    for tile in (np.s_[2 : 2 + rows, 2 : 2 + columns], np.s_[2 : 2 + rows, -2 - columns : -2]):
+        assert (shown[0][tile] == shown[2][tile]).all()  # the same pairs
+    assert (shown[0] != shown[2]).any()  # looked at otherwise
+    # the first picture is the query's file, un-normalised
+    same = engine._logged[2]
+    assert same == [True, False, True]
+    files = [row[0] for row in engine.test_loader["market1501"]["query"].dataset.data]
+    sized = [cv2.resize(cv2.imread(file)[..., ::-1], SIZE[::-1], interpolation=cv2.INTER_AREA)
+             for file in files]  # fmt: skip
+    difference = [np.abs(shown[0][2 : 2 + rows, 2 : 2 + columns] - each.astype(float)).mean()
+                  for each in sized]  # fmt: skip
+    assert min(difference) < 12 and sorted(difference)[1] > 15
+
+    # and looking changes nothing of the training
+    plain = make_engine(market_root, logged_pairs=0)
+    seed_all(1)
+    plain.run(save_dir=str(tmp_path / "plain"), max_epoch=3)
+    assert not images_logged(tmp_path / "plain")
+    assert plain.history == engine.history and plain.results == engine.results
+
+
+def test_matches_are_explained_without_ranking_again(market_root, tmp_path, monkeypatch):
+    engine = make_engine(market_root)
+    with pytest.raises(ValueError, match="'no data set' has been evaluated"):
+        engine.explain()
+    engine.casn.backbone.embed[0].weight.data *= 20  # features far enough apart for float32
+    engine.test()
+    monkeypatch.setattr(casn_plugin.engine, "attention_distmat", None)
+    explained = engine.explain(topk=3)
+    results = engine.results["market1501"]
+    assert len(explained) == 12
+    assert (explained.ranked.truth_rank == 1).mean() == pytest.approx(results["fused"]["cmc"][0])
+    assert np.nanmean(explained.ranked.ap) == pytest.approx(results["fused"]["mAP"])
+    loaders = engine.test_loader["market1501"]
+    again = casn_plugin.explain_ranking(
+        engine.model, loaders["query"], loaders["gallery"], topk=10, attention_weight=0.1
+    )
+    # torchreid's loaders, and the fused distance of rank_gallery: the same lists
+    np.testing.assert_array_equal(again.ranked.nearest, explained.ranked.nearest)
+    for one, other in zip(explained[:2], again[:2], strict=True):
+        assert len(one.matches) == 3 and one.matches[0].row == other.matches[0].row
+    by_path = casn_plugin.explain_ranking(
+        engine.model, loaders["query"].dataset.data, loaders["gallery"].dataset.data, topk=10
+    )
+    # files are read and resized as torchreid does
+    np.testing.assert_array_equal(by_path.ranked.nearest, explained.ranked.nearest)
+    with pytest.raises(ValueError, match="'other' has been evaluated"):
+        engine.explain("other")
+    with pytest.raises(ValueError, match=r"topk must lie in \[1, 10\], got 11"):
+        engine.explain(topk=11)
+
+
+def test_explained_pictures_have_their_own_colours(market_root):
+    mean, std = [0.2, 0.3, 0.4], [0.5, 0.6, 0.7]
+    pictures = []
+    for options in ({}, {"norm_mean": mean, "norm_std": std}):
+        datamanager = manager(market_root, **options)
+        model = CASN(Backbone(datamanager.num_train_pids), input_size=SIZE)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        engine = ImageCASNEngine(datamanager, model, optimizer)
+        engine.test()
+        pictures.append(engine.explain()[0].picture)
+    np.testing.assert_allclose(*pictures, atol=1e-6)
+
+
+def test_pairs_to_log_are_fixed_and_of_both_kinds():
+    fixed = casn_plugin.engine._fixed_pairs
+    query = [(f"q{pid}", pid, 0, 0) for pid in (1, 1, 2, 3)]
+    gallery = [(f"g{pid}{camid}", pid, camid, 0) for pid in (1, 2, 3) for camid in (0, 1)]
+    pairs = fixed(query, gallery, 8)
+    assert pairs == fixed(query, gallery, 8) and len(pairs) == 8
+    for i, (row, column) in enumerate(pairs):
+        assert (query[row][1] == gallery[column][1]) == (i % 2 == 0)
+        assert i % 2 or gallery[column][2] != query[row][2]
+    assert fixed(query[:1], gallery[:1], 2) == [(0, 0), (0, 0)]  # nothing else is there
+    assert fixed(query, gallery, 0) == []
 
 
 @pytest.mark.parametrize("scheduler", [True, False])

@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
+import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchreid import metrics
 
 from casn_plugin import evaluation
-from casn_plugin.evaluation import evaluate_rank, verification_auc
+from casn_plugin.evaluation import evaluate_rank, ranked_lists, verification_auc
 
 
 def make(seed, queries, galleries, pids, camids, dtype=torch.float32, levels=0):
@@ -294,3 +295,79 @@ def test_auc_counts_pairs_in_the_right_order():
     ]
     assert verification_auc(scores, same) == pytest.approx(np.mean(wins))
     assert np.isnan(verification_auc(scores, torch.ones(6, 7, dtype=torch.bool)))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    queries=st.integers(1, 8),
+    galleries=st.integers(1, 40),
+    pids=st.integers(1, 6),
+    camids=st.integers(1, 3),
+    levels=st.sampled_from([0, 3]),
+    topk=st.integers(1, 12),
+    max_memory=st.sampled_from([1, 2**30]),
+)
+def test_ranked_lists_are_those_of_a_plain_loop(
+    seed, queries, galleries, pids, camids, levels, topk, max_memory
+):
+    fused, *ids = make(seed, queries, galleries, pids, camids, levels=levels)
+    features = make(seed + 1, queries, galleries, pids, camids)[0]
+    if not any(plain(fused, *ids)[0]):
+        with pytest.raises(ValueError, match="none of the"):
+            ranked_lists(features, fused, *ids, topk=topk)
+        return
+    found = ranked_lists(features, fused, *ids, topk=topk, max_memory=max_memory)
+    np.testing.assert_array_equal(found.ap, evaluate_rank(fused, *ids).ap)
+    assert found.nearest.shape == found.right.shape == (queries, min(topk, galleries))
+    q_pids, g_pids, q_camids, g_camids = ids
+    for q in range(queries):
+        of_query = q_pids[q], g_pids, q_camids[q], g_camids
+        by_fused = reference.ranked_list(fused[q].tolist(), *of_query)
+        by_features = dict(reference.ranked_list(features[q].tolist(), *of_query))
+        shown = [int(g) for g in found.nearest[q] if g >= 0]
+        ranks = dict(by_fused)
+        # entries at one distance may change places, and at the end stand for each other
+        assert [ranks[g] for g in shown] == [rank for _, rank in by_fused[: found.nearest.shape[1]]]
+        assert len(set(shown)) == len(shown)
+        assert (found.nearest[q, len(shown) :] == -1).all()
+        assert not found.right[q, len(shown) :].any()
+        assert found.right[q, : len(shown)].tolist() == [
+            bool(g_pids[g] == q_pids[q]) for g in shown
+        ]
+        expected = [by_features[g] for g in shown]
+        assert found.feature_ranks[q].tolist() == expected + [0] * (
+            len(found.right[q]) - len(shown)
+        )
+        truths = [(rank, g) for g, rank in by_fused if g_pids[g] == q_pids[q]]
+        if truths:
+            rank, truth = min(truths)
+            assert (found.truth[q], found.truth_rank[q]) == (truth, rank)
+            assert found.truth_feature_rank[q] == by_features[truth]
+        else:
+            assert (found.truth[q], found.truth_rank[q], found.truth_feature_rank[q]) == (-1, 0, 0)
+    valid = [q for q in range(queries) if found.truth[q] >= 0]
+    worst = found.worst()
+    assert sorted(worst) == valid and found.best() == worst[::-1]
+    assert (np.diff(found.ap[worst]) >= 0).all()
+    assert found.failures() == [q for q in worst if found.truth_rank[q] > 1]
+    assert found.worst(2) == worst[:2] and len(found.failures(1)) <= 1
+
+
+def test_ranked_lists_put_infinite_distances_before_junk():
+    distmat = torch.tensor([[0.0, torch.inf, torch.nan, 0.5]])
+    ids = np.array([7]), np.array([7, 7, 8, 9]), np.array([0]), np.array([0, 1, 1, 1])
+    found = ranked_lists(distmat, distmat, *ids)
+    assert found.nearest[0].tolist() == [3, 1, 2, -1] and found.truth[0] == 1
+    assert found.feature_ranks[0].tolist() == [1, 2, 2, 0]
+
+
+def test_ranked_lists_refuse_bad_arguments(unchecked):
+    distmat, ids = (
+        torch.rand(1, 2),
+        (np.array([1]), np.array([1, 2]), np.array([0]), np.ones(2, int)),
+    )
+    with pytest.raises(ValueError, match="topk must be at least 1, got 0"):
+        ranked_lists(distmat, distmat, *ids, topk=0)
+    with pytest.raises(ValueError, match=r"one shape, got \(1, 3\) and \(1, 2\)"):
+        ranked_lists(torch.rand(1, 3), distmat, *ids)
