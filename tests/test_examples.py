@@ -145,6 +145,32 @@ def test_real_pictures_with_a_plain_module(example):
     assert results["market1501"]["features"]["mAP"] > 0.12
 
 
+def test_matches_of_a_checkpoint_are_explained_on_a_page(example, market_root, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    explain = importlib.import_module("explain_matches")
+    results = example.main(market(market_root, "--max-epoch", 1, "--save-dir", "log"))
+    assert "tensorboard --logdir log" in capsys.readouterr().out
+    checkpoint = "log/model/model.pth.tar-1"
+    # data and backbone are those of training, by its results.json
+    options = ["--checkpoint", checkpoint, "--workers", "0", "--device", "cpu", "--number", "1"]
+    (path,) = explain.main([*options, "--out", "deep/report.html", "--topk", "2"])
+    page = path.read_text(encoding="utf-8")
+    assert "Why these matches? market1501" in page and page.count("<article") == 2
+    assert f"{results['market1501']['fused']['mAP']:.1%}" in page
+    assert "64 x 32" in page and "pcb_slim" in page
+
+    Path("log/results.json").unlink()  # or those that are given
+    explain.main([*options, *market(market_root), "--out", "given.html", "--topk", "2"])
+    assert Path("given.html").read_text(encoding="utf-8") == page
+    for bad, message in (
+        (["--checkpoint", "nothing"], "there is no file nothing"),
+        (["--checkpoint", checkpoint, "--topk", "11"], "--topk in 1 to 10, got 5 and 11"),
+    ):
+        with pytest.raises(SystemExit):
+            explain.main(bad)
+        assert message in capsys.readouterr().err
+
+
 @pytest.fixture
 def benchmark(monkeypatch):
     """The benchmark of ranking as a module."""

@@ -5,6 +5,7 @@ import io
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -22,6 +23,7 @@ from casn_plugin import (
 )
 from casn_plugin.attention import capture
 from casn_plugin.losses import casn_loss, identification_loss, siamese_attention_loss
+from casn_plugin.model import encode_batches
 
 FACTORY = list(getattr(torchreid.models, "__model_factory"))
 SIZES = {"hacnn": (160, 64), "mudeep": (256, 128), "inceptionresnetv2": (160, 128),
@@ -470,3 +472,22 @@ def test_replicas_in_threads_give_what_the_model_gives():
                 expected = getattr(whole, field)
                 torch.testing.assert_close(joined, expected, rtol=1e-4, atol=1e-5)
     assert not model.backbone.features._forward_hooks
+
+
+def test_batches_are_encoded_one_after_the_other():
+    model = tiny()
+    imgs = torch.rand(5, 3, 64, 32)
+    batches = [(imgs[:3], torch.tensor([1, 2, 3]), [0, 1, 0]), (imgs[3:], [7, 8], np.array([2, 2]))]
+    encoding, pids, camids = encode_batches(model, batches)
+    assert pids.tolist() == [1, 2, 3, 7, 8] and camids.tolist() == [0, 1, 0, 2, 2]
+    whole = model.encode(imgs)
+    torch.testing.assert_close(encoding.features, whole.features)
+    torch.testing.assert_close(encoding.maps, whole.maps)
+    with pytest.raises(ValueError, match="at least one encoding"):
+        encode_batches(model, [])
+
+
+def test_the_size_that_was_tried_out_is_kept():
+    backbone = build("osnet_x0_25")
+    assert CASN(backbone).input_size == (256, 128)
+    assert CASN(backbone, input_size=(96, 48)).input_size == (96, 48)
