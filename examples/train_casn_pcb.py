@@ -5,9 +5,9 @@ Without arguments: on the embedded data set of rendered pedestrians, on the CPU,
 
     python examples/train_casn_pcb.py
 
-The paper's protocol, on a data set that torchreid reads from --root:
+The paper's protocol, on a data set that torchreid reads from --root (see docs/protocols.md):
 
-    python examples/train_casn_pcb.py --preset paper --root reid-data --sources market1501
+    python examples/train_casn_pcb.py --preset market1501-pcb --root reid-data
 """
 
 import argparse
@@ -28,9 +28,34 @@ from casn_plugin import CASN, ImageCASNEngine, PairSampler
 from casn_plugin.engine import EMBEDDED_DATASET
 from casn_plugin.visualization import plot_curves, plot_pairs
 
+# Section 4 and Eq. 1 of the paper; docs/protocols.md says what it leaves open
+PAPER: dict[str, Any] = {
+    "cuhk03_labeled": False,
+    "batch_size": 16,
+    "max_epoch": 40,
+    "stepsize": 30,
+    "optim": "sgd",
+    "lr": 0.03,
+    "base_lr_mult": 1.0,
+    "label_smooth": False,
+    "weights": "imagenet",
+    "eval_freq": 10,
+}
+DATASETS: dict[str, dict[str, Any]] = {
+    "market1501": {"sources": ["market1501"]},
+    "cuhk03-detected": {"sources": ["cuhk03"]},
+    "cuhk03-labeled": {"sources": ["cuhk03"], "cuhk03_labeled": True},
+    "dukemtmcreid": {"sources": ["dukemtmcreid"]},
+    "msmt17": {"sources": ["msmt17"]},
+}
+BACKBONES: dict[str, dict[str, Any]] = {
+    "ide": {"backbone": "ide", "height": 288, "width": 144},
+    "pcb": {"backbone": "pcb_p6", "height": 384, "width": 128},
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "embedded": {
         "sources": [EMBEDDED_DATASET],
+        "cuhk03_labeled": False,
         "backbone": "pcb_slim",
         "height": 128,
         "width": 64,
@@ -40,23 +65,23 @@ PRESETS: dict[str, dict[str, Any]] = {
         "optim": "adam",
         "lr": 0.001,
         "base_lr_mult": 1.0,
+        "label_smooth": True,
         "weights": "none",
         "eval_freq": -1,
     },
-    "paper": {
-        "sources": ["market1501"],
-        "backbone": "pcb_p6",
-        "height": 384,
-        "width": 128,
-        "batch_size": 16,
-        "max_epoch": 40,
-        "stepsize": 30,
-        "optim": "sgd",
-        "lr": 0.03,
-        "base_lr_mult": 1.0,
-        "weights": "imagenet",
-        "eval_freq": 10,
+    **{
+        f"{data}-{net}": {**PAPER, **DATASETS[data], **BACKBONES[net]}
+        for data in DATASETS
+        for net in BACKBONES
     },
+}
+PRESETS["paper"] = PRESETS["market1501-pcb"]
+# where torchreid looks for them; a folder that is missing, it would make and try to download
+FOLDERS = {
+    "market1501": "market1501",
+    "cuhk03": "cuhk03",
+    "dukemtmcreid": "dukemtmc-reid",
+    "msmt17": "msmt17",
 }
 
 
@@ -72,11 +97,15 @@ def parse_args(
     add("--root", default="", help="folder of torchreid's data sets")
     add("--sources", nargs="+", help=f"data sets to train on, e.g. market1501, {EMBEDDED_DATASET}")
     add("--targets", nargs="+", help="data sets to rank; by default the sources")
-    add("--cuhk03-labeled", action="store_true", help="cuhk03: labeled boxes, not detected ones")
+    add(
+        "--cuhk03-labeled",
+        action=argparse.BooleanOptionalAction,
+        help="cuhk03: labeled boxes, not detected ones",
+    )
     add(
         "--backbone",
-        help="pcb_slim (for the CPU), mobilenet_v2 (torchvision's), or a name of torchreid's "
-        "model factory",
+        help="pcb_slim (for the CPU), mobilenet_v2 (torchvision's), ide (the paper's: resnet50 "
+        "with a classifier of two layers), or a name of torchreid's model factory",
     )
     add("--height", type=int, help="rows of the images")
     add("--width", type=int, help="columns of the images")
@@ -92,6 +121,18 @@ def parse_args(
     )
     add("--lambda-ia", type=float, default=0.5, help="weight of identification attention (Eq. 6)")
     add("--lambda-sa", type=float, default=0.05, help="weight of Siamese attention (Eq. 6)")
+    add(
+        "--label-smooth",
+        action=argparse.BooleanOptionalAction,
+        help="smooth the labels of the identification loss (Eq. 1 does not)",
+    )
+    add(
+        "--attention-weight",
+        type=float,
+        default=0.1,
+        help="weight of the attention distance in the fused ranking",
+    )
+    add("--gallery-dir", help="keep the gallery's encodings on disk there while ranking")
     add("--eval-freq", type=int, help="epochs between checkpoints with evaluation; -1: at the end")
     add("--seed", type=int, default=0)
     add("--device", choices=["cpu", "cuda"], help="by default CUDA where there is one")
@@ -121,6 +162,13 @@ def parse_args(
             parser.error(f"--{option}: there is no file {file}")
     if args.test_only and not args.resume and args.weights in ("imagenet", "none"):
         parser.error("--test-only ranks with a model: name it with --resume or --weights FILE")
+    for name in {*args.sources, *(args.targets or [])} & set(FOLDERS):
+        folder = Path(args.root).expanduser() / FOLDERS[name]
+        if not folder.is_dir():
+            parser.error(
+                f"--root: {name} is expected in {folder}, and there is no such folder; data sets "
+                "are not downloaded here, docs/protocols.md has their layouts"
+            )
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return args
 
@@ -164,7 +212,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> CASN:
     else:
         try:
             backbone = torchreid.models.build_model(
-                args.backbone,
+                "resnet50" if args.backbone == "ide" else args.backbone,
                 num_classes,
                 pretrained=args.weights == "imagenet" and not args.resume,
                 use_gpu=args.device == "cuda",
@@ -180,6 +228,10 @@ def build_model(args: argparse.Namespace, num_classes: int) -> CASN:
                 "https://download.pytorch.org/models/resnet50-19c8e357.pth), or train from "
                 "scratch with --weights none."
             ) from error
+    if args.backbone == "ide":  # Section 3.1.1: two fully connected layers
+        backbone.classifier = nn.Sequential(
+            nn.Linear(2048, 512), nn.ReLU(), nn.Linear(512, num_classes)
+        )
     size = (args.height, args.width)
     model = CASN(backbone, forward=forward, input_size=size, seed=args.seed)
     if args.weights not in ("imagenet", "none"):
@@ -278,8 +330,11 @@ def build_engine(args: argparse.Namespace) -> ImageCASNEngine:
         optimizer,
         scheduler,
         use_gpu=use_gpu,
+        label_smooth=args.label_smooth,
         lambda_ia=args.lambda_ia,
         lambda_sa=args.lambda_sa,
+        attention_weight=args.attention_weight,
+        gallery_dir=args.gallery_dir,
     )
 
 

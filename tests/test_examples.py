@@ -125,8 +125,8 @@ def test_weights_that_do_not_fit_or_cannot_be_had(
         example.main(market(market_root, "--backbone", "resnet18", "--weights", "imagenet"))
 
 
-def test_the_presets(example):
-    paper = example.parse_args(["--preset", "paper", "--lr", "0.1"])
+def test_the_presets(example, market_root):
+    paper = example.parse_args(["--preset", "paper", "--lr", "0.1", "--root", str(market_root)])
     assert (paper.backbone, paper.height, paper.width, paper.batch_size) == ("pcb_p6", 384, 128, 16)
     assert (paper.max_epoch, paper.stepsize, paper.optim, paper.lr) == (40, 30, "sgd", 0.1)
     assert (paper.lambda_ia, paper.lambda_sa) == (0.5, 0.05)
