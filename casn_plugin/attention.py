@@ -171,6 +171,18 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             layer.training = training
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Returns what nn.DataParallel or DistributedDataParallel wraps, or the module itself.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> unwrapped(nn.DataParallel(net)) is unwrapped(net) is net
+        True
+    """
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    return module.module if isinstance(module, parallel) else module
+
+
 def grad_cam(
     scores: Float[Tensor, " batch"],
     activations: Float[Tensor, "batch channels height width"],

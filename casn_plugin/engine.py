@@ -35,7 +35,7 @@ from casn_plugin.losses import (
     same_identity,
     siamese_attention_loss,
 )
-from casn_plugin.model import CASN, CASNOutput, encode_batches
+from casn_plugin.model import CASNOutput, as_casn, encode_batches
 from casn_plugin.ranking import (
     Normalization,
     attention_distmat,
@@ -128,13 +128,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         autocast: torch.dtype | None = None,
         logged_pairs: int = 4,
     ) -> None:
-        parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-        casn = model.module if isinstance(model, parallel) else model
-        if not isinstance(casn, CASN):
-            raise TypeError(
-                f"model must be a CASN, or a CASN in nn.DataParallel, got {type(casn).__name__}: "
-                "wrap the backbone first, model = CASN(backbone)"
-            )
+        casn = as_casn(model)
         if lambda_sa and not isinstance(datamanager.train_loader.sampler, PairSampler):
             raise ValueError(
                 "the train loader draws no pairs: datamanager = PairSampler.install(datamanager) "

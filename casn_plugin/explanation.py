@@ -26,7 +26,7 @@ from casn_plugin.attention import (
     scale_maps,
 )
 from casn_plugin.evaluation import RankedLists, ranked_lists
-from casn_plugin.model import CASN, encode_batches
+from casn_plugin.model import CASN, as_casn, encode_batches
 from casn_plugin.ranking import (
     attention_distmat,
     fuse_distmats,
@@ -319,7 +319,7 @@ class ExplainedRankings(Sequence[RankingExplanation]):
             raise ValueError(f"topk must be at least 1, got {topk}")
         if len(ranked) != len(query):
             raise ValueError(f"got ranked lists of {len(ranked)} queries for {len(query)} queries")
-        self.model = _casn(model)
+        self.model = as_casn(model)
         self.ranked = ranked
         self.topk = topk
         self._data = query, gallery
@@ -429,7 +429,7 @@ def explain_pair(
         >>> found.first_attention.shape, 0 <= found.probability <= 1
         (torch.Size([8, 4]), True)
     """
-    casn = _casn(model)
+    casn = as_casn(model)
     if not 0 <= threshold < 1:
         raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
     size = size or casn.input_size
@@ -498,7 +498,7 @@ def explain_ranking(
         >>> sorted(match.pid for match in explained[0].matches)
         [7, 8]
     """
-    casn = _casn(model)
+    casn = as_casn(model)
     if not 0 <= threshold < 1:
         raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
     size = size or casn.input_size
@@ -573,15 +573,6 @@ def _loader(
     if not len(loader.dataset):  # type: ignore[arg-type]
         raise ValueError(f"{name} is empty")
     return loader
-
-
-def _casn(model: nn.Module) -> CASN:
-    """Returns the CASN in a model, or raises TypeError."""
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    casn = model.module if isinstance(model, parallel) else model
-    if not isinstance(casn, CASN):
-        raise TypeError(f"model must be a CASN, or a CASN in nn.DataParallel, got {type(casn)}")
-    return casn
 
 
 def _load(

@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 
-from casn_plugin.attention import capture, evaluating, frozen_batchnorm
+from casn_plugin.attention import capture, evaluating, frozen_batchnorm, unwrapped
 from casn_plugin.encoding import Encoding, encode_head, part_embedding
 from casn_plugin.losses import (
     IdentificationAttentionLoss,
@@ -354,6 +354,21 @@ class CASN(nn.Module):
                 f"{tuple(features.shape) if isinstance(features, Tensor) else type(features)}"
             )
         return features
+
+
+def as_casn(model: nn.Module) -> CASN:
+    """Returns the CASN that a model is, or that nn.DataParallel has in it.
+
+    Raises:
+        TypeError: another model.
+    """
+    casn = unwrapped(model)
+    if not isinstance(casn, CASN):
+        raise TypeError(
+            f"model must be a CASN, or a CASN in nn.DataParallel, got {type(casn).__name__}: "
+            "wrap the backbone first, model = CASN(backbone)"
+        )
+    return casn
 
 
 def encode_batches(

@@ -59,7 +59,6 @@ def main(checkpoint: str) -> None:
     engine = train_casn_pcb.build_engine(args)
     engine.run(test_only=True)
     (name,) = engine.results
-    train_casn_pcb.save_pairs(engine, name, IMAGES / "pairs.png")
     explained = engine.explain(name)
     next(explained.best()).matches[0].pair.plot().savefig(IMAGES / "explained_pair.png")
     failures = explained.ranked.failures()
