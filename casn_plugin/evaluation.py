@@ -340,5 +340,6 @@ def _order(
     """Returns one query's gallery entries without junk, nearest first, as torchreid orders them."""
     known = distances.dtype in (torch.float16, torch.float32, torch.float64)
     row = (distances if known else distances.float()).detach().cpu().contiguous()
-    order: np.ndarray = np.argsort(row.numpy())
-    return order[~junk[order]]
+    order = np.argsort(row.numpy())
+    kept: np.ndarray = order[~junk[order]]
+    return kept

@@ -235,12 +235,13 @@ class RankingExplanation(_Drawn):
 
     @property
     def failed(self) -> bool:
-        """Whether another identity stands at rank 1."""
-        return not self.matches or not self.matches[0].right
+        """Whether another identity stands at rank 1, although there is a right image."""
+        found = self._found()
+        return found is not None and found.rank > 1
 
     def headline(self) -> str:
         """Returns who was searched for and how it went, in a sentence."""
-        found = next((match for match in self.matches if match.right), self.truth)
+        found = self._found()
         outcome = (
             "nobody to be found" if found is None else f"found at rank {found.rank}"
             if found.rank == 1 else f"wrong at rank 1, found at rank {found.rank}"
@@ -249,17 +250,18 @@ class RankingExplanation(_Drawn):
 
     def plot(self) -> "Figure":
         """Returns a figure of the query, its matches and the attention of each pair."""
-        shown = (*self.matches, *(() if self.truth is None else (self.truth,)))
+        shown = self._shown()
         captions = [
             f"rank {match.rank}\n(features: {match.feature_rank})\n"
             f"same: {match.pair.probability:.0%}"
             for match in shown
         ]
+        none = [torch.zeros(0, 1, 1)]  # all of the gallery is junk
         return plot_ranking(
             self.picture,
-            np.stack([match.pair.second_picture for match in shown]),
-            torch.stack([match.pair.first_attention for match in shown]),
-            torch.stack([match.pair.second_attention for match in shown]),
+            np.array([m.pair.second_picture for m in shown]).reshape(-1, *self.picture.shape),
+            torch.cat([m.pair.first_attention[None] for m in shown] or none),
+            torch.cat([m.pair.second_attention[None] for m in shown] or none),
             [match.right for match in shown],
             captions,
             headline=self.headline(),
@@ -268,12 +270,19 @@ class RankingExplanation(_Drawn):
 
     def describe(self) -> str:
         """Returns the ranked list in words."""
-        shown = (*self.matches, *(() if self.truth is None else (self.truth,)))
         words = [
             f"rank {match.rank} (by features {match.feature_rank}): {verdict(match.right)[2:]}"
-            for match in shown
+            for match in self._shown()
         ]
-        return f"{self.headline()}. {'; '.join(words)}."
+        return f"{self.headline()}. {'; '.join(words) or 'Nothing to compare with'}."
+
+    def _shown(self) -> list[Match]:
+        """Returns the matches and the truth that stands apart."""
+        return [*self.matches, *([] if self.truth is None else [self.truth])]
+
+    def _found(self) -> Match | None:
+        """Returns the right image that stands first."""
+        return next((match for match in self._shown() if match.right), None)
 
     def __repr__(self) -> str:
         """Returns who was searched for and how it went."""
@@ -411,9 +420,10 @@ def explain_pair(
         threshold: t, the share of a map's maximum above which a row counts as attended.
 
     Raises:
-        TypeError: a model that is no CASN, an image of none of these kinds.
+        TypeError: a model that is no CASN or in half precision, an image of none of these kinds.
         ValueError: a tensor of another shape, images of unlike sizes, a threshold outside [0, 1),
-            mean or std that are not three numbers, a std that is not positive.
+            mean or std that are not three numbers, a std that is not positive, features that are
+            not finite.
         OSError: a path that is no picture.
 
     Example:
@@ -430,8 +440,7 @@ def explain_pair(
         (torch.Size([8, 4]), True)
     """
     casn = _casn(model)
-    if not 0 <= threshold < 1:
-        raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
+    _check(threshold, mean, std)
     size = size or casn.input_size
     imgs = [_load(image, size, mean, std) for image in (first, second)]
     if imgs[0].shape != imgs[1].shape:
@@ -463,9 +472,9 @@ def explain_ranking(
 
     Args:
         model: a CASN, or one in nn.DataParallel.
-        query: the queries: one of torchreid's test loaders, or a sequence of (image, pid,
-            camid), as a torchreid data set's `query` and `gallery` lists have them. Images may be
-            all that :func:`explain_pair` takes.
+        query: the queries: one of torchreid's test loaders, whose data set is gone through in its
+            own order; or a sequence of (image, pid, camid), as a torchreid data set's `query` and
+            `gallery` lists have them. Images may be all that :func:`explain_pair` takes.
         gallery: the gallery, likewise.
         topk: matches to explain for each query.
         size: (rows, columns) that pictures and paths are brought to; by default the model's
@@ -479,7 +488,7 @@ def explain_ranking(
         progress: show progress bars on a terminal.
 
     Raises:
-        TypeError: a model that is no CASN, or data of another form.
+        TypeError: a model that is no CASN or in half precision, or data of another form.
         ValueError: no queries, an empty gallery, no query with a match, topk below 1; and as
             :func:`explain_pair`.
 
@@ -499,8 +508,7 @@ def explain_ranking(
         [7, 8]
     """
     casn = _casn(model)
-    if not 0 <= threshold < 1:
-        raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
+    _check(threshold, mean, std)
     size = size or casn.input_size
     query = _loader("query", query, size, mean, std)
     gallery = _loader("gallery", gallery, size, mean, std)
@@ -556,7 +564,12 @@ def _loader(
 ) -> DataLoader[Any]:
     """Returns a loader of dictionaries with "img", "pid" and "camid"."""
     if isinstance(data, DataLoader):
-        loader: DataLoader[Any] = data
+        loader = DataLoader[Any](  # in the order of the data set, whatever its own sampler draws
+            data.dataset,
+            batch_size=data.batch_size or 32,
+            num_workers=data.num_workers,
+            collate_fn=data.collate_fn,
+        )
     else:
         if not isinstance(data, Sequence) or isinstance(data, str):
             raise TypeError(
@@ -584,14 +597,20 @@ def _casn(model: nn.Module) -> CASN:
     return casn
 
 
+def _check(threshold: float, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raises ValueError for a threshold, mean or std that can't be."""
+    if not 0 <= threshold < 1:
+        raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
+    if len(mean) != 3 or len(std) != 3 or not min(std) > 0:
+        raise ValueError(f"mean and std must be three numbers, std positive, got {mean} and {std}")
+
+
 def _load(
     image: Image, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
 ) -> Float[Tensor, "3 rows columns"]:
-    """Returns a normalised image, as torchreid prepares test images."""
+    """Returns a normalised image, upright, and otherwise as torchreid prepares test images."""
     from torchvision.transforms import functional as transforms
 
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ValueError(f"mean and std must be three numbers, std positive, got {mean} and {std}")
     if isinstance(image, Tensor):
         if image.ndim != 3 or len(image) != 3 or not image.is_floating_point():
             raise ValueError(

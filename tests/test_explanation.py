@@ -1,5 +1,7 @@
 """Explanations say what the model computes, show it where it is, and leave the model as found."""
 
+import copy
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -11,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from casn_plugin import CASN, explain_pair, explain_ranking, rank_gallery
 from casn_plugin.explanation import ExplainedRankings, _Labelled
+from casn_plugin.ranking import pair_attention
 from casn_plugin.visualization import IMAGENET_MEAN, IMAGENET_STD
 
 SIZE = (64, 32)
@@ -278,6 +281,66 @@ def test_loaders_paths_and_tensors_are_ranked_alike(tiny, tmp_path):
     np.testing.assert_array_equal(by_path.ranked.nearest, by_loader.ranked.nearest)
     shortlist = explain_ranking(tiny, data, data, shortlist=4)
     np.testing.assert_array_equal(by_path.ranked.nearest, shortlist.ranked.nearest)
+    # a loader that shuffles or drops: rows are those of its data set all the same
+    generator = torch.Generator().manual_seed(1)
+    other = DataLoader(
+        loader.dataset, batch_size=3, shuffle=True, drop_last=True, generator=generator
+    )
+    by_other = explain_ranking(tiny, other, other)
+    np.testing.assert_array_equal(by_path.ranked.nearest, by_other.ranked.nearest)
+    with pytest.raises(ValueError, match="three numbers"):
+        explain_ranking(tiny, loader, loader, mean=(1.0, 0.0))
+
+
+def test_a_query_with_nothing_but_junk_is_shown_alone(tiny):
+    (img, *_), *_ = people()
+    alone = explain_ranking(tiny, [(img, 1, 0), (img, 1, 1)], [(img, 1, 0)])[0]
+    assert not alone.matches and not alone.failed and alone.truth is None
+    assert alone.describe().endswith("nobody to be found. Nothing to compare with.")
+    assert "Nothing to compare with" in alone._repr_html_()
+
+
+def test_models_and_images_of_any_dtype_and_mode(tiny):
+    query, gallery = people()[::3], people()
+    expected = explain_ranking(tiny, query, gallery)
+    wide = [(img.double(), pid, camid) for img, pid, camid in gallery]
+    halved = [(img.half(), pid, camid) for img, pid, camid in gallery]
+    assert explain_ranking(tiny, query, halved)[0].matches
+    custom = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 2))
+    own = CASN(TinyBackbone(), forward=tiny_forward, pair_classifier=custom, input_size=SIZE)
+    for model in (tiny, own):
+        with torch.inference_mode():
+            found = explain_ranking(model, query, gallery)
+            assert found[0].plot() and explain_pair(model, query[0][0], gallery[1][0]).plot()
+    double = copy.deepcopy(tiny).double()
+    for images in (gallery, wide):
+        again = explain_ranking(double, query, images)
+        np.testing.assert_array_equal(again.ranked.nearest, expected.ranked.nearest)
+    for call in (
+        lambda model: explain_ranking(model, query, gallery),
+        lambda model: explain_pair(model, query[0][0], query[1][0]),
+    ):
+        with pytest.raises(TypeError, match="needs float32 or wider"):
+            call(copy.deepcopy(tiny).bfloat16())
+    with pytest.raises(ValueError, match="must be finite"):
+        explain_pair(tiny, query[0][0] * torch.nan, query[1][0])
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
+def test_pictures_of_any_mode_are_shown_as_they_look(tiny, mode):
+    picture = patched(1, 1).convert(mode)
+    found = explain_pair(tiny, picture, patched(1, 1))
+    expected = np.asarray(picture.convert("RGB")) / 255
+    np.testing.assert_allclose(found.first_picture, expected, atol=1e-6)
+
+
+def test_attention_of_a_pair_is_not_rounded_by_autocast(tiny):
+    encoding = tiny.encode(torch.randn(4, 3, *SIZE))
+    expected = pair_attention(tiny, encoding[:2], encoding[2:])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = pair_attention(tiny, encoding[:2], encoding[2:])
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
