@@ -171,6 +171,13 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             layer.training = training
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Returns the module in nn.DataParallel or DistributedDataParallel; others as they are."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    module: nn.Module = model.module if isinstance(model, parallel) else model
+    return module
+
+
 def grad_cam(
     scores: Float[Tensor, " batch"],
     activations: Float[Tensor, "batch channels height width"],

@@ -8,6 +8,7 @@ import contextlib
 import os.path as osp
 import random
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from casn_plugin.attention import unwrapped
 from casn_plugin.data import load_pedestrians
 from casn_plugin.encoding import Encoding, Encodings
 from casn_plugin.evaluation import RankedLists, evaluate_rank, ranked_lists, verification_auc
@@ -128,8 +130,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         autocast: torch.dtype | None = None,
         logged_pairs: int = 4,
     ) -> None:
-        parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-        casn = model.module if isinstance(model, parallel) else model
+        casn = unwrapped(model)
         if not isinstance(casn, CASN):
             raise TypeError(
                 f"model must be a CASN, or a CASN in nn.DataParallel, got {type(casn).__name__}: "
@@ -477,8 +478,8 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         name = dataset_name or next(iter(self.ranked), "")
         if name not in self.ranked:
             raise ValueError(
-                f"{name or 'no data set'!r} has been evaluated: call engine.run() first; evaluated "
-                f"were {list(self.ranked)}"
+                f"expected a data set that engine.run() or engine.test() evaluated last, one of "
+                f"{list(self.ranked)}, got {dataset_name!r}"
             )
         if not 1 <= topk <= 10:
             raise ValueError(f"topk must lie in [1, 10], got {topk}")
@@ -500,7 +501,8 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
 
     def _colours(self) -> tuple[Sequence[float], Sequence[float]]:
         """Returns mean and std with which the data manager normalises."""
-        for transform in reversed(getattr(self.datamanager.transform_te, "transforms", [])):
+        prepared = getattr(self.datamanager, "transform_te", None)
+        for transform in reversed(getattr(prepared, "transforms", [prepared])):
             if hasattr(transform, "mean") and hasattr(transform, "std"):
                 return transform.mean, transform.std
         return IMAGENET_MEAN, IMAGENET_STD
@@ -510,6 +512,14 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         name = next(iter(self.test_loader))
         if self._logged is None:
             query, gallery = self._test_data(name)
+            if not hasattr(query, "data") or not hasattr(gallery, "data"):
+                warnings.warn(
+                    f"no attention is drawn to TensorBoard: the data sets of {name} list no images "
+                    "in .data, as torchreid's do",
+                    stacklevel=2,
+                )
+                self.logged_pairs = 0
+                return
             pairs = _fixed_pairs(query.data, gallery.data, self.logged_pairs)
             items = [(query[i], gallery[j]) for i, j in pairs]
             self._logged = (

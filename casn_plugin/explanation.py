@@ -24,6 +24,7 @@ from casn_plugin.attention import (
     attention_distance,
     row_profiles,
     scale_maps,
+    unwrapped,
 )
 from casn_plugin.evaluation import RankedLists, ranked_lists
 from casn_plugin.model import CASN, encode_batches
@@ -590,10 +591,11 @@ def _loader(
 
 def _casn(model: nn.Module) -> CASN:
     """Returns the CASN in a model, or raises TypeError."""
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    casn = model.module if isinstance(model, parallel) else model
+    casn = unwrapped(model)
     if not isinstance(casn, CASN):
-        raise TypeError(f"model must be a CASN, or a CASN in nn.DataParallel, got {type(casn)}")
+        raise TypeError(
+            f"model must be a CASN, or a CASN in nn.DataParallel, got {type(casn).__name__}"
+        )
     return casn
 
 

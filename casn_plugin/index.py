@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from tqdm import tqdm
 
+from casn_plugin.attention import unwrapped
 from casn_plugin.encoding import Encoding
 from casn_plugin.model import CASN
 from casn_plugin.ranking import Ranking, pair_attention, rank_gallery
@@ -596,10 +597,8 @@ def _no_images(images: dict[str, Any]) -> Encoding:
 
 def _fingerprint(model: nn.Module) -> str:
     """Returns a checksum of all weights of a model."""
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    model = model.module if isinstance(model, parallel) else model
     digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
+    for name, value in unwrapped(model).state_dict().items():
         digest.update(name.encode())
         if isinstance(value, Tensor):
             values = value.detach().cpu().contiguous().flatten().view(torch.uint8)

@@ -25,6 +25,7 @@ from casn_plugin.attention import (
     evaluating,
     indicator,
     scale_maps,
+    unwrapped,
 )
 from casn_plugin.encoding import Encoding, Encodings, part_scales
 
@@ -954,8 +955,7 @@ def _pair_classifier(
             "query and gallery must be encoded by one model at one image size, got maps of "
             f"{tuple(query.maps.shape[1:])} and {tuple(gallery.maps.shape[1:])}"
         )
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    wrapped = model.module if isinstance(model, parallel) else model
+    wrapped = unwrapped(model)
     pair_classifier = getattr(wrapped, "pair_classifier", None)
     if not isinstance(pair_classifier, nn.Module):
         raise ValueError(f"{type(wrapped).__name__} has no pair_classifier; is it a CASN?")
