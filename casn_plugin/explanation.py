@@ -1,8 +1,6 @@
 """Why a match: what made the model say same or different, for a pair and for ranked lists."""
 
-import base64
 import html
-import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -40,6 +38,7 @@ from casn_plugin.visualization import (
     denormalize,
     plot_pair,
     plot_ranking,
+    png_uri,
     verdict,
 )
 
@@ -63,11 +62,8 @@ class _Drawn:
 
     def _repr_html_(self) -> str:
         """Returns the picture for a notebook, with a text for those who do not see it."""
-        stream = io.BytesIO()
-        self.plot().savefig(stream, format="png")
-        data = base64.b64encode(stream.getvalue()).decode()
         words = html.escape(self.describe())
-        return f'<img style="max-width:100%" alt="{words}" src="data:image/png;base64,{data}">'
+        return f'<img style="max-width:100%" alt="{words}" src="{png_uri(self.plot())}">'
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -134,8 +130,8 @@ class PairExplanation(_Drawn):
         profiles = self.first_profile, self.second_profile
         return float(attention_distance(*profiles, threshold=self.threshold))
 
-    def plot(self) -> "Figure":
-        """Returns a figure that a reader understands without the paper."""
+    def headline(self) -> str:
+        """Returns what the model says of the pair, and whether that is right where it is known."""
         says = "the same person" if self.probability >= 0.5 else "different persons"
         chance = max(self.probability, 1 - self.probability)
         headline = f"The model says: {says} ({chance:.0%})"
@@ -143,12 +139,16 @@ class PairExplanation(_Drawn):
             right = self.same == (self.probability >= 0.5)
             truth = "one person" if self.same else "two persons"
             headline += f" — {'right' if right else 'wrong'}, it is {truth}"
+        return headline
+
+    def plot(self) -> "Figure":
+        """Returns a figure that a reader understands without the paper."""
         return plot_pair(
             self.first_picture,
             self.second_picture,
             self.first_attention,
             self.second_attention,
-            headline=headline,
+            headline=self.headline(),
             details=f"Features differ by {self.feature_distance:.2f} of at most 2, attention by "
             f"{self.attention_distance:.2f} (0: the same rows in both).",
             threshold=self.threshold,
@@ -156,17 +156,17 @@ class PairExplanation(_Drawn):
 
     def describe(self) -> str:
         """Returns what the model says of the pair and where it looked, in words."""
-        height = len(self.first_attention)
         rows = [
-            f"rows {first + 1} to {last + 1} of {height} in the {name} picture"
-            for name, (first, last) in (("first", self.first_span), ("second", self.second_span))
-        ]
-        truth = {None: "", True: ", which is right", False: ", which is wrong"}[
-            None if self.same is None else self.same == (self.probability >= 0.5)
+            f"{f'rows {first + 1} to {last + 1}' if attention.any() else 'none'} of "
+            f"{len(attention)} in the {name} picture"
+            for name, attention, (first, last) in (
+                ("first", self.first_attention, self.first_span),
+                ("second", self.second_attention, self.second_span),
+            )
         ]
         return (
-            f"Same identity with probability {self.probability:.2f}{truth}. Attention on "
-            f"{rows[0]} and {rows[1]}. Feature distance {self.feature_distance:.2f}, attention "
+            f"{self.headline()}. Same identity with probability {self.probability:.2f}. Attention "
+            f"on {rows[0]} and {rows[1]}. Feature distance {self.feature_distance:.2f}, attention "
             f"distance {self.attention_distance:.2f}."
         )
 
@@ -235,14 +235,18 @@ class RankingExplanation(_Drawn):
     truth: Match | None
 
     @property
+    def found(self) -> Match | None:
+        """The right image that stands first; None where there is none."""
+        return next((match for match in self._shown() if match.right), None)
+
+    @property
     def failed(self) -> bool:
         """Whether another identity stands at rank 1, although there is a right image."""
-        found = self._found()
-        return found is not None and found.rank > 1
+        return self.found is not None and self.found.rank > 1
 
     def headline(self) -> str:
         """Returns who was searched for and how it went, in a sentence."""
-        found = self._found()
+        found = self.found
         outcome = (
             "nobody to be found" if found is None else f"found at rank {found.rank}"
             if found.rank == 1 else f"wrong at rank 1, found at rank {found.rank}"
@@ -280,10 +284,6 @@ class RankingExplanation(_Drawn):
     def _shown(self) -> list[Match]:
         """Returns the matches and the truth that stands apart."""
         return [*self.matches, *([] if self.truth is None else [self.truth])]
-
-    def _found(self) -> Match | None:
-        """Returns the right image that stands first."""
-        return next((match for match in self._shown() if match.right), None)
 
     def __repr__(self) -> str:
         """Returns who was searched for and how it went."""
@@ -345,11 +345,10 @@ class ExplainedRankings(Sequence[RankingExplanation]):
         if isinstance(query, slice):
             return [self[row] for row in range(*query.indices(len(self)))]
         row = range(len(self))[query]
-        ranked, rank = self.ranked, np.arange(1, self.topk + 1)
-        columns = np.flatnonzero(ranked.nearest[row, : self.topk] >= 0)
+        ranked = self.ranked
+        columns = np.flatnonzero(ranked.nearest[row, : self.topk] >= 0).tolist()
         shown = [
-            (int(ranked.nearest[row, i]), int(rank[i]), int(ranked.feature_ranks[row, i]))
-            for i in columns
+            (int(ranked.nearest[row, i]), i + 1, int(ranked.feature_ranks[row, i])) for i in columns
         ]
         truth = int(ranked.truth[row])
         if truth >= 0 and not ranked.right[row, columns].any():

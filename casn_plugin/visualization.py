@@ -4,6 +4,8 @@ matplotlib is imported when a picture is drawn; no display is needed. The figure
 window: save them with ``figure.savefig(path)``.
 """
 
+import base64
+import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -338,6 +340,13 @@ def plot_ranking(
         column[0].set_title(verdict(right[i]), fontsize=9, color=RIGHT if right[i] else WRONG)
         column[0].set_xlabel(captions[i], fontsize=8)
     return figure
+
+
+def png_uri(figure: "Figure", **options: Any) -> str:
+    """Returns a figure as a data URI of a PNG; `options` are those of ``savefig``."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", **options)
+    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 def verdict(same: bool) -> str:

@@ -1,6 +1,7 @@
 """Explanations say what the model computes, show it where it is, and leave the model as found."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import PIL.Image
@@ -155,11 +156,19 @@ def test_words_and_pictures_for_a_notebook(tiny):
     page = found._repr_html_()
     assert page.startswith("<img") and "data:image/png;base64,iVBOR" in page
     assert f"probability {found.probability:.2f}" in page
-    right = "right" if found.probability < 0.5 else "wrong"
-    assert f"which is {right}" in found.describe() and right in found.plot().get_suptitle()
+    says = "the same person" if found.probability >= 0.5 else "different persons"
+    right = "wrong" if found.probability >= 0.5 else "right"
+    for words in (found.describe(), found.plot().get_suptitle()):
+        assert f"says: {says} (" in words and f"— {right}, it is two persons" in words
+    for probability, same, right in ((0.9, True, "right"), (0.1, True, "wrong"),
+                                     (0.9, False, "wrong"), (0.1, False, "right")):  # fmt: skip
+        changed = dataclasses.replace(found, probability=probability, same=same)
+        assert f"(90%) — {right}, it is {'one person' if same else 'two persons'}" in (
+            changed.headline()
+        )
     assert repr(found).startswith("PairExplanation(probability=")
     unknown = explain_pair(tiny, patched(1, 1), patched(2, 2))
-    assert "which is" not in unknown.describe() and "—" not in unknown.plot().get_suptitle()
+    assert "—" not in unknown.describe() and "—" not in unknown.plot().get_suptitle()
 
 
 def test_a_blank_map_is_shown_as_nothing(detector):
@@ -167,6 +176,7 @@ def test_a_blank_map_is_shown_as_nothing(detector):
     found = explain_pair(detector, grey, patched(1, 1))
     assert not found.first_attention.any() and found.first_span == (0, 7)
     assert np.isfinite(found.attention_distance) and found._repr_html_()
+    assert "Attention on none of 8 in the first picture and rows 2 to 2 of 8" in found.describe()
 
 
 @pytest.mark.parametrize(
@@ -237,6 +247,8 @@ def test_a_failure_shows_where_the_truth_stands(detector):
     (failure,) = explained.failures()
     assert failure.query == 0 and failure.failed and not explained[1].failed
     assert [match.right for match in failure.matches] == [False, False]
+    success = explained[1]
+    assert failure.found is failure.truth and success.found is success.matches[0]
     assert failure.truth.row == 3 and failure.truth.rank == 4 and failure.truth.right
     assert "wrong at rank 1, found at rank 4" in failure.headline()
     assert "rank 4 (by features 4): same person" in failure.describe()

@@ -3,6 +3,7 @@
 import base64
 import html.parser
 import io
+import os
 import re
 import shutil
 from collections import Counter
@@ -15,6 +16,7 @@ import torch
 from conftest import TinyBackbone, tiny_forward
 
 from casn_plugin import CASN, explain_ranking
+from casn_plugin.explanation import ExplainedRankings
 from casn_plugin.report import html_report, save_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
@@ -28,8 +30,7 @@ RESULTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def explained():
+def explain(topk: int) -> ExplainedRankings:
     """Ranked lists of noisy people, of which some are wrong at rank 1."""
     torch.manual_seed(0)
     model = CASN(TinyBackbone(), forward=tiny_forward, input_size=(64, 32), hidden_dim=16)
@@ -39,7 +40,12 @@ def explained():
         for pid in range(4)
         for camid in range(3)
     ]
-    return explain_ranking(model, people[::2], people, topk=2)
+    return explain_ranking(model, people[::2], people, topk=topk)
+
+
+@pytest.fixture(scope="module")
+def explained():
+    return explain(topk=2)
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +109,16 @@ def test_attention_and_plain_pictures_differ(page):
     assert np.abs(seen.astype(float) - plain).mean() > 5
 
 
+@pytest.mark.parametrize(("topk", "apart"), [(1, True), (11, False)])
+def test_rank_1_is_compared_with_the_right_one_wherever_that_stands(topk, apart):
+    longer = explain(topk)
+    (failure,) = longer.failures(1)
+    page = html_report(longer, RESULTS, number=1)
+    card = page[page.index("<article") : page.index("</article>")]
+    assert "Why rank 1 and not the right one?" in card and (failure.truth is not None) == apart
+    assert f"rank {failure.found.rank}, compared" in card and "rank 1, compared" in card
+
+
 def test_nothing_to_show_is_no_error(explained):
     page = html_report(explained, {**RESULTS, "auc": float("nan")}, number=0)
     assert "<article" not in page and "Worst queries" in page
@@ -111,7 +127,7 @@ def test_nothing_to_show_is_no_error(explained):
 def test_bad_arguments_are_refused(explained, tmp_path):
     with pytest.raises(ValueError, match="number must be >= 0, got -1"):
         html_report(explained, RESULTS, number=-1)
-    with pytest.raises(ValueError, match="lack"):
+    with pytest.raises(ValueError, match=r"lack \['attention', 'features', 'fused'\]"):
         html_report(explained, {"market1501": RESULTS})
 
 
@@ -120,6 +136,11 @@ def test_a_report_is_saved_whole_or_not_at_all(explained, tmp_path, monkeypatch)
     assert save_report(path, explained, RESULTS, number=1) == path
     first = path.read_text(encoding="utf-8")
     assert first.endswith("</html>\n") and "✓" in first
+    odd = {"Checkpoint": os.fsdecode(b"\xff<&'\".pth")}  # a file name that is no UTF-8
+    save_report(path.with_name("odd.html"), explained, RESULTS, number=0, facts=odd)
+    odd_page = path.with_name("odd.html").read_text(encoding="utf-8")
+    assert "?&lt;&amp;&#x27;&quot;.pth" in odd_page
+    path.with_name("odd.html").unlink()
 
     def fail(*args, **kwargs):
         raise OSError("the disk is full")
