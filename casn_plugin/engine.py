@@ -89,6 +89,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             with a gradient scaler.
         logged_pairs: so many fixed pairs of the first target's test images, half of them of one
             identity, are drawn with their attention to TensorBoard after every epoch; 0: none.
+            Data sets that list no images in `.data`, as torchreid's do: none, and a warning.
 
     Attributes:
         results: of the last evaluation: data set, then "features", "attention" and "fused", each

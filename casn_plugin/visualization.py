@@ -6,6 +6,7 @@ window: save them with ``figure.savefig(path)``.
 
 import base64
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -312,10 +313,10 @@ def plot_ranking(
     widths = [1.0] * (1 + number)
     if apart:
         widths.insert(1 + number - apart, 0.25)
-    figure = Figure(
-        figsize=(wide * sum(widths) + 0.4, 3 * tall + 1.5), layout="constrained", dpi=110
-    )
-    figure.suptitle(headline, fontsize=12, fontweight="bold")
+    width = wide * sum(widths) + 0.4
+    figure = Figure(figsize=(width, 3 * tall + 1.5), layout="constrained", dpi=110)
+    title = textwrap.fill(headline, int(9 * width))  # 9 letters of its size fill an inch
+    figure.suptitle(title, fontsize=12, fontweight="bold")
     axes: Any = figure.subplots(3, len(widths), squeeze=False, width_ratios=widths)
     for axis in axes[:, 1 + number - apart] if apart else ():
         axis.remove()

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 
 import numpy as np
 import PIL.Image
@@ -99,6 +100,9 @@ def test_figures_are_those_of_the_paper_by_autograd(tiny):
     np.testing.assert_allclose(found.second_attention, reference.scale_map(two), atol=1e-12)
     expected = reference.attention_distance(one, two, threshold=0.4)
     assert found.attention_distance == pytest.approx(expected, abs=1e-10)
+    aligned = found.first_aligned - found.second_aligned
+    assert float(aligned.norm()) == pytest.approx(expected, abs=1e-10)
+    assert "more than 40% of the strongest" in found.plot().get_supxlabel()
     f1, f2 = (tiny(imgs) / tiny(imgs).norm(dim=1, keepdim=True)).detach()
     assert found.feature_distance == pytest.approx(float((f1 - f2).norm()))
     z = tiny.pair_classifier((tiny(imgs)[0] - tiny(imgs)[1])[None])[0]
@@ -137,6 +141,9 @@ def test_any_mean_and_std_is_undone(tiny):
     found = explain_pair(tiny, *pair, mean=(0.1, 0.5, 0.9), std=(1.0, 0.5, 0.25))
     np.testing.assert_allclose(found.first_picture, np.asarray(pair[0]) / 255, atol=1e-6)
     assert found.probability != explain_pair(tiny, *pair).probability
+    options = {"mean": (0.1, 0.5, 0.9), "std": (1.0, 0.5, 0.25)}
+    ranked = explain_ranking(tiny, [(pair[0], 1, 0)], [(pair[1], 1, 1)], **options)[0]
+    np.testing.assert_allclose(ranked.picture, np.asarray(pair[0]) / 255, atol=1e-6)
 
 
 def test_the_model_is_left_as_found(tiny):
@@ -210,9 +217,12 @@ def people(number: int = 3, cameras: int = 3) -> list[tuple[torch.Tensor, int, i
     ]
 
 
-def test_ranked_lists_are_those_of_rank_gallery(tiny):
+@pytest.mark.parametrize("topk", [1, 4])
+def test_ranked_lists_are_those_of_rank_gallery(tiny, topk):
     query, gallery = people()[::3], people()
-    explained = explain_ranking(tiny, query, gallery, topk=4, attention_weight=0.5, threshold=0.3)
+    explained = explain_ranking(
+        tiny, query, gallery, topk=topk, attention_weight=0.5, threshold=0.3
+    )
     assert len(explained) == 3 and len(explained[:2]) == 2
     encode = [tiny.encode(torch.stack([img for img, *_ in data])) for data in (query, gallery)]
     ranking = rank_gallery(tiny, *encode, topk=len(gallery), attention_weight=0.5, threshold=0.3)
@@ -225,15 +235,16 @@ def test_ranked_lists_are_those_of_rank_gallery(tiny):
         assert (found.query, found.pid, found.camid) == (i, pid, camid)
         junk = [g for g, (_, p, c) in enumerate(gallery) if (p, c) == (pid, camid)]
         order = [g for g in ranking.indices[i].tolist() if g not in junk]
-        assert [match.row for match in found.matches] == order[:4]
-        assert [match.rank for match in found.matches] == [1, 2, 3, 4]
+        assert [match.row for match in found.matches] == order[:topk]
         kept = [g for g in by_features[i].argsort().tolist() if g not in junk]
-        for match in found.matches:
+        for match in (*found.matches, *filter(None, [found.truth])):
+            assert match.rank == 1 + order.index(match.row)
             assert match.feature_rank == 1 + kept.index(match.row)
             assert match.right == (gallery[match.row][1] == pid) == bool(match.pair.same)
             assert (match.pid, match.camid) == gallery[match.row][1:]
             alone = explain_pair(tiny, query[i][0], gallery[match.row][0], threshold=0.3)
             assert match.pair.probability == pytest.approx(alone.probability, abs=1e-6)
+            assert match.pair.threshold == 0.3
             torch.testing.assert_close(match.pair.first_attention, alone.first_attention)
             torch.testing.assert_close(match.pair.second_attention, alone.second_attention)
         assert (found.truth is None) == any(match.right for match in found.matches)
@@ -254,6 +265,7 @@ def test_a_failure_shows_where_the_truth_stands(detector):
     assert "rank 4 (by features 4): same person" in failure.describe()
     assert [each.query for each in explained.worst()] == [0, 1]
     assert [each.query for each in explained.best(1)] == [1]
+    assert [each.query for each in explained.worst(1)] == [0] and not list(explained.failures(0))
 
     figure = failure.plot()
     titles = [axis.get_title() for axis in figure.axes]
@@ -269,6 +281,10 @@ def test_a_failure_shows_where_the_truth_stands(detector):
     right, wrong = framed["✓ same person"], framed["✗ other person"]
     assert right[1] > 2 * right[0] and wrong[0] > 2 * wrong[1]  # green and red
     assert any("(features: 4)" in axis.get_xlabel() for axis in figure.axes)
+    figure.canvas.draw()
+    places = [axis.get_position() for axis in figure.axes if "person" in axis.get_title()]
+    gaps = [after.x0 - before.x1 for before, after in itertools.pairwise(places)]
+    assert gaps[1] > 2 * gaps[0]  # the truth stands apart
     assert failure._repr_html_().startswith("<img") and "truth" not in repr(failure)
 
 
@@ -353,6 +369,16 @@ def test_attention_of_a_pair_is_not_rounded_by_autocast(tiny):
         found = pair_attention(tiny, encoding[:2], encoding[2:])
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_long_lists_and_shortlists(tiny):
+    query, gallery = people(4)[::3], people(4)
+    assert len(explain_ranking(tiny, query, gallery, topk=11)[0].matches) == 11
+    others = [row for row in gallery if row[2]]  # no junk
+    options = {"topk": 8, "attention_weight": 5.0}
+    fused = explain_ranking(tiny, query, others, **options).ranked.feature_ranks
+    listed = explain_ranking(tiny, query, others, **options, shortlist=1).ranked.feature_ranks
+    assert (listed == np.arange(1, 9)).all() and (fused != np.arange(1, 9)).any()
 
 
 @pytest.mark.parametrize(

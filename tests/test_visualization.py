@@ -132,6 +132,21 @@ def test_a_ranked_list_sets_the_truth_apart():
     assert gaps[0][1] == pytest.approx(gaps[0][0], abs=1e-3) and gaps[1][1] > 2 * gaps[1][0]
 
 
+@pytest.mark.parametrize("number", [0, 1, 2, 5])
+def test_the_headline_of_a_ranked_list_fits_its_figure(number):
+    picture, maps = np.zeros((64, 32, 3)), torch.rand(number, 8, 4)
+    headline = "Person 1234 of camera 5: wrong at rank 1, found at rank 19732"
+    figure = plot_ranking(
+        picture, np.zeros((number, 64, 32, 3)), maps, maps, [True] * number, [""] * number,
+        headline=headline,
+    )  # fmt: skip
+    figure.canvas.draw()
+    (title,) = (text for text in figure.texts if text.get_text())
+    assert title.get_text().replace("\n", " ") == headline
+    box = title.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height
+
+
 def test_curves_show_every_term_and_ranking():
     ranking = {"mAP": 0.25, "cmc": [0.4, 0.8, 1.0]}
     results = {"features": ranking, "attention": ranking, "fused": ranking}
