@@ -79,6 +79,8 @@ def test_attention_lands_on_the_planted_patch(detector, first, second):
     changed = np.abs(shown[1] - shown[0]).sum(-1)
     row, column = np.unravel_index(changed.argmax(), changed.shape)
     assert (row // 8, column // 8) == first
+    assert all(figure.axes[i].get_ylim() == (8, 0) for i in (0, 1, 2, 4, 5, 6))
+    assert all(figure.axes[i].images[0].get_extent()[2:] == [8, 0] for i in (0, 1, 5, 6))
     lines = {line.get_ydata()[0] for line in figure.axes[1].lines}
     assert lines == {first[0], first[0] + 1}  # the span is marked around the patch's row
     drawn = figure.axes[2].lines[1]
