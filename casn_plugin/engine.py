@@ -8,6 +8,7 @@ import contextlib
 import os.path as osp
 import random
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             with a gradient scaler.
         logged_pairs: so many fixed pairs of the first target's test images, half of them of one
             identity, are drawn with their attention to TensorBoard after every epoch; 0: none.
+            Data sets that list no images in `.data`, as torchreid's do: none, and a warning.
 
     Attributes:
         results: of the last evaluation: data set, then "features", "attention" and "fused", each
@@ -471,8 +473,8 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         name = dataset_name or next(iter(self.ranked), "")
         if name not in self.ranked:
             raise ValueError(
-                f"{name or 'no data set'!r} has been evaluated: call engine.run() first; evaluated "
-                f"were {list(self.ranked)}"
+                f"expected a data set that engine.run() or engine.test() evaluated last, one of "
+                f"{list(self.ranked)}, got {dataset_name!r}"
             )
         if not 1 <= topk <= 10:
             raise ValueError(f"topk must lie in [1, 10], got {topk}")
@@ -494,7 +496,8 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
 
     def _colours(self) -> tuple[Sequence[float], Sequence[float]]:
         """Returns mean and std with which the data manager normalises."""
-        for transform in reversed(getattr(self.datamanager.transform_te, "transforms", [])):
+        prepared = getattr(self.datamanager, "transform_te", None)
+        for transform in reversed(getattr(prepared, "transforms", [prepared])):
             if hasattr(transform, "mean") and hasattr(transform, "std"):
                 return transform.mean, transform.std
         return IMAGENET_MEAN, IMAGENET_STD
@@ -504,6 +507,14 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         name = next(iter(self.test_loader))
         if self._logged is None:
             query, gallery = self._test_data(name)
+            if not hasattr(query, "data") or not hasattr(gallery, "data"):
+                warnings.warn(
+                    f"no attention is drawn to TensorBoard: the data sets of {name} list no images "
+                    "in .data, as torchreid's do",
+                    stacklevel=2,
+                )
+                self.logged_pairs = 0
+                return
             pairs = _fixed_pairs(query.data, gallery.data, self.logged_pairs)
             items = [(query[i], gallery[j]) for i, j in pairs]
             self._logged = (

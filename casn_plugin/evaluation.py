@@ -71,9 +71,7 @@ def evaluate_rank(
         >>> found.cmc.tolist(), found.mean_ap, found.mean_inp
         ([0.0, 1.0, 1.0], 0.5, 0.5)
     """
-    if not isinstance(distmat, Tensor) or not distmat.is_floating_point():
-        got = distmat.dtype if isinstance(distmat, Tensor) else type(distmat).__name__
-        raise TypeError(f"distmat must be a float tensor, got {got}")
+    _check_float("distmat", distmat)
     if distmat.ndim != 2:
         raise ValueError(f"distmat must be (queries, galleries), got {tuple(distmat.shape)}")
     for name, value in (("max_rank", max_rank), ("max_memory", max_memory)):
@@ -138,8 +136,8 @@ def evaluate_rank(
 class RankedLists:
     """Who came out where, for every query, as :func:`ranked_lists` finds it.
 
-    Ranks count from 1: one more than the number of entries that are nearer. Junk (gallery entries
-    of the query's own pid and camid) is left out.
+    Ranks count from 1, in the order by which :func:`evaluate_rank` counts, so `truth_rank` is its
+    `first_match` + 1. Junk (gallery entries of the query's own pid and camid) is left out.
 
     Attributes:
         nearest: gallery row of each query's nearest entries by fused distance, -1 where there
@@ -187,11 +185,10 @@ def ranked_lists(
     g_camids: Integer[np.ndarray, "galleries"] | Integer[Tensor, "galleries"],
     *,
     topk: int = 10,
-    max_memory: int = 256 * 2**20,
 ) -> RankedLists:
     """Returns each query's nearest entries, where features alone put them, and the truth.
 
-    Entries at one distance share the lowest of their ranks.
+    Entries at one distance come in the order of ``np.argsort``, as in torchreid.
 
     Args:
         feature_distmat: distances of the features alone.
@@ -201,7 +198,6 @@ def ranked_lists(
         q_camids: cameras of the queries.
         g_camids: cameras of the gallery.
         topk: entries to keep for each query, at most as many as the gallery has.
-        max_memory: bytes that the tensors of a block of queries may take.
 
     Raises:
         TypeError: as :func:`evaluate_rank`.
@@ -216,64 +212,35 @@ def ranked_lists(
     """
     if topk < 1:
         raise ValueError(f"topk must be at least 1, got {topk}")
+    _check_float("feature_distmat", feature_distmat)
+    ap = evaluate_rank(fused_distmat, q_pids, g_pids, q_camids, g_camids).ap
     if feature_distmat.shape != fused_distmat.shape:
         raise ValueError(
             "expected two matrices of one shape, got "
             f"{tuple(feature_distmat.shape)} and {tuple(fused_distmat.shape)}"
         )
-    ap = evaluate_rank(fused_distmat, q_pids, g_pids, q_camids, g_camids).ap
-    device, (queries, galleries) = fused_distmat.device, fused_distmat.shape
-    ids = zip(
-        ("q_pids", "g_pids", "q_camids", "g_camids"),
-        (q_pids, g_pids, q_camids, g_camids),
-        (queries, galleries) * 2,
-        strict=True,
-    )
-    qp, gp, qc, gc = (torch.from_numpy(_ids(*each)).to(device) for each in ids)
+    queries, galleries = fused_distmat.shape
+    q_pids, q_camids = _ids("q_pids", q_pids, queries), _ids("q_camids", q_camids, queries)
+    g_pids, g_camids = _ids("g_pids", g_pids, galleries), _ids("g_camids", g_camids, galleries)
     topk = min(topk, galleries)
-    block_size = max(1, max_memory // max(1, 40 * galleries))
-    blocks = []
-    for top in range(0, queries, block_size):
-        rows = slice(top, top + block_size)
-        same = qp[rows, None] == gp
-        junk = same & (qc[rows, None] == gc)
-        fused, features = (
-            _finite(distmat[rows].detach().to(device)).masked_fill(junk, torch.inf)
-            for distmat in (fused_distmat, feature_distmat)
-        )
-        nearest = fused.topk(topk, largest=False).indices.sort(dim=1).values
-        nearest = nearest.gather(1, fused.gather(1, nearest).argsort(dim=1, stable=True))
-        truth = fused.masked_fill(~same, torch.inf).argmin(1, keepdim=True)
-        shown = torch.cat([nearest, truth], 1)
-        missing = junk.gather(1, shown)
-        missing[:, -1] |= ~same.gather(1, truth)[:, 0]
-        ranks = [
-            (1 + torch.searchsorted(_sorted(distmat), distmat.gather(1, shown)))
-            .masked_fill(missing, 0)
-            .cpu()
-            for distmat in (features, fused)
-        ]
-        right = (same.gather(1, nearest) & ~missing[:, :-1]).cpu()
-        blocks.append((shown.masked_fill(missing, -1).cpu(), right, *ranks))
-    entries, rights, of_features, of_fused = (
-        torch.cat(each).numpy() for each in zip(*blocks, strict=True)
-    )
-    return RankedLists(
-        nearest=entries[:, :-1],
-        right=rights,
-        feature_ranks=of_features[:, :-1],
-        truth=entries[:, -1],
-        truth_rank=of_fused[:, -1],
-        truth_feature_rank=of_features[:, -1],
-        ap=ap,
-    )
-
-
-def _finite(distmat: Tensor) -> Tensor:
-    """Returns distances in float32 or wider, NaN and infinity as the greatest finite number."""
-    distmat = distmat if distmat.element_size() >= 4 else distmat.float()
-    greatest = torch.finfo(distmat.dtype).max
-    return distmat.nan_to_num(nan=greatest, posinf=greatest)
+    nearest, feature_ranks = np.full((queries, topk), -1), np.zeros((queries, topk), np.int64)
+    right = np.zeros((queries, topk), bool)
+    truth, (truth_rank, truth_feature_rank) = np.full(queries, -1), np.zeros((2, queries), np.int64)
+    for query in range(queries):
+        same = g_pids == q_pids[query]
+        junk = same & (g_camids == q_camids[query])
+        order, by_features = (_order(d[query], junk) for d in (fused_distmat, feature_distmat))
+        ranks = np.zeros(galleries, np.int64)
+        ranks[by_features] = np.arange(1, len(by_features) + 1)
+        shown = order[:topk]
+        nearest[query, : len(shown)] = shown
+        right[query, : len(shown)] = same[shown]
+        feature_ranks[query, : len(shown)] = ranks[shown]
+        if not np.isnan(ap[query]):
+            place = same[order].argmax()
+            truth[query], truth_rank[query] = order[place], place + 1
+            truth_feature_rank[query] = ranks[order[place]]
+    return RankedLists(nearest, right, feature_ranks, truth, truth_rank, truth_feature_rank, ap)
 
 
 def verification_auc(
@@ -300,6 +267,13 @@ def _sorted(values: Tensor) -> Tensor:
     if values.is_cuda:
         return values.sort().values
     return torch.from_numpy(np.sort(values))  # several times faster than PyTorch on the CPU
+
+
+def _check_float(name: str, distmat: Tensor) -> None:
+    """Raises TypeError unless distances are a float tensor."""
+    if not isinstance(distmat, Tensor) or not distmat.is_floating_point():
+        got = distmat.dtype if isinstance(distmat, Tensor) else type(distmat).__name__
+        raise TypeError(f"{name} must be a float tensor, got {got}")
 
 
 def _ids(name: str, ids: np.ndarray | Tensor, length: int) -> Int64[np.ndarray, "images"]:
@@ -357,7 +331,15 @@ def _sorted_positions(
     junk: Bool[np.ndarray, "galleries"],
 ) -> Int64[np.ndarray, "matches"]:
     """Returns the positions of one query's matches, from 1, by torchreid's own procedure."""
+    return np.flatnonzero(same[_order(distances, junk)]) + 1
+
+
+def _order(
+    distances: Float[Tensor, "galleries"], junk: Bool[np.ndarray, "galleries"]
+) -> Int64[np.ndarray, "kept"]:
+    """Returns one query's gallery entries without junk, nearest first, as torchreid orders them."""
     known = distances.dtype in (torch.float16, torch.float32, torch.float64)
-    row = (distances if known else distances.float()).cpu().contiguous()
+    row = (distances if known else distances.float()).detach().cpu().contiguous()
     order = np.argsort(row.numpy())
-    return np.flatnonzero(same[order[~junk[order]]]) + 1
+    kept: np.ndarray = order[~junk[order]]
+    return kept

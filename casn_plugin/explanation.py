@@ -1,8 +1,6 @@
 """Why a match: what made the model say same or different, for a pair and for ranked lists."""
 
-import base64
 import html
-import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +37,7 @@ from casn_plugin.visualization import (
     denormalize,
     plot_pair,
     plot_ranking,
+    png_uri,
     verdict,
 )
 
@@ -62,11 +61,8 @@ class _Drawn:
 
     def _repr_html_(self) -> str:
         """Returns the picture for a notebook, with a text for those who do not see it."""
-        stream = io.BytesIO()
-        self.plot().savefig(stream, format="png")
-        data = base64.b64encode(stream.getvalue()).decode()
         words = html.escape(self.describe())
-        return f'<img style="max-width:100%" alt="{words}" src="data:image/png;base64,{data}">'
+        return f'<img style="max-width:100%" alt="{words}" src="{png_uri(self.plot())}">'
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -133,8 +129,8 @@ class PairExplanation(_Drawn):
         profiles = self.first_profile, self.second_profile
         return float(attention_distance(*profiles, threshold=self.threshold))
 
-    def plot(self) -> "Figure":
-        """Returns a figure that a reader understands without the paper."""
+    def headline(self) -> str:
+        """Returns what the model says of the pair, and whether that is right where it is known."""
         says = "the same person" if self.probability >= 0.5 else "different persons"
         chance = max(self.probability, 1 - self.probability)
         headline = f"The model says: {says} ({chance:.0%})"
@@ -142,12 +138,16 @@ class PairExplanation(_Drawn):
             right = self.same == (self.probability >= 0.5)
             truth = "one person" if self.same else "two persons"
             headline += f" — {'right' if right else 'wrong'}, it is {truth}"
+        return headline
+
+    def plot(self) -> "Figure":
+        """Returns a figure that a reader understands without the paper."""
         return plot_pair(
             self.first_picture,
             self.second_picture,
             self.first_attention,
             self.second_attention,
-            headline=headline,
+            headline=self.headline(),
             details=f"Features differ by {self.feature_distance:.2f} of at most 2, attention by "
             f"{self.attention_distance:.2f} (0: the same rows in both).",
             threshold=self.threshold,
@@ -155,17 +155,17 @@ class PairExplanation(_Drawn):
 
     def describe(self) -> str:
         """Returns what the model says of the pair and where it looked, in words."""
-        height = len(self.first_attention)
         rows = [
-            f"rows {first + 1} to {last + 1} of {height} in the {name} picture"
-            for name, (first, last) in (("first", self.first_span), ("second", self.second_span))
-        ]
-        truth = {None: "", True: ", which is right", False: ", which is wrong"}[
-            None if self.same is None else self.same == (self.probability >= 0.5)
+            f"{f'rows {first + 1} to {last + 1}' if attention.any() else 'none'} of "
+            f"{len(attention)} in the {name} picture"
+            for name, attention, (first, last) in (
+                ("first", self.first_attention, self.first_span),
+                ("second", self.second_attention, self.second_span),
+            )
         ]
         return (
-            f"Same identity with probability {self.probability:.2f}{truth}. Attention on "
-            f"{rows[0]} and {rows[1]}. Feature distance {self.feature_distance:.2f}, attention "
+            f"{self.headline()}. Same identity with probability {self.probability:.2f}. Attention "
+            f"on {rows[0]} and {rows[1]}. Feature distance {self.feature_distance:.2f}, attention "
             f"distance {self.attention_distance:.2f}."
         )
 
@@ -234,13 +234,18 @@ class RankingExplanation(_Drawn):
     truth: Match | None
 
     @property
+    def found(self) -> Match | None:
+        """The right image that stands first; None where there is none."""
+        return next((match for match in self._shown() if match.right), None)
+
+    @property
     def failed(self) -> bool:
-        """Whether another identity stands at rank 1."""
-        return not self.matches or not self.matches[0].right
+        """Whether another identity stands at rank 1, although there is a right image."""
+        return self.found is not None and self.found.rank > 1
 
     def headline(self) -> str:
         """Returns who was searched for and how it went, in a sentence."""
-        found = next((match for match in self.matches if match.right), self.truth)
+        found = self.found
         outcome = (
             "nobody to be found" if found is None else f"found at rank {found.rank}"
             if found.rank == 1 else f"wrong at rank 1, found at rank {found.rank}"
@@ -249,17 +254,18 @@ class RankingExplanation(_Drawn):
 
     def plot(self) -> "Figure":
         """Returns a figure of the query, its matches and the attention of each pair."""
-        shown = (*self.matches, *(() if self.truth is None else (self.truth,)))
+        shown = self._shown()
         captions = [
             f"rank {match.rank}\n(features: {match.feature_rank})\n"
             f"same: {match.pair.probability:.0%}"
             for match in shown
         ]
+        none = [torch.zeros(0, 1, 1)]  # all of the gallery is junk
         return plot_ranking(
             self.picture,
-            np.stack([match.pair.second_picture for match in shown]),
-            torch.stack([match.pair.first_attention for match in shown]),
-            torch.stack([match.pair.second_attention for match in shown]),
+            np.array([m.pair.second_picture for m in shown]).reshape(-1, *self.picture.shape),
+            torch.cat([m.pair.first_attention[None] for m in shown] or none),
+            torch.cat([m.pair.second_attention[None] for m in shown] or none),
             [match.right for match in shown],
             captions,
             headline=self.headline(),
@@ -268,12 +274,15 @@ class RankingExplanation(_Drawn):
 
     def describe(self) -> str:
         """Returns the ranked list in words."""
-        shown = (*self.matches, *(() if self.truth is None else (self.truth,)))
         words = [
             f"rank {match.rank} (by features {match.feature_rank}): {verdict(match.right)[2:]}"
-            for match in shown
+            for match in self._shown()
         ]
-        return f"{self.headline()}. {'; '.join(words)}."
+        return f"{self.headline()}. {'; '.join(words) or 'Nothing to compare with'}."
+
+    def _shown(self) -> list[Match]:
+        """Returns the matches and the truth that stands apart."""
+        return [*self.matches, *([] if self.truth is None else [self.truth])]
 
     def __repr__(self) -> str:
         """Returns who was searched for and how it went."""
@@ -335,11 +344,10 @@ class ExplainedRankings(Sequence[RankingExplanation]):
         if isinstance(query, slice):
             return [self[row] for row in range(*query.indices(len(self)))]
         row = range(len(self))[query]
-        ranked, rank = self.ranked, np.arange(1, self.topk + 1)
-        columns = np.flatnonzero(ranked.nearest[row, : self.topk] >= 0)
+        ranked = self.ranked
+        columns = np.flatnonzero(ranked.nearest[row, : self.topk] >= 0).tolist()
         shown = [
-            (int(ranked.nearest[row, i]), int(rank[i]), int(ranked.feature_ranks[row, i]))
-            for i in columns
+            (int(ranked.nearest[row, i]), i + 1, int(ranked.feature_ranks[row, i])) for i in columns
         ]
         truth = int(ranked.truth[row])
         if truth >= 0 and not ranked.right[row, columns].any():
@@ -411,9 +419,10 @@ def explain_pair(
         threshold: t, the share of a map's maximum above which a row counts as attended.
 
     Raises:
-        TypeError: a model that is no CASN, an image of none of these kinds.
+        TypeError: a model that is no CASN or in half precision, an image of none of these kinds.
         ValueError: a tensor of another shape, images of unlike sizes, a threshold outside [0, 1),
-            mean or std that are not three numbers, a std that is not positive.
+            mean or std that are not three numbers, a std that is not positive, features that are
+            not finite.
         OSError: a path that is no picture.
 
     Example:
@@ -430,8 +439,7 @@ def explain_pair(
         (torch.Size([8, 4]), True)
     """
     casn = as_casn(model)
-    if not 0 <= threshold < 1:
-        raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
+    _check(threshold, mean, std)
     size = size or casn.input_size
     imgs = [_load(image, size, mean, std) for image in (first, second)]
     if imgs[0].shape != imgs[1].shape:
@@ -463,9 +471,9 @@ def explain_ranking(
 
     Args:
         model: a CASN, or one in nn.DataParallel.
-        query: the queries: one of torchreid's test loaders, or a sequence of (image, pid,
-            camid), as a torchreid data set's `query` and `gallery` lists have them. Images may be
-            all that :func:`explain_pair` takes.
+        query: the queries: one of torchreid's test loaders, whose data set is gone through in its
+            own order; or a sequence of (image, pid, camid), as a torchreid data set's `query` and
+            `gallery` lists have them. Images may be all that :func:`explain_pair` takes.
         gallery: the gallery, likewise.
         topk: matches to explain for each query.
         size: (rows, columns) that pictures and paths are brought to; by default the model's
@@ -479,7 +487,7 @@ def explain_ranking(
         progress: show progress bars on a terminal.
 
     Raises:
-        TypeError: a model that is no CASN, or data of another form.
+        TypeError: a model that is no CASN or in half precision, or data of another form.
         ValueError: no queries, an empty gallery, no query with a match, topk below 1; and as
             :func:`explain_pair`.
 
@@ -499,8 +507,7 @@ def explain_ranking(
         [7, 8]
     """
     casn = as_casn(model)
-    if not 0 <= threshold < 1:
-        raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
+    _check(threshold, mean, std)
     size = size or casn.input_size
     query = _loader("query", query, size, mean, std)
     gallery = _loader("gallery", gallery, size, mean, std)
@@ -556,7 +563,12 @@ def _loader(
 ) -> DataLoader[Any]:
     """Returns a loader of dictionaries with "img", "pid" and "camid"."""
     if isinstance(data, DataLoader):
-        loader: DataLoader[Any] = data
+        loader = DataLoader[Any](  # in the order of the data set, whatever its own sampler draws
+            data.dataset,
+            batch_size=data.batch_size or 32,
+            num_workers=data.num_workers,
+            collate_fn=data.collate_fn,
+        )
     else:
         if not isinstance(data, Sequence) or isinstance(data, str):
             raise TypeError(
@@ -575,14 +587,20 @@ def _loader(
     return loader
 
 
+def _check(threshold: float, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raises ValueError for a threshold, mean or std that can't be."""
+    if not 0 <= threshold < 1:
+        raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
+    if len(mean) != 3 or len(std) != 3 or not min(std) > 0:
+        raise ValueError(f"mean and std must be three numbers, std positive, got {mean} and {std}")
+
+
 def _load(
     image: Image, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
 ) -> Float[Tensor, "3 rows columns"]:
-    """Returns a normalised image, as torchreid prepares test images."""
+    """Returns a normalised image, upright, and otherwise as torchreid prepares test images."""
     from torchvision.transforms import functional as transforms
 
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ValueError(f"mean and std must be three numbers, std positive, got {mean} and {std}")
     if isinstance(image, Tensor):
         if image.ndim != 3 or len(image) != 3 or not image.is_floating_point():
             raise ValueError(

@@ -376,17 +376,17 @@ def encode_batches(
 ) -> tuple[Encoding, Int64[np.ndarray, " images"], Int64[np.ndarray, " images"]]:
     """Returns the encodings of batches of (imgs, pids, camids) on the CPU, their pids and camids.
 
-    Images are encoded where the model is.
+    Images are encoded where the model is, in its dtype.
 
     Raises:
         ValueError: no batch at all; otherwise as :meth:`CASN.encode`.
     """
-    device = next(iter(model.parameters())).device
+    first = next(iter(model.parameters()))
     encodings: list[Encoding] = []
     pids: list[int] = []
     camids: list[int] = []
     for imgs, batch_pids, batch_camids in batches:
-        encodings.append(model.encode(imgs.to(device)).to("cpu"))
+        encodings.append(model.encode(imgs.to(first.device, first.dtype)).to("cpu"))
         pids.extend(int(pid) for pid in batch_pids)
         camids.extend(int(camid) for camid in batch_camids)
     return Encoding.cat(encodings), np.asarray(pids), np.asarray(camids)

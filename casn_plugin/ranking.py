@@ -252,7 +252,12 @@ def pair_attention(
         raise ValueError(
             f"expected as many first as second images, got {len(first)}, {len(second)}"
         )
-    with torch.no_grad(), evaluating(pair_classifier):
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+        evaluating(pair_classifier),
+    ):
         first, second = first.to(device), second.to(device)
         alpha = indicator(pair_classifier, first.features - second.features)[:, None]
         size = first.maps.shape[2:]
@@ -606,6 +611,7 @@ class _Ranker:
         """
         try:
             with (
+                torch.inference_mode(False),
                 torch.no_grad(),
                 torch.autocast(self.device.type, enabled=False),
                 evaluating(self.pair_classifier),

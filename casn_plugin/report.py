@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 from tqdm import tqdm
 
 from casn_plugin.explanation import (
     ExplainedRankings,
     Match,
-    PairExplanation,
     RankingExplanation,
 )
-from casn_plugin.visualization import RIGHT, WRONG, overlay, plot_cmc, verdict
+from casn_plugin.visualization import RIGHT, WRONG, overlay, plot_cmc, png_uri, verdict
 
 _RANKS = (1, 5, 10, 20)
 _CSP = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -117,7 +117,7 @@ def html_report(
     """
     if number < 0:
         raise ValueError(f"number must be >= 0, got {number}")
-    missing = {"features", "attention", "fused"} - set(results)
+    missing = sorted({"features", "attention", "fused"} - set(results))
     if missing:
         raise ValueError(f"results must be of one data set in engine.results, lack {missing}")
     failures = explained.ranked.failures()
@@ -181,7 +181,7 @@ def save_report(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.part")
     try:
-        partial.write_text(page, encoding="utf-8")
+        partial.write_text(page, encoding="utf-8", errors="replace")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -193,16 +193,17 @@ def _card(found: RankingExplanation, name: str) -> str:
     matches = "".join(_match(match) for match in found.matches)
     if found.truth is not None:
         matches += _match(found.truth, apart=True)
-    compared = [*found.matches[:1], *(() if found.truth is None else (found.truth,))]
+    right = [found.found] if found.failed and found.found is not None else []
+    compared = [*found.matches[:1], *right]
     figures = "".join(
         f"<p>{html.escape(match.pair.describe())}</p>"
         f'<div class="scroll" tabindex="0" role="region" '
         f'aria-label="{name}: query and rank {match.rank}, compared">'
-        f"{_image(_png(match.pair), match.pair.describe())}</div>"
+        f"{_image(png_uri(match.pair.plot()), match.pair.describe())}</div>"
         for match in compared
     )
     sought = _image(_jpeg(found.picture), f"Query: person {found.pid}, camera {found.camid}")
-    why = "Why rank 1 and not the right one?" if found.truth is not None else "Why rank 1?"
+    why = "Why rank 1 and not the right one?" if right else "Why rank 1?"
     return f"""
 <article class="query" aria-labelledby="{name}">
 <h3 id="{name}">{html.escape(found.headline())}</h3>
@@ -276,8 +277,7 @@ def _table(results: Mapping[str, Any]) -> str:
 def _cmc(results: Mapping[str, Any]) -> str:
     """Returns the CMC curves of features and fused, as a picture and as numbers."""
     names = ("features", "fused")
-    stream = io.BytesIO()
-    plot_cmc({name: results[name] for name in names}).savefig(stream, format="png", dpi=160)
+    curves = png_uri(plot_cmc({name: results[name] for name in names}), dpi=160)
     words = "; ".join(
         f"{name}: rank 1 {results[name]['cmc'][0]:.1%}, mAP {results[name]['mAP']:.1%}"
         for name in names
@@ -292,7 +292,7 @@ def _cmc(results: Mapping[str, Any]) -> str:
     )
     heads = "".join(f'<th scope="col">{name}</th>' for name in names)
     return (
-        f'<img class="cmc" alt="CMC curves. {words}" src="{_uri(stream.getvalue(), "png")}">'
+        f'<img class="cmc" alt="CMC curves. {words}" src="{curves}">'
         f'<details><summary>The curves as numbers</summary><table><thead><tr><th scope="col">Rank'
         f"</th>{heads}</tr></thead><tbody>{numbers}</tbody></table></details>"
     )
@@ -322,25 +322,12 @@ def _image(uri: str, alt: str, attributes: str = "") -> str:
     return f'<img {attributes} alt="{html.escape(alt)}" src="{uri}">'
 
 
-def _uri(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
 def _jpeg(picture: np.ndarray) -> str:
     """Returns an RGB picture in [0, 1] as a data URI."""
-    import PIL.Image
-
     stream = io.BytesIO()
     image = PIL.Image.fromarray((255 * picture).round().astype(np.uint8))
     image.save(stream, format="jpeg", quality=90, subsampling=0)
-    return _uri(stream.getvalue(), "jpeg")
-
-
-def _png(pair: PairExplanation) -> str:
-    """Returns a pair's figure as a data URI."""
-    stream = io.BytesIO()
-    pair.plot().savefig(stream, format="png")
-    return _uri(stream.getvalue(), "png")
+    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 _PAGE = """<!DOCTYPE html>

@@ -4,6 +4,9 @@ matplotlib is imported when a picture is drawn; no display is needed. The figure
 window: save them with ``figure.savefig(path)``.
 """
 
+import base64
+import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -310,10 +313,10 @@ def plot_ranking(
     widths = [1.0] * (1 + number)
     if apart:
         widths.insert(1 + number - apart, 0.25)
-    figure = Figure(
-        figsize=(wide * sum(widths) + 0.4, 3 * tall + 1.5), layout="constrained", dpi=110
-    )
-    figure.suptitle(headline, fontsize=12, fontweight="bold")
+    width = wide * sum(widths) + 0.4
+    figure = Figure(figsize=(width, 3 * tall + 1.5), layout="constrained", dpi=110)
+    title = textwrap.fill(headline, int(9 * width))  # 9 letters of its size fill an inch
+    figure.suptitle(title, fontsize=12, fontweight="bold")
     axes: Any = figure.subplots(3, len(widths), squeeze=False, width_ratios=widths)
     for axis in axes[:, 1 + number - apart] if apart else ():
         axis.remove()
@@ -338,6 +341,13 @@ def plot_ranking(
         column[0].set_title(verdict(right[i]), fontsize=9, color=RIGHT if right[i] else WRONG)
         column[0].set_xlabel(captions[i], fontsize=8)
     return figure
+
+
+def png_uri(figure: "Figure", **options: Any) -> str:
+    """Returns a figure as a data URI of a PNG; `options` are those of ``savefig``."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", **options)
+    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 def verdict(same: bool) -> str:

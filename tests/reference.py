@@ -389,16 +389,13 @@ def cmc_map(
 
 
 def ranked_list(
-    distances: Sequence[float],
+    distances: np.ndarray,
     q_pid: int,
     g_pids: Sequence[int],
     q_camid: int,
     g_camids: Sequence[int],
 ) -> list[tuple[int, int]]:
-    """One query's gallery rows, nearest first, without junk, each with its rank.
-
-    The rank is one more than the number of remaining images that are nearer.
-    """
-    kept = [g for g in range(len(g_pids)) if not (g_pids[g] == q_pid and g_camids[g] == q_camid)]
-    kept.sort(key=lambda g: distances[g])
-    return [(g, 1 + sum(distances[other] < distances[g] for other in kept)) for g in kept]
+    """One query's gallery rows, nearest first, without junk, each with its rank from 1."""
+    order = np.argsort(distances).tolist()
+    kept = [g for g in order if not (g_pids[g] == q_pid and g_camids[g] == q_camid)]
+    return [(g, 1 + place) for place, g in enumerate(kept)]

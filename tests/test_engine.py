@@ -13,6 +13,7 @@ import torch
 import torchreid
 from conftest import MOBILENET, WARD, TinyBackbone, tiny_forward
 from torch import nn
+from torch.utils.data import DataLoader
 
 import casn_plugin.engine
 from casn_plugin import (
@@ -307,7 +308,7 @@ def test_tensorboard_shows_the_attention_of_fixed_pairs_every_epoch(market_root,
 
 def test_matches_are_explained_without_ranking_again(market_root, tmp_path, monkeypatch):
     engine = make_engine(market_root)
-    with pytest.raises(ValueError, match="'no data set' has been evaluated"):
+    with pytest.raises(ValueError, match=r"engine.run\(\) .* one of \[\], got None"):
         engine.explain()
     engine.casn.backbone.embed[0].weight.data *= 20  # features far enough apart for float32
     engine.test()
@@ -330,7 +331,7 @@ def test_matches_are_explained_without_ranking_again(market_root, tmp_path, monk
     )
     # files are read and resized as torchreid does
     np.testing.assert_array_equal(by_path.ranked.nearest, explained.ranked.nearest)
-    with pytest.raises(ValueError, match="'other' has been evaluated"):
+    with pytest.raises(ValueError, match=r"one of \['market1501'\], got 'other'"):
         engine.explain("other")
     with pytest.raises(ValueError, match=r"topk must lie in \[1, 10\], got 11"):
         engine.explain(topk=11)
@@ -347,6 +348,27 @@ def test_explained_pictures_have_their_own_colours(market_root):
         engine.test()
         pictures.append(engine.explain()[0].picture)
     np.testing.assert_allclose(*pictures, atol=1e-6)
+
+
+def test_data_sets_that_are_not_torchreids_are_trained_on_and_explained(market_root, tmp_path):
+    """They list no images, and transforms may be of any kind, or not there."""
+    engine = make_engine(market_root)
+    engine.test_loader["market1501"] = {
+        part: DataLoader([loader.dataset[i] for i in range(len(loader.dataset))], batch_size=4)
+        for part, loader in engine.test_loader["market1501"].items()
+    }
+    normalize = engine.datamanager.transform_te.transforms[-1]
+    with pytest.warns(UserWarning, match="no attention is drawn to TensorBoard"):
+        engine.run(save_dir=str(tmp_path), max_epoch=2)
+    assert not images_logged(tmp_path)
+    shown = []
+    for transform in (engine.datamanager.transform_te, normalize):
+        engine.datamanager.transform_te = transform
+        shown.append(engine.explain()[0].picture)
+    del engine.datamanager.transform_te
+    shown.append(engine.explain()[0].picture)
+    for picture in shown[1:]:
+        np.testing.assert_array_equal(picture, shown[0])
 
 
 def test_pairs_to_log_are_fixed_and_of_both_kinds():

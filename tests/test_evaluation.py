@@ -306,10 +306,9 @@ def test_auc_counts_pairs_in_the_right_order():
     camids=st.integers(1, 3),
     levels=st.sampled_from([0, 3]),
     topk=st.integers(1, 12),
-    max_memory=st.sampled_from([1, 2**30]),
 )
 def test_ranked_lists_are_those_of_a_plain_loop(
-    seed, queries, galleries, pids, camids, levels, topk, max_memory
+    seed, queries, galleries, pids, camids, levels, topk
 ):
     fused, *ids = make(seed, queries, galleries, pids, camids, levels=levels)
     features = make(seed + 1, queries, galleries, pids, camids)[0]
@@ -317,19 +316,18 @@ def test_ranked_lists_are_those_of_a_plain_loop(
         with pytest.raises(ValueError, match="none of the"):
             ranked_lists(features, fused, *ids, topk=topk)
         return
-    found = ranked_lists(features, fused, *ids, topk=topk, max_memory=max_memory)
-    np.testing.assert_array_equal(found.ap, evaluate_rank(fused, *ids).ap)
+    found = ranked_lists(features, fused, *ids, topk=topk)
+    evaluated = evaluate_rank(fused, *ids)
+    np.testing.assert_array_equal(found.ap, evaluated.ap)
+    np.testing.assert_array_equal(found.truth_rank, evaluated.first_match + 1)  # ties too
     assert found.nearest.shape == found.right.shape == (queries, min(topk, galleries))
     q_pids, g_pids, q_camids, g_camids = ids
     for q in range(queries):
         of_query = q_pids[q], g_pids, q_camids[q], g_camids
-        by_fused = reference.ranked_list(fused[q].tolist(), *of_query)
-        by_features = dict(reference.ranked_list(features[q].tolist(), *of_query))
+        by_fused = reference.ranked_list(fused[q].numpy(), *of_query)
+        by_features = dict(reference.ranked_list(features[q].numpy(), *of_query))
         shown = [int(g) for g in found.nearest[q] if g >= 0]
-        ranks = dict(by_fused)
-        # entries at one distance may change places, and at the end stand for each other
-        assert [ranks[g] for g in shown] == [rank for _, rank in by_fused[: found.nearest.shape[1]]]
-        assert len(set(shown)) == len(shown)
+        assert shown == [g for g, _ in by_fused[:topk]]
         assert (found.nearest[q, len(shown) :] == -1).all()
         assert not found.right[q, len(shown) :].any()
         assert found.right[q, : len(shown)].tolist() == [
@@ -359,7 +357,19 @@ def test_ranked_lists_put_infinite_distances_before_junk():
     ids = np.array([7]), np.array([7, 7, 8, 9]), np.array([0]), np.array([0, 1, 1, 1])
     found = ranked_lists(distmat, distmat, *ids)
     assert found.nearest[0].tolist() == [3, 1, 2, -1] and found.truth[0] == 1
-    assert found.feature_ranks[0].tolist() == [1, 2, 2, 0]
+    assert found.feature_ranks[0].tolist() == [1, 2, 3, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_features_that_collapsed_are_no_success(dtype):
+    """All distances are one: the ranks are those that CMC and mAP count by."""
+    distmat = torch.ones(12, 12, dtype=dtype, requires_grad=True)
+    pids, camids = np.arange(12) // 2, np.arange(12) % 2
+    found = ranked_lists(distmat, distmat, pids, pids, camids, camids)
+    evaluated = evaluate_rank(distmat, pids, pids, camids, camids)
+    assert (found.truth_rank == 1).mean() == pytest.approx(evaluated.cmc[0]) and found.failures()
+    np.testing.assert_array_equal(found.truth_rank, evaluated.first_match + 1)
+    np.testing.assert_array_equal(found.right[:, 0], found.truth_rank == 1)
 
 
 def test_ranked_lists_refuse_bad_arguments(unchecked):
@@ -371,3 +381,6 @@ def test_ranked_lists_refuse_bad_arguments(unchecked):
         ranked_lists(distmat, distmat, *ids, topk=0)
     with pytest.raises(ValueError, match=r"one shape, got \(1, 3\) and \(1, 2\)"):
         ranked_lists(torch.rand(1, 3), distmat, *ids)
+    for matrices in ((distmat.numpy(), distmat), (distmat, distmat.long())):
+        with pytest.raises(TypeError, match="distmat must be a float tensor"):
+            ranked_lists(*matrices, *ids)

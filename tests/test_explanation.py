@@ -1,5 +1,9 @@
 """Explanations say what the model computes, show it where it is, and leave the model as found."""
 
+import copy
+import dataclasses
+import itertools
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -11,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from casn_plugin import CASN, explain_pair, explain_ranking, rank_gallery
 from casn_plugin.explanation import ExplainedRankings, _Labelled
+from casn_plugin.ranking import pair_attention
 from casn_plugin.visualization import IMAGENET_MEAN, IMAGENET_STD
 
 SIZE = (64, 32)
@@ -74,6 +79,8 @@ def test_attention_lands_on_the_planted_patch(detector, first, second):
     changed = np.abs(shown[1] - shown[0]).sum(-1)
     row, column = np.unravel_index(changed.argmax(), changed.shape)
     assert (row // 8, column // 8) == first
+    assert all(figure.axes[i].get_ylim() == (8, 0) for i in (0, 1, 2, 4, 5, 6))
+    assert all(figure.axes[i].images[0].get_extent()[2:] == [8, 0] for i in (0, 1, 5, 6))
     lines = {line.get_ydata()[0] for line in figure.axes[1].lines}
     assert lines == {first[0], first[0] + 1}  # the span is marked around the patch's row
     drawn = figure.axes[2].lines[1]
@@ -95,6 +102,9 @@ def test_figures_are_those_of_the_paper_by_autograd(tiny):
     np.testing.assert_allclose(found.second_attention, reference.scale_map(two), atol=1e-12)
     expected = reference.attention_distance(one, two, threshold=0.4)
     assert found.attention_distance == pytest.approx(expected, abs=1e-10)
+    aligned = found.first_aligned - found.second_aligned
+    assert float(aligned.norm()) == pytest.approx(expected, abs=1e-10)
+    assert "more than 40% of the strongest" in found.plot().get_supxlabel()
     f1, f2 = (tiny(imgs) / tiny(imgs).norm(dim=1, keepdim=True)).detach()
     assert found.feature_distance == pytest.approx(float((f1 - f2).norm()))
     z = tiny.pair_classifier((tiny(imgs)[0] - tiny(imgs)[1])[None])[0]
@@ -133,6 +143,9 @@ def test_any_mean_and_std_is_undone(tiny):
     found = explain_pair(tiny, *pair, mean=(0.1, 0.5, 0.9), std=(1.0, 0.5, 0.25))
     np.testing.assert_allclose(found.first_picture, np.asarray(pair[0]) / 255, atol=1e-6)
     assert found.probability != explain_pair(tiny, *pair).probability
+    options = {"mean": (0.1, 0.5, 0.9), "std": (1.0, 0.5, 0.25)}
+    ranked = explain_ranking(tiny, [(pair[0], 1, 0)], [(pair[1], 1, 1)], **options)[0]
+    np.testing.assert_allclose(ranked.picture, np.asarray(pair[0]) / 255, atol=1e-6)
 
 
 def test_the_model_is_left_as_found(tiny):
@@ -152,11 +165,19 @@ def test_words_and_pictures_for_a_notebook(tiny):
     page = found._repr_html_()
     assert page.startswith("<img") and "data:image/png;base64,iVBOR" in page
     assert f"probability {found.probability:.2f}" in page
-    right = "right" if found.probability < 0.5 else "wrong"
-    assert f"which is {right}" in found.describe() and right in found.plot().get_suptitle()
+    says = "the same person" if found.probability >= 0.5 else "different persons"
+    right = "wrong" if found.probability >= 0.5 else "right"
+    for words in (found.describe(), found.plot().get_suptitle()):
+        assert f"says: {says} (" in words and f"— {right}, it is two persons" in words
+    for probability, same, right in ((0.9, True, "right"), (0.1, True, "wrong"),
+                                     (0.9, False, "wrong"), (0.1, False, "right")):  # fmt: skip
+        changed = dataclasses.replace(found, probability=probability, same=same)
+        assert f"(90%) — {right}, it is {'one person' if same else 'two persons'}" in (
+            changed.headline()
+        )
     assert repr(found).startswith("PairExplanation(probability=")
     unknown = explain_pair(tiny, patched(1, 1), patched(2, 2))
-    assert "which is" not in unknown.describe() and "—" not in unknown.plot().get_suptitle()
+    assert "—" not in unknown.describe() and "—" not in unknown.plot().get_suptitle()
 
 
 def test_a_blank_map_is_shown_as_nothing(detector):
@@ -164,6 +185,7 @@ def test_a_blank_map_is_shown_as_nothing(detector):
     found = explain_pair(detector, grey, patched(1, 1))
     assert not found.first_attention.any() and found.first_span == (0, 7)
     assert np.isfinite(found.attention_distance) and found._repr_html_()
+    assert "Attention on none of 8 in the first picture and rows 2 to 2 of 8" in found.describe()
 
 
 @pytest.mark.parametrize(
@@ -197,9 +219,12 @@ def people(number: int = 3, cameras: int = 3) -> list[tuple[torch.Tensor, int, i
     ]
 
 
-def test_ranked_lists_are_those_of_rank_gallery(tiny):
+@pytest.mark.parametrize("topk", [1, 4])
+def test_ranked_lists_are_those_of_rank_gallery(tiny, topk):
     query, gallery = people()[::3], people()
-    explained = explain_ranking(tiny, query, gallery, topk=4, attention_weight=0.5, threshold=0.3)
+    explained = explain_ranking(
+        tiny, query, gallery, topk=topk, attention_weight=0.5, threshold=0.3
+    )
     assert len(explained) == 3 and len(explained[:2]) == 2
     encode = [tiny.encode(torch.stack([img for img, *_ in data])) for data in (query, gallery)]
     ranking = rank_gallery(tiny, *encode, topk=len(gallery), attention_weight=0.5, threshold=0.3)
@@ -212,15 +237,16 @@ def test_ranked_lists_are_those_of_rank_gallery(tiny):
         assert (found.query, found.pid, found.camid) == (i, pid, camid)
         junk = [g for g, (_, p, c) in enumerate(gallery) if (p, c) == (pid, camid)]
         order = [g for g in ranking.indices[i].tolist() if g not in junk]
-        assert [match.row for match in found.matches] == order[:4]
-        assert [match.rank for match in found.matches] == [1, 2, 3, 4]
+        assert [match.row for match in found.matches] == order[:topk]
         kept = [g for g in by_features[i].argsort().tolist() if g not in junk]
-        for match in found.matches:
+        for match in (*found.matches, *filter(None, [found.truth])):
+            assert match.rank == 1 + order.index(match.row)
             assert match.feature_rank == 1 + kept.index(match.row)
             assert match.right == (gallery[match.row][1] == pid) == bool(match.pair.same)
             assert (match.pid, match.camid) == gallery[match.row][1:]
             alone = explain_pair(tiny, query[i][0], gallery[match.row][0], threshold=0.3)
             assert match.pair.probability == pytest.approx(alone.probability, abs=1e-6)
+            assert match.pair.threshold == 0.3
             torch.testing.assert_close(match.pair.first_attention, alone.first_attention)
             torch.testing.assert_close(match.pair.second_attention, alone.second_attention)
         assert (found.truth is None) == any(match.right for match in found.matches)
@@ -234,11 +260,14 @@ def test_a_failure_shows_where_the_truth_stands(detector):
     (failure,) = explained.failures()
     assert failure.query == 0 and failure.failed and not explained[1].failed
     assert [match.right for match in failure.matches] == [False, False]
+    success = explained[1]
+    assert failure.found is failure.truth and success.found is success.matches[0]
     assert failure.truth.row == 3 and failure.truth.rank == 4 and failure.truth.right
     assert "wrong at rank 1, found at rank 4" in failure.headline()
     assert "rank 4 (by features 4): same person" in failure.describe()
     assert [each.query for each in explained.worst()] == [0, 1]
     assert [each.query for each in explained.best(1)] == [1]
+    assert [each.query for each in explained.worst(1)] == [0] and not list(explained.failures(0))
 
     figure = failure.plot()
     titles = [axis.get_title() for axis in figure.axes]
@@ -254,6 +283,10 @@ def test_a_failure_shows_where_the_truth_stands(detector):
     right, wrong = framed["✓ same person"], framed["✗ other person"]
     assert right[1] > 2 * right[0] and wrong[0] > 2 * wrong[1]  # green and red
     assert any("(features: 4)" in axis.get_xlabel() for axis in figure.axes)
+    figure.canvas.draw()
+    places = [axis.get_position() for axis in figure.axes if "person" in axis.get_title()]
+    gaps = [after.x0 - before.x1 for before, after in itertools.pairwise(places)]
+    assert gaps[1] > 2 * gaps[0]  # the truth stands apart
     assert failure._repr_html_().startswith("<img") and "truth" not in repr(failure)
 
 
@@ -278,6 +311,76 @@ def test_loaders_paths_and_tensors_are_ranked_alike(tiny, tmp_path):
     np.testing.assert_array_equal(by_path.ranked.nearest, by_loader.ranked.nearest)
     shortlist = explain_ranking(tiny, data, data, shortlist=4)
     np.testing.assert_array_equal(by_path.ranked.nearest, shortlist.ranked.nearest)
+    # a loader that shuffles or drops: rows are those of its data set all the same
+    generator = torch.Generator().manual_seed(1)
+    other = DataLoader(
+        loader.dataset, batch_size=3, shuffle=True, drop_last=True, generator=generator
+    )
+    by_other = explain_ranking(tiny, other, other)
+    np.testing.assert_array_equal(by_path.ranked.nearest, by_other.ranked.nearest)
+    with pytest.raises(ValueError, match="three numbers"):
+        explain_ranking(tiny, loader, loader, mean=(1.0, 0.0))
+
+
+def test_a_query_with_nothing_but_junk_is_shown_alone(tiny):
+    (img, *_), *_ = people()
+    alone = explain_ranking(tiny, [(img, 1, 0), (img, 1, 1)], [(img, 1, 0)])[0]
+    assert not alone.matches and not alone.failed and alone.truth is None
+    assert alone.describe().endswith("nobody to be found. Nothing to compare with.")
+    assert "Nothing to compare with" in alone._repr_html_()
+
+
+def test_models_and_images_of_any_dtype_and_mode(tiny):
+    query, gallery = people()[::3], people()
+    expected = explain_ranking(tiny, query, gallery)
+    wide = [(img.double(), pid, camid) for img, pid, camid in gallery]
+    halved = [(img.half(), pid, camid) for img, pid, camid in gallery]
+    assert explain_ranking(tiny, query, halved)[0].matches
+    custom = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 2))
+    own = CASN(TinyBackbone(), forward=tiny_forward, pair_classifier=custom, input_size=SIZE)
+    for model in (tiny, own):
+        with torch.inference_mode():
+            found = explain_ranking(model, query, gallery)
+            assert found[0].plot() and explain_pair(model, query[0][0], gallery[1][0]).plot()
+    double = copy.deepcopy(tiny).double()
+    for images in (gallery, wide):
+        again = explain_ranking(double, query, images)
+        np.testing.assert_array_equal(again.ranked.nearest, expected.ranked.nearest)
+    for call in (
+        lambda model: explain_ranking(model, query, gallery),
+        lambda model: explain_pair(model, query[0][0], query[1][0]),
+    ):
+        with pytest.raises(TypeError, match="needs float32 or wider"):
+            call(copy.deepcopy(tiny).bfloat16())
+    with pytest.raises(ValueError, match="must be finite"):
+        explain_pair(tiny, query[0][0] * torch.nan, query[1][0])
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
+def test_pictures_of_any_mode_are_shown_as_they_look(tiny, mode):
+    picture = patched(1, 1).convert(mode)
+    found = explain_pair(tiny, picture, patched(1, 1))
+    expected = np.asarray(picture.convert("RGB")) / 255
+    np.testing.assert_allclose(found.first_picture, expected, atol=1e-6)
+
+
+def test_attention_of_a_pair_is_not_rounded_by_autocast(tiny):
+    encoding = tiny.encode(torch.randn(4, 3, *SIZE))
+    expected = pair_attention(tiny, encoding[:2], encoding[2:])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = pair_attention(tiny, encoding[:2], encoding[2:])
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_long_lists_and_shortlists(tiny):
+    query, gallery = people(4)[::3], people(4)
+    assert len(explain_ranking(tiny, query, gallery, topk=11)[0].matches) == 11
+    others = [row for row in gallery if row[2]]  # no junk
+    options = {"topk": 8, "attention_weight": 5.0}
+    fused = explain_ranking(tiny, query, others, **options).ranked.feature_ranks
+    listed = explain_ranking(tiny, query, others, **options, shortlist=1).ranked.feature_ranks
+    assert (listed == np.arange(1, 9)).all() and (fused != np.arange(1, 9)).any()
 
 
 @pytest.mark.parametrize(

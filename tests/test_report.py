@@ -3,6 +3,7 @@
 import base64
 import html.parser
 import io
+import os
 import re
 import shutil
 from collections import Counter
@@ -15,21 +16,22 @@ import torch
 from conftest import TinyBackbone, tiny_forward
 
 from casn_plugin import CASN, explain_ranking
+from casn_plugin.explanation import ExplainedRankings
 from casn_plugin.report import html_report, save_report
+from casn_plugin.visualization import overlay
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
 DRIVER = shutil.which("chromedriver")
 RANKING = {"mAP": 0.4321, "mINP": 0.25, "cmc": [0.5, 0.625, 1.0, 1.0, 1.0]}
 RESULTS = {
-    "features": {**RANKING, "mAP": 0.1234},
-    "attention": RANKING,
+    "features": {"mAP": 0.1234, "mINP": 0.2, "cmc": [0.25, 0.375, 0.5, 0.75, 0.875]},
+    "attention": {"mAP": 0.3, "mINP": 0.1, "cmc": [0.125, 0.25, 0.25, 0.25, 0.75]},
     "fused": RANKING,
     "auc": 0.876,
 }
 
 
-@pytest.fixture(scope="module")
-def explained():
+def explain(topk: int) -> ExplainedRankings:
     """Ranked lists of noisy people, of which some are wrong at rank 1."""
     torch.manual_seed(0)
     model = CASN(TinyBackbone(), forward=tiny_forward, input_size=(64, 32), hidden_dim=16)
@@ -39,7 +41,12 @@ def explained():
         for pid in range(4)
         for camid in range(3)
     ]
-    return explain_ranking(model, people[::2], people, topk=2)
+    return explain_ranking(model, people[::2], people, topk=topk)
+
+
+@pytest.fixture(scope="module")
+def explained():
+    return explain(topk=2)
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +101,71 @@ def test_words_and_figures_are_there_and_escaped(page, explained):
     assert page.index('<h2 id="worst">') < page.index(worst.headline())
 
 
-def test_attention_and_plain_pictures_differ(page):
-    """The first match's query picture: with attention and without."""
-    match = page[page.index('<li class="match') :]
-    uris = re.findall(r"data:image/jpeg;base64,([^\"]+)", match)[:2]
-    seen, plain = (np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(u)))) for u in uris)
-    assert seen.shape == plain.shape == (64, 32, 3)
-    assert np.abs(seen.astype(float) - plain).mean() > 5
+def test_tables_hold_the_figures(page, explained):
+    rows = [
+        [re.sub(r"<[^>]+>", "", cell) for cell in re.split(r"(?<=</t[hd]>)", row)[:-1]]
+        for row in re.findall(r"<tr>(.*?)</tr>", page)
+    ]
+    for expected in (
+        ["Ranked by", "Rank-1", "Rank-5", "mAP", "mINP"],
+        ["features", "25.0%", "87.5%", "12.3%", "20.0%"],
+        ["attention", "12.5%", "75.0%", "30.0%", "10.0%"],
+        ["fused", "50.0%", "100.0%", "43.2%", "25.0%"],
+        ["Rank", "features", "fused"],
+        ["1", "25.0%", "50.0%"],
+        ["5", "87.5%", "100.0%"],
+    ):
+        assert expected in rows
+    assert "features: rank 1 25.0%, mAP 12.3%; fused: rank 1 50.0%, mAP 43.2%" in page
+    assert f"those that reach {explained.threshold:.0%} of" in " ".join(page.split())
+
+
+def pictures_of(page: str) -> list[np.ndarray]:
+    """All its photographs, RGB in [0, 1]."""
+    uris = re.findall(r"data:image/jpeg;base64,([^\"]+)", page)
+    return [np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(u)))) / 255 for u in uris]
+
+
+@pytest.mark.parametrize("section", ["worst", "best"])
+def test_each_match_is_shown_with_and_without_attention(page, explained, section):
+    (found,) = getattr(explained, section)(1)
+    card = page[page.index(f'<h2 id="{section}">') :]
+    card = card[: card.index("</article>")]
+    assert f'<h3 id="{section}-{found.query}">{found.headline()}</h3>' in card
+    shown = [*found.matches, *filter(None, [found.truth])]
+    assert re.findall(r'<li class="match ([^"]+)"', card) == [
+        f"{'right' if match.right else 'wrong'}{' apart' if match is found.truth else ''}"
+        for match in shown
+    ]
+    query, *pictures = pictures_of(card)
+    np.testing.assert_allclose(query, found.picture, atol=0.2)
+    assert len(pictures) == 4 * len(shown)
+    for i, match in enumerate(shown):
+        pair = match.pair
+        photos = np.stack([pair.first_picture, pair.second_picture])
+        maps = torch.stack([pair.first_attention, pair.second_attention])
+        candidates = np.concatenate([photos, overlay(photos, maps), overlay(photos, maps.flip(0))])
+        nearest = [
+            np.abs(candidates - picture).mean((1, 2, 3)).argmin()
+            for picture in pictures[4 * i : 4 * i + 4]
+        ]
+        assert nearest == [2, 0, 3, 1]  # query with attention, without, then the match
+
+
+def test_the_key_of_colours_goes_from_none_to_the_strongest(page):
+    (key,) = pictures_of(page[page.index('class="key"') :])[:1]
+    np.testing.assert_allclose(key[:, 0], 0.55, atol=0.03)
+    assert np.abs(key[:, -1] - 0.55).max() > 0.2
+
+
+@pytest.mark.parametrize(("topk", "apart"), [(1, True), (11, False)])
+def test_rank_1_is_compared_with_the_right_one_wherever_that_stands(topk, apart):
+    longer = explain(topk)
+    (failure,) = longer.failures(1)
+    page = html_report(longer, RESULTS, number=1)
+    card = page[page.index("<article") : page.index("</article>")]
+    assert "Why rank 1 and not the right one?" in card and (failure.truth is not None) == apart
+    assert f"rank {failure.found.rank}, compared" in card and "rank 1, compared" in card
 
 
 def test_nothing_to_show_is_no_error(explained):
@@ -111,7 +176,7 @@ def test_nothing_to_show_is_no_error(explained):
 def test_bad_arguments_are_refused(explained, tmp_path):
     with pytest.raises(ValueError, match="number must be >= 0, got -1"):
         html_report(explained, RESULTS, number=-1)
-    with pytest.raises(ValueError, match="lack"):
+    with pytest.raises(ValueError, match=r"lack \['attention', 'features', 'fused'\]"):
         html_report(explained, {"market1501": RESULTS})
 
 
@@ -120,6 +185,11 @@ def test_a_report_is_saved_whole_or_not_at_all(explained, tmp_path, monkeypatch)
     assert save_report(path, explained, RESULTS, number=1) == path
     first = path.read_text(encoding="utf-8")
     assert first.endswith("</html>\n") and "✓" in first
+    odd = {"Checkpoint": os.fsdecode(b"\xff<&'\".pth")}  # a file name that is no UTF-8
+    save_report(path.with_name("odd.html"), explained, RESULTS, number=0, facts=odd)
+    odd_page = path.with_name("odd.html").read_text(encoding="utf-8")
+    assert "?&lt;&amp;&#x27;&quot;.pth" in odd_page
+    path.with_name("odd.html").unlink()
 
     def fail(*args, **kwargs):
         raise OSError("the disk is full")

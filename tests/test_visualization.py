@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgba
 
 from casn_plugin.visualization import (
     IMAGENET_MEAN,
@@ -111,6 +112,16 @@ def test_a_pair_is_explained_with_its_spans(size):
     assert figure.get_suptitle() == "head" and figure.get_supxlabel().startswith("more")
     assert "rows 3 to 5 of 8" in figure.axes[2].get_xlabel()
     assert "rows 6 to 6 of 8" in figure.axes[4].get_xlabel()
+    for axis, profile, span in (
+        (figure.axes[2], [0, 0, 0.5, 1, 0.4, 0, 0, 0], (2, 5)),
+        (figure.axes[4], [0, 0, 0, 0, 0, 1, 0, 0], (5, 6)),
+    ):
+        np.testing.assert_allclose(axis.lines[1].get_xdata(), profile)
+        assert (axis.patches[0].get_y(), axis.patches[0].get_height()) == (span[0], np.ptp(span))
+    assert [axis.xaxis_inverted() for axis in figure.axes[2:5]] == [False, False, True]
+    covered = overlay(pictures, torch.stack([first, second]))
+    for i, expected in ((0, pictures[0]), (1, covered[0]), (5, covered[1]), (6, pictures[1])):
+        np.testing.assert_array_equal(figure.axes[i].images[0].get_array(), expected)
     aligned = {line.get_label(): line.get_xdata() for line in figure.axes[3].lines}
     np.testing.assert_allclose(aligned["second picture"], np.ones(8))
     assert aligned["first picture"][0] == 0.5 and aligned["first picture"].max() > 0.9
@@ -118,11 +129,20 @@ def test_a_pair_is_explained_with_its_spans(size):
 
 
 def test_a_ranked_list_sets_the_truth_apart():
-    pictures, maps = np.random.default_rng(0).random((3, 64, 32, 3)), torch.rand(3, 8, 4)
+    query, *matches = np.random.default_rng(0).random((4, 64, 32, 3))
+    pictures, first, second = np.stack(matches), torch.rand(3, 8, 4), torch.rand(3, 8, 4)
     right = [False, True, True]
-    plain = plot_ranking(pictures[0], pictures, maps, maps, right, list("abc"))
-    apart = plot_ranking(pictures[0], pictures, maps, maps, right, list("abc"), apart=1)
+    plain = plot_ranking(query, pictures, first, second, right, list("abc"))
+    apart = plot_ranking(query, pictures, first, second, right, list("abc"), apart=1)
     assert len(plain.axes) == len(apart.axes) == 12
+    of_query = overlay(np.broadcast_to(query, pictures.shape), first)
+    for row, panel in enumerate((pictures, overlay(pictures, second), of_query)):
+        for i in range(3):
+            axis = plain.axes[4 * row + 1 + i]
+            np.testing.assert_array_equal(axis.images[0].get_array(), panel[i])
+            frame = axis.spines["left"]
+            assert frame.get_edgecolor() == to_rgba(RIGHT if right[i] else WRONG)
+            assert (frame.get_linestyle() == "-") == right[i]
     for figure in (plain, apart):
         figure.canvas.draw()
     gaps = []
@@ -130,6 +150,21 @@ def test_a_ranked_list_sets_the_truth_apart():
         places = [axis.get_position() for axis in figure.axes if axis.get_xlabel() in list("abc")]
         gaps.append([b.x0 - a.x1 for a, b in itertools.pairwise(places)])
     assert gaps[0][1] == pytest.approx(gaps[0][0], abs=1e-3) and gaps[1][1] > 2 * gaps[1][0]
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 5])
+def test_the_headline_of_a_ranked_list_fits_its_figure(number):
+    picture, maps = np.zeros((64, 32, 3)), torch.rand(number, 8, 4)
+    headline = "Person 1234 of camera 5: wrong at rank 1, found at rank 19732"
+    figure = plot_ranking(
+        picture, np.zeros((number, 64, 32, 3)), maps, maps, [True] * number, [""] * number,
+        headline=headline,
+    )  # fmt: skip
+    figure.canvas.draw()
+    (title,) = (text for text in figure.texts if text.get_text())
+    assert title.get_text().replace("\n", " ") == headline
+    box = title.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height
 
 
 def test_curves_show_every_term_and_ranking():
