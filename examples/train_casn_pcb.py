@@ -22,9 +22,18 @@ import numpy as np
 import torch
 import torchreid
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchvision.models import mobilenet_v2
 
-from casn_plugin import CASN, ImageCASNEngine, PairSampler, attention_distmat, fuse_distmats
+from casn_plugin import (
+    CASN,
+    IdentificationAttentionLoss,
+    ImageCASNEngine,
+    PairSampler,
+    SiameseAttentionLoss,
+    attention_distmat,
+    fuse_distmats,
+)
 from casn_plugin.encoding import Encoding
 from casn_plugin.engine import EMBEDDED_DATASET
 from casn_plugin.ranking import pair_attention
@@ -75,8 +84,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cuhk03-labeled", action="store_true", help="cuhk03: labeled boxes, not detected ones")
     add(
         "--backbone",
-        help="pcb_slim (for the CPU), mobilenet_v2 (torchvision's), or a name of torchreid's "
-        "model factory",
+        help="pcb_slim or resnet_slim (for the CPU), mobilenet_v2 (torchvision's), mobilenet_pcb, "
+        "or a name of torchreid's model factory",
     )
     add("--height", type=int, help="rows of the images")
     add("--width", type=int, help="columns of the images")
@@ -92,6 +101,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--lambda-ia", type=float, default=0.5, help="weight of identification attention (Eq. 6)")
     add("--lambda-sa", type=float, default=0.05, help="weight of Siamese attention (Eq. 6)")
+    add("--score", choices=["probability", "logit"], default="probability", help="y_c of Eq. 2")
+    add("--mask-scale", type=float, default=10.0, help="alpha of the soft mask")
+    add("--mask-threshold", type=float, default=0.5, help="beta of the soft mask")
+    add("--ia-start-epoch", type=int, default=0, help="epochs before identification attention")
+    add("--threshold", type=float, default=0.2, help="t, above which a row counts as attended")
+    add("--hidden-dim", type=int, default=512, help="width of the pair classifier")
+    add(
+        "--pair-lr-mult",
+        type=float,
+        default=1.0,
+        help="learning rate of the pair classifier, with SGD",
+    )
+    add("--one-order", action="store_true", help="show the pair classifier one order of each pair")
+    add("--any-camera", action="store_true", help="positive pairs of one camera too")
     add("--eval-freq", type=int, help="epochs between checkpoints with evaluation; -1: at the end")
     add("--seed", type=int, default=0)
     add("--device", choices=["cpu", "cuda"], help="by default CUDA where there is one")
@@ -141,6 +164,48 @@ class SlimPCB(torchreid.models.pcb.PCB):  # type: ignore[misc]
         return layer
 
 
+class SlimResNet(torchreid.models.resnet.ResNet):  # type: ignore[misc]
+    """The body of :class:`SlimPCB` with torchreid's ResNet head: global pooling, one classifier."""
+
+    def __init__(self, num_classes: int) -> None:
+        block = torchreid.models.resnet.BasicBlock
+        super().__init__(num_classes, "softmax", block, [1, 1, 1, 1], last_stride=1)
+        self.feature_dim = 256
+        self.classifier = nn.Linear(256, num_classes)
+        nn.init.normal_(self.classifier.weight, 0, 0.01)
+        nn.init.zeros_(self.classifier.bias)
+
+    def _make_layer(
+        self, block: type[nn.Module], planes: int, *args: Any, **kwargs: Any
+    ) -> nn.Module:
+        layer: nn.Module = super()._make_layer(block, planes // 2, *args, **kwargs)
+        return layer
+
+
+class MobilePCB(torchreid.models.pcb.PCB):  # type: ignore[misc]
+    """torchreid's PCB head with five parts on torchvision's MobileNetV2."""
+
+    def __init__(self, num_classes: int) -> None:
+        pcb = torchreid.models.pcb
+        super().__init__(num_classes, "softmax", pcb.BasicBlock, [1, 1, 1, 1], parts=5)
+        for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+            delattr(self, name)
+        self.features = strided_mobilenet().features
+        self.conv5 = pcb.DimReduceLayer(1280, 256, "relu")
+
+    def featuremaps(self, x: Tensor) -> Tensor:
+        """Returns the last feature map, as PCB's ResNet gives it."""
+        maps: Tensor = self.features(x)
+        return maps.contiguous()  # PCB.forward calls view()
+
+
+def strided_mobilenet() -> nn.Module:
+    """Returns torchvision's MobileNetV2 without its last stride: a map of twice the rows."""
+    net: nn.Module = mobilenet_v2()
+    net.features[14].conv[1][0].stride = (1, 1)
+    return net
+
+
 def mobilenet_forward(net: nn.Module, imgs: Tensor) -> tuple[Tensor, Tensor]:
     """Returns logits and features of torchvision's MobileNetV2, a plain module."""
     features = net.features(imgs).mean((2, 3))
@@ -154,12 +219,12 @@ def build_model(args: argparse.Namespace, num_classes: int) -> CASN:
         SystemExit: ImageNet weights that can't be downloaded, or a file that doesn't fit.
     """
     forward = None
-    if args.backbone == "pcb_slim":
-        backbone: nn.Module = SlimPCB(num_classes)
+    own = {"pcb_slim": SlimPCB, "resnet_slim": SlimResNet, "mobilenet_pcb": MobilePCB}
+    if args.backbone in own:
+        backbone: nn.Module = own[args.backbone](num_classes)
     elif args.backbone == "mobilenet_v2":
-        backbone, forward = mobilenet_v2(), mobilenet_forward
+        backbone, forward = strided_mobilenet(), mobilenet_forward
         backbone.classifier[1] = nn.Linear(1280, num_classes)
-        backbone.features[14].conv[1][0].stride = (1, 1)  # a map of twice the rows, as PCB's
     else:
         try:
             backbone = torchreid.models.build_model(
@@ -180,7 +245,9 @@ def build_model(args: argparse.Namespace, num_classes: int) -> CASN:
                 "scratch with --weights none."
             ) from error
     size = (args.height, args.width)
-    model = CASN(backbone, forward=forward, input_size=size, seed=args.seed)
+    model = CASN(
+        backbone, forward=forward, input_size=size, hidden_dim=args.hidden_dim, seed=args.seed
+    )
     if args.weights not in ("imagenet", "none"):
         load_weights(model, args)
     return model.to(args.device)
@@ -218,21 +285,27 @@ def load_weights(model: CASN, args: argparse.Namespace) -> None:
         print("It holds no pair classifier: what attention and the fused ranking say is random.")
 
 
+def encode(model: CASN, loader: DataLoader[Any]) -> tuple[Encoding, Tensor, Tensor]:
+    """Returns the encodings of a loader's images on the CPU, their pids and camids."""
+    device = next(model.parameters()).device
+    encodings, pids, camids = [], [], []
+    for batch in loader:
+        encodings.append(model.encode(batch["img"].to(device)).to("cpu"))
+        pids.append(batch["pid"])
+        camids.append(batch["camid"])
+    return Encoding.cat(encodings), torch.cat(pids), torch.cat(camids)
+
+
 def save_pairs(engine: ImageCASNEngine, name: str, path: Path, number: int = 5) -> None:
     """Saves a picture of random people with their best match and the attention of each pair."""
-    device = next(engine.casn.parameters()).device
     datasets = [engine.test_loader[name][part].dataset for part in ("query", "gallery")]
     one_each = {row[1]: i for i, row in enumerate(datasets[0].data)}
     rows = np.random.default_rng(1).permutation(list(one_each.values()))[:number].tolist()
     queries = [datasets[0][row] for row in rows]
     imgs = torch.stack([item["img"] for item in queries])
+    device = next(engine.casn.parameters()).device
     query = engine.casn.encode(imgs.to(device)).to("cpu")
-    encodings, pids, camids = [], [], []
-    for batch in engine.test_loader[name]["gallery"]:
-        encodings.append(engine.casn.encode(batch["img"].to(device)).to("cpu"))
-        pids += batch["pid"].tolist()
-        camids += batch["camid"].tolist()
-    gallery = Encoding.cat(encodings)
+    gallery, pids, camids = encode(engine.casn, engine.test_loader[name]["gallery"])
     unit = [nn.functional.normalize(part.features) for part in (query, gallery)]
     distmat = fuse_distmats(
         torch.cdist(*unit), attention_distmat(engine.casn, query, gallery, unit=True),
@@ -240,7 +313,7 @@ def save_pairs(engine: ImageCASNEngine, name: str, path: Path, number: int = 5) 
     )  # fmt: skip
     matches = []
     for i, item in enumerate(queries):
-        junk = (torch.tensor(pids) == item["pid"]) & (torch.tensor(camids) == item["camid"])
+        junk = (pids == item["pid"]) & (camids == item["camid"])
         matches.append(int(distmat[i].masked_fill(junk, float("inf")).argmin()))
     maps = pair_attention(engine.casn, query, gallery[torch.tensor(matches)])
     matched = torch.stack([datasets[1][match]["img"] for match in matches])
@@ -248,23 +321,20 @@ def save_pairs(engine: ImageCASNEngine, name: str, path: Path, number: int = 5) 
         denormalize(imgs),
         denormalize(matched),
         *maps,
-        [pids[match] == item["pid"] for match, item in zip(matches, queries, strict=True)],
+        [int(pids[match]) == item["pid"] for match, item in zip(matches, queries, strict=True)],
         titles=[f"person {item['pid']}" for item in queries],
         threshold=engine.siamese.threshold,
     )
     figure.savefig(path)
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Trains, ranks and saves; returns the results of each target data set."""
-    args = parse_args(argv)
+def build_engine(
+    args: argparse.Namespace, engine_class: type[ImageCASNEngine] = ImageCASNEngine
+) -> ImageCASNEngine:
+    """Returns an engine with data, model and optimizer, all random state set by the seed."""
     torch.manual_seed(args.seed)
     np.random.seed(args.seed)
     random.seed(args.seed)
-    save_dir = Path(args.save_dir)
-    save_dir.mkdir(parents=True, exist_ok=True)
-    use_gpu = args.device == "cuda"
-
     datamanager = torchreid.data.ImageDataManager(
         root=args.root,
         sources=args.sources,
@@ -274,11 +344,22 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         batch_size_train=args.batch_size,
         batch_size_test=64,
         workers=args.workers,
-        use_gpu=use_gpu,
+        use_gpu=args.device == "cuda",
         cuhk03_labeled=args.cuhk03_labeled,
     )
     model = build_model(args, datamanager.num_train_pids)
     datamanager = PairSampler.install(datamanager, seed=args.seed)
+    if args.any_camera:
+        loader = datamanager.train_loader
+        pids = [row[1] for row in loader.dataset.train]
+        datamanager.train_loader = DataLoader(
+            loader.dataset,
+            batch_size=args.batch_size,
+            sampler=PairSampler(pids, batch_size=args.batch_size, seed=args.seed),
+            num_workers=args.workers,
+            pin_memory=loader.pin_memory,
+            drop_last=True,
+        )
     optimizer = torchreid.optim.build_optimizer(
         model,
         optim=args.optim,
@@ -292,15 +373,29 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     scheduler = torchreid.optim.build_lr_scheduler(
         optimizer, lr_scheduler="single_step", stepsize=args.stepsize
     )
-    engine = ImageCASNEngine(
+    return engine_class(
         datamanager,
         model,
         optimizer,
         scheduler,
-        use_gpu=use_gpu,
+        use_gpu=args.device == "cuda",
         lambda_ia=args.lambda_ia,
         lambda_sa=args.lambda_sa,
+        identification=IdentificationAttentionLoss(
+            args.score, args.mask_scale, args.mask_threshold
+        ),
+        siamese=SiameseAttentionLoss(threshold=args.threshold, both_orders=not args.one_order),
+        ia_start_epoch=args.ia_start_epoch,
+        pair_lr_mult=args.pair_lr_mult,
     )
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Trains, ranks and saves; returns the results of each target data set."""
+    args = parse_args(argv)
+    save_dir = Path(args.save_dir)
+    save_dir.mkdir(parents=True, exist_ok=True)
+    engine = build_engine(args)
     start_epoch = engine.resume(args.resume) if args.resume else 0
     engine.run(
         save_dir=str(save_dir),
