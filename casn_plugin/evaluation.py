@@ -197,7 +197,7 @@ def attention_quality(
             lie for the row to be attended, for `coverage`.
 
     Raises:
-        ValueError: as many maps as masks are missing, an empty map or mask, values that are
+        ValueError: unlike numbers of maps and masks, maps or masks without a cell, values that are
             negative or not finite, masks above 1, or thresholds outside [0, 1).
 
     Example:
@@ -220,14 +220,14 @@ def attention_quality(
     maps = maps.detach()
     masks = masks.to(maps.device, torch.promote_types(maps.dtype, torch.float32))
     for name, values, most in (("maps", maps, float("inf")), ("masks", masks, 1.0)):
-        if not values[0:1].numel() and len(values):
+        if len(values) and not values.numel():
             raise ValueError(f"{name} must have at least one cell, got {tuple(values.shape)}")
         if not bool(((values >= 0) & (values <= most) & values.isfinite()).all()):
             limits = "finite and >= 0" if most > 1 else "in [0, 1]"
             raise ValueError(f"{name} must be {limits}")
     height, width = maps.shape[1:]
     rows, columns = masks.shape[1:]
-    maps = scale_maps(maps).to(masks.dtype)
+    maps = maps.to(masks.dtype)
     peak = maps.flatten(1).argmax(1)
     row, column = peak // width, peak % width
     row, column = (2 * row + 1) * rows // (2 * height), (2 * column + 1) * columns // (2 * width)
