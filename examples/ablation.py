@@ -10,7 +10,10 @@ On pictures in the layout of Market-1501 below --root, with ImageNet's MobileNet
     python examples/ablation.py --data ward --root ward --weights mobilenet_v2-b0353104.pth
 
 Each run becomes one JSON file below --results, and is skipped where that file is there. With
---study choices, one choice that the paper leaves open is changed at a time.
+--study choices, one choice that the paper leaves open is changed at a time. The tables and plots
+are made of the files alone:
+
+    python examples/ablation.py --report docs/results.md
 """
 
 import argparse
@@ -30,12 +33,13 @@ import cv2
 import numpy as np
 import torch
 import train_casn_pcb as train
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from casn_plugin import CASN, Encoding, ImageCASNEngine, attention_distmat, fuse_distmats
-from casn_plugin.attention import attention_distance, evaluating, grad_cam, row_profiles
+from casn_plugin.attention import align_profiles, evaluating, grad_cam, row_profiles
 from casn_plugin.data import mask_path
 from casn_plugin.evaluation import (
     attention_consistency,
@@ -45,6 +49,7 @@ from casn_plugin.evaluation import (
 )
 from casn_plugin.losses import identity_scores
 from casn_plugin.ranking import pair_attention, same_identity_distmat
+from casn_plugin.visualization import COLOURS
 
 LAMBDAS = {"": (0.0, 0.0), "+IA": (0.5, 0.0), "+SA": (0.0, 0.05), "CASN": (0.5, 0.05)}
 FAMILIES = ("IDE", "PCB")
@@ -95,6 +100,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--family", choices=FAMILIES, default="IDE", help="what --study choices varies CASN of")
     add("--max-epoch", type=int, help="epochs to train, by default as train_casn_pcb.py")
+    add(
+        "--report", type=Path, metavar="FILE.md", help="write what --results holds, and run nothing"
+    )
     add("--results", type=Path, default=Path("docs/results"))
     add("--logs", type=Path, default=Path("log/ablation"), help="what the runs print")
     add("--device", choices=["cpu", "cuda"], help="by default CUDA where there is one")
@@ -192,7 +200,7 @@ def run_one(run: dict[str, Any], file: Path, log: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     with (
-        open(log, "w") as stream,
+        open(log, "w", buffering=1) as stream,
         contextlib.redirect_stdout(stream),
         contextlib.redirect_stderr(stream),
         tempfile.TemporaryDirectory() as folder,
@@ -206,11 +214,7 @@ def run_one(run: dict[str, Any], file: Path, log: Path) -> None:
         results = measure(engine, name) if _finite(engine) else None
     done = {
         **{key: run[key] for key in ("study", "data", "name", "value", "family", "seed")},
-        "settings": {
-            key: value
-            for key, value in vars(options).items()
-            if key not in ("root", "save_dir", "resume", "test_only", "visrank", "rerank")
-        },
+        "settings": training_settings(options),
         "results": results,
         "history": engine.history,
         "seconds": {"training": trained - started, "measuring": time.perf_counter() - trained},
@@ -219,10 +223,35 @@ def run_one(run: dict[str, Any], file: Path, log: Path) -> None:
             **{name: importlib.metadata.version(name) for name in ("torch", "torchreid", "numpy")},
         },
     }
-    done["settings"]["weights"] = Path(options.weights).name
     temporary = file.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(rounded(done), indent=1) + "\n")
     temporary.replace(file)
+
+
+def training_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the options of train_casn_pcb.py that a model depends on."""
+    other = ("root", "save_dir", "resume", "test_only", "visrank", "rerank", "device", "workers")
+    kept = {key: value for key, value in vars(options).items() if key not in other}
+    return kept | {"weights": Path(options.weights).name}
+
+
+def is_done(file: Path, run: dict[str, Any]) -> bool:
+    """Returns whether a run has its JSON file.
+
+    Raises:
+        SystemExit: it was made with other settings.
+    """
+    if not file.is_file():
+        return False
+    made = json.loads(file.read_text())["settings"]
+    wanted = training_settings(train.parse_args(run["argv"]))
+    unlike = [f"{key} {made[key]}, not {wanted[key]}" for key in wanted if made[key] != wanted[key]]
+    if unlike:
+        raise SystemExit(
+            f"{file} was made with {'; '.join(unlike)}: move it away, or name another folder with "
+            "--results"
+        )
+    return True
 
 
 def _finite(engine: ImageCASNEngine) -> bool:
@@ -333,11 +362,10 @@ def identification_quality(
     """
     maps = {part: class_maps(engine.casn, loaders[part]) for part in ("query", "gallery")}
     size = engine.datamanager.height, engine.datamanager.width
+    threshold = engine.siamese.threshold
     masks = [masks_of(loaders[part].dataset, size) for part in maps]
-    profiles = [row_profiles(each) for each in maps.values()]
-    distances = attention_distance(
-        profiles[0][:, None], profiles[1][None], threshold=engine.siamese.threshold
-    )
+    profiles = [align_profiles(row_profiles(each), threshold) for each in maps.values()]
+    distances = torch.cdist(*profiles)
     found = vars(attention_consistency(distances[counted], same[counted]))
     if masks[0] is None or masks[1] is None:
         return found
@@ -399,7 +427,7 @@ def run_all(args: argparse.Namespace) -> None:
     Raises:
         SystemExit: a run failed; the others are done first.
     """
-    todo = [run for run in args.settings if not file_of(args, run).is_file()]
+    todo = [run for run in args.settings if not is_done(file_of(args, run), run)]
     print(f"{len(todo)} of {len(args.settings)} runs to do, {args.jobs} at a time")
     # fresh processes; large tensors stay in the heap, which spares the CPU their page faults
     context = multiprocessing.get_context("spawn")
@@ -428,10 +456,292 @@ def run_all(args: argparse.Namespace) -> None:
         raise SystemExit("\n".join([f"{len(failed)} runs failed:", *failed]))
 
 
+def load(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Returns the runs of each folder of results.
+
+    Raises:
+        SystemExit: there are none.
+    """
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for file in sorted(folder.glob("*/*.json")):
+        runs.setdefault(file.parent.name, []).append(json.loads(file.read_text()))
+    if not runs:
+        raise SystemExit(f"there are no results in {folder}: expected <data set>/<run>.json")
+    return runs
+
+
+def spread(values: list[float | None], sign: bool = False, scale: float = 100) -> str:
+    """Returns mean ± sample standard deviation of what is known, in percent.
+
+    Example:
+        >>> spread([0.5, 0.6]), spread([0.5], sign=True), spread([None])
+        ('55.0 ± 7.1', '+50.0', '–')
+    """
+    known = [scale * value for value in values if value is not None]
+    if not known:
+        return "–"
+    digits = 1 if scale == 100 else 2
+    mean = f"{np.mean(known):{'+' if sign else ''}.{digits}f}"
+    return f"{mean} ± {np.std(known, ddof=1):.{digits}f}" if len(known) > 1 else mean
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """Returns a table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def of_row(runs: list[dict[str, Any]], name: str, value: str = "") -> dict[int, dict[str, Any]]:
+    """Returns the runs of one row by their seeds; those that diverged have no results."""
+    return {run["seed"]: run for run in runs if (run["name"], run["value"]) == (name, value)}
+
+
+def results_of(row: dict[int, dict[str, Any]], *keys: str) -> list[float | None]:
+    """Returns one number of each run of a row, None where it diverged or there is none."""
+    found = []
+    for seed in sorted(row):
+        value = row[seed]["results"]
+        for key in keys:
+            value = None if value is None else value.get(key)
+        found.append(value)
+    return found
+
+
+def differences(
+    row: dict[int, dict[str, Any]], baseline: dict[int, dict[str, Any]], *keys: str
+) -> list[float]:
+    """Returns a row's difference to the baseline of each seed that both have."""
+    seeds = [seed for seed in row if seed in baseline]
+    pairs = [
+        results_of({seed: row[seed]}, *keys) + results_of({seed: baseline[seed]}, *keys)
+        for seed in seeds
+    ]
+    return [one - other for one, other in pairs if one is not None and other is not None]
+
+
+def names_in(runs: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Returns (family, row of the table) of all there are, in the order of the table."""
+    there = {run["name"] for run in runs}
+    named = [(family, name_of(family, losses)) for family in FAMILIES for losses in LAMBDAS]
+    return [(family, name) for family, name in named if name in there]
+
+
+def protocol(runs: list[dict[str, Any]]) -> str:
+    """Returns a sentence on how the runs were trained, from their settings."""
+    s = runs[0]["settings"]
+    backbones = sorted({run["settings"]["backbone"] for run in runs})
+    versions = sorted({f"PyTorch {run['versions']['torch']}" for run in runs})
+    initial = "from scratch" if s["weights"] == "none" else f"from {s['weights']}"
+    minutes = [sum(run["seconds"].values()) / 60 for run in runs]
+    return (
+        f"{', '.join(backbones)} {initial}, {s['height']}x{s['width']}, {s['optim'].upper()} with "
+        f"learning rate {s['lr']}, divided by 10 after {s['stepsize']} of {s['max_epoch']} epochs, "
+        f"batches of {s['batch_size'] // 2} pairs; {len(runs)} runs of {np.mean(minutes):.0f} "
+        f"minutes on average; {', '.join(versions)}."
+    )
+
+
+def table_report(data: str, runs: list[dict[str, Any]], images: Path) -> list[str]:
+    """Returns the paragraphs on one data set, and draws its plot."""
+    rows = {name: of_row(runs, name) for _, name in names_in(runs)}
+    base = {name: rows.get(family, {}) for family, name in names_in(runs)}
+    rankings = ("features", "attention", "fused")
+    results, paired, attention, fusion = [], [], [], []
+    for name, row in rows.items():
+        cells = [
+            f"{spread(results_of(row, kind, 'rank1'))} / {spread(results_of(row, kind, 'mAP'))}"
+            for kind in rankings
+        ]
+        inp = spread(results_of(row, "features", "mINP"))
+        auc = spread(results_of(row, "auc"), scale=1)
+        results.append([name, str(len(row)), *cells, inp, auc])
+        if row is not base[name]:
+            found = [
+                differences(row, base[name], kind, key)
+                for kind in ("features", "fused")
+                for key in ("rank1", "mAP")
+            ]
+            better = sum(value > 0 for value in found[1])
+            paired.append(
+                [
+                    name,
+                    str(len(found[0])),
+                    *(spread(values, sign=True) for values in found),
+                    f"{better} of {len(found[1])}",
+                ]
+            )
+        for kind in ("identification", "siamese"):
+            measures = ("energy", "iou", "pointing", "coverage", "blank")
+            distances = ("same", "different", "auc")
+            attention.append(
+                [name, kind]
+                + [spread(results_of(row, "quality", kind, key)) for key in measures]
+                + [spread(results_of(row, "quality", kind, key), scale=1) for key in distances]
+            )
+        for reading in ("unit", "query", "global"):
+            cells = []
+            for weight in WEIGHTS:
+                shares = [
+                    run["results"]["fusion"][reading][str(weight)]
+                    for run in row.values()
+                    if run["results"]
+                ]
+                means = np.mean(shares, axis=0) * 100 if shares else (np.nan, np.nan)
+                cells.append(f"{means[0]:.1f} / {means[1]:.1f}")
+            fusion.append([name, reading, *cells])
+    picture = images / f"ablation_{data}.png"
+    plot_table(rows, picture)
+    return [
+        f"## {data}",
+        protocol(runs),
+        "Rank-1 / mAP in percent, mean ± sample standard deviation over n seeds:",
+        markdown(["", "n", *rankings, "mINP, features", "pair AUC"], results),
+        f"![Rank-1 and mAP of every run]({images.name}/{picture.name})",
+        "Difference to the same seed of the row without attention losses, in points; the last "
+        "column counts the seeds whose mAP of the features is higher:",
+        markdown(
+            ["", "n", "features, rank-1", "features, mAP", "fused, rank-1", "fused, mAP", "higher"],
+            paired,
+        ),
+        "### Attention on the person masks of the test set",
+        "“identification” is Grad-CAM of each image's highest scoring training identity, "
+        "“siamese” the attention of each query and a random match of another camera. Energy on "
+        "the person, intersection over union, peaks on the person, rows of the body attended, and "
+        "blank maps in percent; attention distance of same and of different identities over all "
+        "query-gallery pairs, and its ROC AUC:",
+        markdown(
+            ["", "attention", "energy", "IoU", "peak", "rows", "blank", "same", "different", "AUC"],
+            attention,
+        ),
+        "### Readings of “normalized and summed”",
+        "Rank-1 / mAP of the fused ranking by the weight of the attention distance, means over "
+        "seeds. Weight 0 is the features alone: of unit length with “unit”, as they are with the "
+        "others.",
+        markdown(["", "reading", *map(str, WEIGHTS)], fusion),
+    ]
+
+
+def choices_report(
+    data: str, runs: list[dict[str, Any]], table: list[dict[str, Any]], images: Path
+) -> list[str]:
+    """Returns the paragraphs on the open choices, and draws their plot."""
+    family = runs[0]["family"]
+    base = of_row(table, name_of(family, "CASN"))
+    there = {(run["name"], run["value"]) for run in runs}
+    rows, points = [], {}
+    for choice, values in CHOICES.items():
+        for value in values:
+            if (choice, value) not in there:
+                continue
+            row = of_row(runs, choice, value)
+            found = [
+                differences(row, base, kind, key)
+                for kind, key in (
+                    ("features", "rank1"),
+                    ("features", "mAP"),
+                    ("attention", "mAP"),
+                    ("fused", "mAP"),
+                )
+            ]
+            diverged = sum(run["results"] is None for run in row.values())
+            points[f"{choice}: {value}"] = found[1]
+            rows.append(
+                [
+                    choice,
+                    value,
+                    str(len(row)),
+                    *(spread(each, sign=True) for each in found),
+                    spread(differences(row, base, "auc"), sign=True, scale=1),
+                    str(diverged),
+                ]
+            )
+    picture = images / f"choices_{data}.png"
+    plot_choices(points, picture)
+    head = ["", "value", "n", "features, rank-1", "features, mAP", "attention, mAP", "fused, mAP"]
+    return [
+        f"## {data}",
+        f"One choice changed at a time; difference to {name_of(family, 'CASN')} with the defaults "
+        "and the same seed, in points (the pair classifier's AUC: as a share), mean ± sample "
+        "standard deviation. " + protocol(runs),
+        markdown([*head, "pair AUC", "diverged"], rows),
+        f"![Difference in mAP of each choice]({images.name}/{picture.name})",
+    ]
+
+
+def plot_table(rows: dict[str, dict[int, dict[str, Any]]], path: Path) -> None:
+    """Draws rank-1 and mAP of every run, with mean and standard deviation of each row."""
+    figure = Figure(figsize=(10, 4), layout="constrained", dpi=100)
+    for axis, key, label in zip(
+        figure.subplots(1, 2), ("rank1", "mAP"), ("rank-1 (%)", "mAP (%)"), strict=True
+    ):
+        for shift, kind in ((-0.17, "features"), (0.17, "fused")):
+            for at, row in enumerate(rows.values()):
+                values = [100 * share for share in results_of(row, kind, key) if share is not None]
+                if not values:
+                    continue
+                axis.plot([at + shift] * len(values), values, "o", color=COLOURS[kind], alpha=0.35,
+                          markersize=4, markeredgewidth=0)  # fmt: skip
+                deviation = np.std(values, ddof=1) if len(values) > 1 else 0
+                axis.errorbar(at + shift, np.mean(values), deviation, fmt="_", capsize=3,
+                              color=COLOURS[kind], label=kind if at == 0 else None)  # fmt: skip
+        axis.set_xticks(range(len(rows)), list(rows), rotation=30, ha="right")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def plot_choices(points: dict[str, list[float]], path: Path) -> None:
+    """Draws the paired difference in mAP of the features of each choice."""
+    figure = Figure(figsize=(8, 1 + 0.3 * len(points)), layout="constrained", dpi=100)
+    axis = figure.subplots()
+    for at, values in enumerate(points.values()):
+        shares = [100 * value for value in values]
+        if not shares:
+            continue
+        axis.plot(shares, [at] * len(shares), "o", color=COLOURS["features"], alpha=0.35,
+                  markersize=4, markeredgewidth=0)  # fmt: skip
+        deviation = np.std(shares, ddof=1) if len(shares) > 1 else 0
+        axis.errorbar(np.mean(shares), at, xerr=deviation, fmt="|", capsize=3,
+                      color=COLOURS["features"])  # fmt: skip
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(points)), list(points))
+    axis.invert_yaxis()
+    axis.set_xlabel("difference in mAP of the features (points)")
+    axis.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def write_report(document: Path, folder: Path) -> None:
+    """Writes the document and its plots from the JSON files alone."""
+    images, runs = document.parent / "images", load(folder)
+    paragraphs = [
+        "# Results",
+        "Made by `python examples/ablation.py --report` from the JSON files in "
+        f"`{folder.name}/`, one a run; nothing here is typed. All rows of a family have the same "
+        "budget, the same initial weights and the same pairs for a seed. λ1 is 0.5 and λ2 0.05 "
+        "where a loss is on. What is fused is normalised and weighted as the engine does by "
+        "default; pair AUC is that of the pair classifier on people it has not seen, 0.5 = "
+        "chance, and untrained where λ2 is 0: then its attention is random.",
+    ]
+    for data, group in runs.items():
+        if group[0]["study"] == "table":
+            paragraphs += table_report(data, group, images)
+        else:
+            paragraphs += choices_report(data, group, runs.get(group[0]["data"], []), images)
+    document.write_text("\n\n".join(paragraphs) + "\n")
+    print(f"Wrote {document}, from {sum(map(len, runs.values()))} runs")
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Runs what the options name."""
+    """Runs what the options name, or writes the report."""
     args = parse_args(argv)
-    run_all(args)
+    if args.report:
+        write_report(args.report, args.results)
+    else:
+        run_all(args)
 
 
 if __name__ == "__main__":
