@@ -565,7 +565,7 @@ def table_report(data: str, runs: list[dict[str, Any]], images: Path) -> list[st
             paired.append(
                 [
                     name,
-                    str(len(found[0])),
+                    str(len(found[1])),
                     *(spread(values, sign=True) for values in found),
                     f"{better} of {len(found[1])}",
                 ]
