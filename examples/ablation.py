@@ -19,6 +19,7 @@ are made of the files alone:
 import argparse
 import concurrent.futures
 import contextlib
+import copy
 import importlib.metadata
 import json
 import multiprocessing
@@ -39,7 +40,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from casn_plugin import CASN, Encoding, ImageCASNEngine, attention_distmat, fuse_distmats
-from casn_plugin.attention import align_profiles, evaluating, grad_cam, row_profiles
+from casn_plugin.attention import align_profiles, grad_cam, row_profiles
 from casn_plugin.data import mask_path
 from casn_plugin.evaluation import (
     attention_consistency,
@@ -374,14 +375,14 @@ def identification_quality(
 
 def class_maps(model: CASN, loader: DataLoader[Any]) -> Tensor:
     """Returns the Grad-CAM maps of the highest scoring identity, with BatchNorm in eval mode."""
-    device, maps = next(model.parameters()).device, []
-    with evaluating(model), torch.enable_grad():
-        model.training = model.backbone.training = True  # so that logits are given
-        for batch in loader:
-            output = model(batch["img"].to(device))
-            logits = output.logits if isinstance(output.logits, Tensor) else sum(output.logits)
-            scores = identity_scores(output.logits, logits.argmax(1))
-            maps.append(grad_cam(scores, output.activations, create_graph=False).detach().cpu())
+    model, maps = copy.deepcopy(model).requires_grad_(False).eval(), []
+    model.training = model.backbone.training = True  # so that logits are given
+    device = next(model.parameters()).device
+    for batch in loader:
+        output = model(batch["img"].to(device))
+        logits = output.logits if isinstance(output.logits, Tensor) else sum(output.logits)
+        scores = identity_scores(output.logits, logits.argmax(1))
+        maps.append(grad_cam(scores, output.activations, create_graph=False).detach().cpu())
     return torch.cat(maps)
 
 
