@@ -60,6 +60,10 @@ EMBEDDED = {"IDE": "resnet_slim", "PCB": "pcb_slim"}
 PICTURES = {"IDE": "mobilenet_v2", "PCB": "mobilenet_pcb"}
 PICTURES_OPTIONS = ["--sources", "market1501", "--height", "160", "--width", "64", "--optim", "sgd"]
 PICTURES_OPTIONS += ["--lr", "0.03"]
+TITLES = {
+    "embedded": "Embedded set of rendered pedestrians",
+    "ward": "WARD (Martinel and Micheloni, 2012): real pictures of 70 people, three cameras",
+}
 CHOICES: dict[str, dict[str, list[str]]] = {
     "score of Eq. 2": {"logit": ["--score", "logit"]},
     "warm-up of L_ia": {f"{epochs} epochs": ["--ia-start-epoch", str(epochs)] for epochs in (2, 5)},
@@ -67,6 +71,7 @@ CHOICES: dict[str, dict[str, list[str]]] = {
     "mask β": {value: ["--mask-threshold", value] for value in ("0.3", "0.7")},
     "λ1": {value: ["--lambda-ia", value] for value in ("0.1", "1.0")},
     "λ2": {value: ["--lambda-sa", value] for value in ("0.2", "0.5", "1.0")},
+    "α of Eq. 5": {value: ["--consistency-weight", value] for value in ("0", "2", "20")},
     "threshold t": {value: ["--threshold", value] for value in ("0.1", "0.4")},
     "pair classifier's width": {value: ["--hidden-dim", value] for value in ("128", "2048")},
     "pair classifier's learning rate": {
@@ -246,7 +251,11 @@ def is_done(file: Path, run: dict[str, Any]) -> bool:
         return False
     made = json.loads(file.read_text())["settings"]
     wanted = training_settings(train.parse_args(run["argv"]))
-    unlike = [f"{key} {made[key]}, not {wanted[key]}" for key in wanted if made[key] != wanted[key]]
+    unlike = [
+        f"{key} {made[key]}, not {wanted[key]}"
+        for key in wanted
+        if key in made and made[key] != wanted[key]  # an option that came later has its default
+    ]
     if unlike:
         raise SystemExit(
             f"{file} was made with {'; '.join(unlike)}: move it away, or name another folder with "
@@ -593,7 +602,7 @@ def table_report(data: str, runs: list[dict[str, Any]], images: Path) -> list[st
     picture = images / f"ablation_{data}.png"
     plot_table(rows, picture)
     return [
-        f"## {data}",
+        f"## {TITLES.get(data, data)}",
         protocol(runs),
         "Rank-1 / mAP in percent, mean ± sample standard deviation over n seeds:",
         markdown(["", "n", *rankings, "mINP, features", "pair AUC"], results),
@@ -660,7 +669,7 @@ def choices_report(
     plot_choices(points, picture)
     head = ["", "value", "n", "features, rank-1", "features, mAP", "attention, mAP", "fused, mAP"]
     return [
-        f"## {data}",
+        f"## Open choices: {TITLES.get(runs[0]['data'], runs[0]['data'])}",
         f"One choice changed at a time; difference to {name_of(family, 'CASN')} with the defaults "
         "and the same seed, in points (the pair classifier's AUC: as a share), mean ± sample "
         "standard deviation. " + protocol(runs),
@@ -689,7 +698,6 @@ def plot_table(rows: dict[str, dict[int, dict[str, Any]]], path: Path) -> None:
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
 
 
@@ -711,13 +719,13 @@ def plot_choices(points: dict[str, list[float]], path: Path) -> None:
     axis.invert_yaxis()
     axis.set_xlabel("difference in mAP of the features (points)")
     axis.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
 
 
 def write_report(document: Path, folder: Path) -> None:
     """Writes the document and its plots from the JSON files alone."""
     images, runs = document.parent / "images", load(folder)
+    images.mkdir(parents=True, exist_ok=True)
     paragraphs = [
         "# Results",
         "Made by `python examples/ablation.py --report` from the JSON files in "

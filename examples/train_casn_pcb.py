@@ -106,6 +106,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--mask-threshold", type=float, default=0.5, help="beta of the soft mask")
     add("--ia-start-epoch", type=int, default=0, help="epochs before identification attention")
     add("--threshold", type=float, default=0.2, help="t, above which a row counts as attended")
+    add("--consistency-weight", type=float, default=0.2, help="alpha of Eq. 5")
     add("--hidden-dim", type=int, default=512, help="width of the pair classifier")
     add(
         "--pair-lr-mult",
@@ -384,7 +385,9 @@ def build_engine(
         identification=IdentificationAttentionLoss(
             args.score, args.mask_scale, args.mask_threshold
         ),
-        siamese=SiameseAttentionLoss(threshold=args.threshold, both_orders=not args.one_order),
+        siamese=SiameseAttentionLoss(
+            args.consistency_weight, args.threshold, both_orders=not args.one_order
+        ),
         ia_start_epoch=args.ia_start_epoch,
         pair_lr_mult=args.pair_lr_mult,
     )
