@@ -304,9 +304,11 @@ def measure(engine: ImageCASNEngine, name: str) -> dict[str, Any]:
         "query": (features, raw),
         "global": (features, raw),
     }
-    fused = {
+    fusion = {
         reading: {
-            weight: fuse_distmats(*both, normalization=reading, attention_weight=weight)
+            weight: ranking(
+                fuse_distmats(*both, normalization=reading, attention_weight=weight), ids
+            )
             for weight in WEIGHTS
         }
         for reading, both in pairs.items()
@@ -314,16 +316,13 @@ def measure(engine: ImageCASNEngine, name: str) -> dict[str, Any]:
     scores = same_identity_distmat(model, query, gallery)
     return {
         "features": ranking(features, ids),
-        "attention": ranking(fused_attention(engine, raw, unit), ids),
-        "fused": ranking(fused[engine.normalization][engine.attention_weight], ids),
+        "attention": ranking(pairs[engine.normalization][1], ids),
+        "fused": fusion[engine.normalization][engine.attention_weight],
         "auc": verification_auc(scores[counted][None], same[counted][None]),
         "feature_auc": verification_auc(-pairs["unit"][0][counted][None], same[counted][None]),
         "fusion": {
-            reading: {
-                str(weight): [ranking(distmat, ids)[key] for key in ("rank1", "mAP")]
-                for weight, distmat in distmats.items()
-            }
-            for reading, distmats in fused.items()
+            reading: {str(weight): [of["rank1"], of["mAP"]] for weight, of in by_weight.items()}
+            for reading, by_weight in fusion.items()
         },
         "quality": {
             "identification": identification_quality(engine, loaders, same, counted),
@@ -331,11 +330,6 @@ def measure(engine: ImageCASNEngine, name: str) -> dict[str, Any]:
             | vars(attention_consistency(raw[counted], same[counted])),
         },
     }
-
-
-def fused_attention(engine: ImageCASNEngine, raw: Tensor, unit: Tensor) -> Tensor:
-    """Returns the attention distances that the engine ranks by."""
-    return unit if engine.normalization == "unit" else raw
 
 
 def ranking(distmat: Tensor, ids: tuple[Tensor, ...]) -> dict[str, Any]:
