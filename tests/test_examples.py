@@ -133,6 +133,26 @@ def test_the_presets(example):
     assert (paper.lambda_ia, paper.lambda_sa) == (0.5, 0.05)
 
 
+def test_the_options_reach_the_engine(example, market_root):
+    options = {
+        "--score": "logit", "--mask-scale": 5.0, "--mask-threshold": 0.7, "--ia-start-epoch": 3,
+        "--threshold": 0.4, "--consistency-weight": 2.0, "--hidden-dim": 7, "--pair-lr-mult": 20.0,
+    }  # fmt: skip
+    given = [word for option in options.items() for word in option]
+    arguments = market(market_root, *given, "--one-order", "--any-camera")
+    engine = example.build_engine(example.parse_args(arguments))
+    ia, siamese = engine.identification, engine.siamese
+    found = (
+        ia.score, ia.mask_scale, ia.mask_threshold, engine.ia_start_epoch, siamese.threshold,
+        siamese.attention_weight, engine.casn.pair_classifier[0].out_features, engine.pair_lr_mult,
+    )  # fmt: skip
+    assert found == tuple(options.values())
+    assert not siamese.both_orders and not engine.train_loader.sampler.camids.any()
+    default = example.build_engine(example.parse_args(market(market_root)))
+    assert default.siamese.both_orders and default.train_loader.sampler.camids.any()
+    assert len(engine.train_loader) == len(default.train_loader)
+
+
 @pytest.mark.skipif(not WARD.exists(), reason=f"WARD is not at {WARD}")
 @pytest.mark.skipif(not MOBILENET.exists(), reason=f"no weights at {MOBILENET}")
 def test_real_pictures_with_a_plain_module(example):
@@ -220,13 +240,13 @@ def ablation(monkeypatch):
 
 def test_the_ablation_resumes_and_reports(ablation, market_root, capsys):
     arguments = [
-        *("--data", "market", "--root", str(market_root), "--only", "IDE", "CASN(IDE)"),
+        *("--data", "market", "--root", str(market_root), "--only", "IDE", "CASN(PCB)"),
         *("--seeds", "0", "--max-epoch", "1", "--jobs", "1", "--device", "cpu"),
         *("--results", "results", "--", "--height", "64", "--width", "32", "--batch-size", "8"),
     ]
     ablation.main(arguments)
     files = sorted(Path("results", "market").iterdir())
-    assert [file.name for file in files] == ["casn-ide-seed0.json", "ide-seed0.json"]
+    assert [file.name for file in files] == ["casn-pcb-seed0.json", "ide-seed0.json"]
     made = json.loads(files[0].read_text())
     assert made["settings"]["lambda_sa"] == 0.05 and len(made["history"]) == 1
     assert files[0].stat().st_size < 20_000 and str(market_root) not in files[0].read_text()
