@@ -500,15 +500,26 @@ def of_row(runs: list[dict[str, Any]], name: str, value: str = "") -> dict[int, 
     return {run["seed"]: run for run in runs if (run["name"], run["value"]) == (name, value)}
 
 
-def results_of(row: dict[int, dict[str, Any]], *keys: str) -> list[float | None]:
+def results_of(row: dict[int, dict[str, Any]], *keys: str | int) -> list[float | None]:
     """Returns one number of each run of a row, None where it diverged or there is none."""
     found = []
     for seed in sorted(row):
         value = row[seed]["results"]
         for key in keys:
-            value = None if value is None else value.get(key)
+            try:
+                value = None if value is None else value[key]
+            except (KeyError, IndexError):
+                value = None
         found.append(value)
     return found
+
+
+def rank1_and_map(row: dict[int, dict[str, Any]], kind: str) -> str:
+    """Returns a cell of rank-1 / mAP; "unit" is the features of unit length."""
+    keys = [("fusion", "unit", "0.0", at) for at in (0, 1)]
+    if kind != "unit":
+        keys = [(kind, key) for key in ("rank1", "mAP")]
+    return " / ".join(spread(results_of(row, *key)) for key in keys)
 
 
 def differences(
@@ -549,16 +560,19 @@ def table_report(data: str, runs: list[dict[str, Any]], images: Path) -> list[st
     """Returns the paragraphs on one data set, and draws its plot."""
     rows = {name: of_row(runs, name) for _, name in names_in(runs)}
     base = {name: rows.get(family, {}) for family, name in names_in(runs)}
-    rankings = ("features", "attention", "fused")
+    rankings = ("features", "unit", "attention", "fused")
     results, paired, attention, fusion = [], [], [], []
     for name, row in rows.items():
-        cells = [
-            f"{spread(results_of(row, kind, 'rank1'))} / {spread(results_of(row, kind, 'mAP'))}"
-            for kind in rankings
-        ]
+        cells = [rank1_and_map(row, kind) for kind in rankings]
         inp = spread(results_of(row, "features", "mINP"))
         auc = spread(results_of(row, "auc"), scale=1)
-        results.append([name, str(len(row)), *cells, inp, auc])
+        pairs = zip(
+            results_of(row, "fused", "mAP"),
+            results_of(row, "fusion", "unit", "0.0", 1),
+            strict=True,
+        )
+        gain = [one - other for one, other in pairs if one is not None and other is not None]
+        results.append([name, str(len(row)), *cells, spread(gain, sign=True), inp, auc])
         if row is not base[name]:
             found = [
                 differences(row, base[name], kind, key)
@@ -598,8 +612,10 @@ def table_report(data: str, runs: list[dict[str, Any]], images: Path) -> list[st
     return [
         f"## {TITLES.get(data, data)}",
         protocol(runs),
-        "Rank-1 / mAP in percent, mean ± sample standard deviation over n seeds:",
-        markdown(["", "n", *rankings, "mINP, features", "pair AUC"], results),
+        "Rank-1 / mAP in percent, mean ± sample standard deviation over n seeds. “Unit” is the "
+        "features of unit length, which are what is fused; “gain” is what fusion adds to their "
+        "mAP:",
+        markdown(["", "n", *rankings, "gain", "mINP, features", "pair AUC"], results),
         f"![Rank-1 and mAP of every run]({images.name}/{picture.name})",
         "Difference to the same seed of the row without attention losses, in points; the last "
         "column counts the seeds whose mAP of the features is higher:",
