@@ -24,7 +24,13 @@ import torchreid
 from torch import Tensor, nn
 from torchvision.models import mobilenet_v2
 
-from casn_plugin import CASN, ImageCASNEngine, PairSampler
+from casn_plugin import (
+    CASN,
+    IdentificationAttentionLoss,
+    ImageCASNEngine,
+    PairSampler,
+    SiameseAttentionLoss,
+)
 from casn_plugin.engine import EMBEDDED_DATASET
 from casn_plugin.visualization import plot_curves, plot_pairs
 
@@ -104,8 +110,9 @@ def parse_args(
     )
     add(
         "--backbone",
-        help="pcb_slim (for the CPU), mobilenet_v2 (torchvision's), ide (the paper's: resnet50 "
-        "with a classifier of two layers), or a name of torchreid's model factory",
+        help="pcb_slim or resnet_slim (for the CPU), mobilenet_v2 (torchvision's), mobilenet_pcb, "
+        "ide (the paper's: resnet50 with a classifier of two layers), or a name of torchreid's "
+        "model factory",
     )
     add("--height", type=int, help="rows of the images")
     add("--width", type=int, help="columns of the images")
@@ -133,6 +140,21 @@ def parse_args(
         help="weight of the attention distance in the fused ranking",
     )
     add("--gallery-dir", help="keep the gallery's encodings on disk there while ranking")
+    add("--score", choices=["probability", "logit"], default="probability", help="y_c of Eq. 2")
+    add("--mask-scale", type=float, default=10.0, help="alpha of the soft mask")
+    add("--mask-threshold", type=float, default=0.5, help="beta of the soft mask")
+    add("--ia-start-epoch", type=int, default=0, help="epochs before identification attention")
+    add("--threshold", type=float, default=0.2, help="t, above which a row counts as attended")
+    add("--consistency-weight", type=float, default=0.2, help="alpha of Eq. 5")
+    add("--hidden-dim", type=int, default=512, help="width of the pair classifier")
+    add(
+        "--pair-lr-mult",
+        type=float,
+        default=1.0,
+        help="learning rate of the pair classifier, with SGD",
+    )
+    add("--one-order", action="store_true", help="show the pair classifier one order of each pair")
+    add("--any-camera", action="store_true", help="positive pairs of one camera too")
     add("--eval-freq", type=int, help="epochs between checkpoints with evaluation; -1: at the end")
     add("--seed", type=int, default=0)
     add("--device", choices=["cpu", "cuda"], help="by default CUDA where there is one")
@@ -190,6 +212,48 @@ class SlimPCB(torchreid.models.pcb.PCB):  # type: ignore[misc]
         return layer
 
 
+class SlimResNet(torchreid.models.resnet.ResNet):  # type: ignore[misc]
+    """The body of :class:`SlimPCB` with torchreid's ResNet head: global pooling, one classifier."""
+
+    def __init__(self, num_classes: int) -> None:
+        block = torchreid.models.resnet.BasicBlock
+        super().__init__(num_classes, "softmax", block, [1, 1, 1, 1], last_stride=1)
+        self.feature_dim = 256
+        self.classifier = nn.Linear(256, num_classes)
+        nn.init.normal_(self.classifier.weight, 0, 0.01)
+        nn.init.zeros_(self.classifier.bias)
+
+    def _make_layer(
+        self, block: type[nn.Module], planes: int, *args: Any, **kwargs: Any
+    ) -> nn.Module:
+        layer: nn.Module = super()._make_layer(block, planes // 2, *args, **kwargs)
+        return layer
+
+
+class MobilePCB(torchreid.models.pcb.PCB):  # type: ignore[misc]
+    """torchreid's PCB head with five parts on torchvision's MobileNetV2."""
+
+    def __init__(self, num_classes: int) -> None:
+        pcb = torchreid.models.pcb
+        super().__init__(num_classes, "softmax", pcb.BasicBlock, [1, 1, 1, 1], parts=5)
+        for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+            delattr(self, name)
+        self.features = strided_mobilenet().features
+        self.conv5 = pcb.DimReduceLayer(1280, 256, "relu")
+
+    def featuremaps(self, x: Tensor) -> Tensor:
+        """Returns the last feature map, as PCB's ResNet gives it."""
+        maps: Tensor = self.features(x)
+        return maps.contiguous()  # PCB.forward calls view()
+
+
+def strided_mobilenet() -> nn.Module:
+    """Returns torchvision's MobileNetV2 without its last stride: a map of twice the rows."""
+    net: nn.Module = mobilenet_v2()
+    net.features[14].conv[1][0].stride = (1, 1)
+    return net
+
+
 def mobilenet_forward(net: nn.Module, imgs: Tensor) -> tuple[Tensor, Tensor]:
     """Returns logits and features of torchvision's MobileNetV2, a plain module."""
     features = net.features(imgs).mean((2, 3))
@@ -203,12 +267,12 @@ def build_model(args: argparse.Namespace, num_classes: int) -> CASN:
         SystemExit: ImageNet weights that can't be downloaded, or a file that doesn't fit.
     """
     forward = None
-    if args.backbone == "pcb_slim":
-        backbone: nn.Module = SlimPCB(num_classes)
+    own = {"pcb_slim": SlimPCB, "resnet_slim": SlimResNet, "mobilenet_pcb": MobilePCB}
+    if args.backbone in own:
+        backbone: nn.Module = own[args.backbone](num_classes)
     elif args.backbone == "mobilenet_v2":
-        backbone, forward = mobilenet_v2(), mobilenet_forward
+        backbone, forward = strided_mobilenet(), mobilenet_forward
         backbone.classifier[1] = nn.Linear(1280, num_classes)
-        backbone.features[14].conv[1][0].stride = (1, 1)  # a map of twice the rows, as PCB's
     else:
         try:
             backbone = torchreid.models.build_model(
@@ -233,7 +297,9 @@ def build_model(args: argparse.Namespace, num_classes: int) -> CASN:
             nn.Linear(2048, 512), nn.ReLU(), nn.Linear(512, num_classes)
         )
     size = (args.height, args.width)
-    model = CASN(backbone, forward=forward, input_size=size, seed=args.seed)
+    model = CASN(
+        backbone, forward=forward, input_size=size, hidden_dim=args.hidden_dim, seed=args.seed
+    )
     if args.weights not in ("imagenet", "none"):
         load_weights(model, args)
     return model.to(args.device)
@@ -291,8 +357,10 @@ def save_pairs(engine: ImageCASNEngine, name: str, path: Path, number: int = 5) 
     figure.savefig(path)
 
 
-def build_engine(args: argparse.Namespace) -> ImageCASNEngine:
-    """Returns the engine, with data and model, that the options ask for."""
+def build_engine(
+    args: argparse.Namespace, engine_class: type[ImageCASNEngine] = ImageCASNEngine
+) -> ImageCASNEngine:
+    """Returns the engine, with data and model, that the options ask for, all seeded."""
     torch.manual_seed(args.seed)
     np.random.seed(args.seed)
     random.seed(args.seed)
@@ -306,11 +374,22 @@ def build_engine(args: argparse.Namespace) -> ImageCASNEngine:
         batch_size_train=args.batch_size,
         batch_size_test=64,
         workers=args.workers,
-        use_gpu=use_gpu,
+        use_gpu=args.device == "cuda",
         cuhk03_labeled=args.cuhk03_labeled,
     )
     model = build_model(args, datamanager.num_train_pids)
     datamanager = PairSampler.install(datamanager, seed=args.seed)
+    if args.any_camera:
+        loader = datamanager.train_loader
+        pids = [row[1] for row in loader.dataset.train]
+        datamanager.train_loader = DataLoader(
+            loader.dataset,
+            batch_size=args.batch_size,
+            sampler=PairSampler(pids, batch_size=args.batch_size, seed=args.seed),
+            num_workers=args.workers,
+            pin_memory=loader.pin_memory,
+            drop_last=True,
+        )
     optimizer = torchreid.optim.build_optimizer(
         model,
         optim=args.optim,
@@ -324,7 +403,7 @@ def build_engine(args: argparse.Namespace) -> ImageCASNEngine:
     scheduler = torchreid.optim.build_lr_scheduler(
         optimizer, lr_scheduler="single_step", stepsize=args.stepsize
     )
-    return ImageCASNEngine(
+    return engine_class(
         datamanager,
         model,
         optimizer,
@@ -335,6 +414,14 @@ def build_engine(args: argparse.Namespace) -> ImageCASNEngine:
         lambda_sa=args.lambda_sa,
         attention_weight=args.attention_weight,
         gallery_dir=args.gallery_dir,
+        identification=IdentificationAttentionLoss(
+            args.score, args.mask_scale, args.mask_threshold
+        ),
+        siamese=SiameseAttentionLoss(
+            args.consistency_weight, args.threshold, both_orders=not args.one_order
+        ),
+        ia_start_epoch=args.ia_start_epoch,
+        pair_lr_mult=args.pair_lr_mult,
     )
 
 

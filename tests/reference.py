@@ -399,3 +399,50 @@ def ranked_list(
     order = np.argsort(distances).tolist()
     kept = [g for g in order if not (g_pids[g] == q_pid and g_camids[g] == q_camid)]
     return [(g, 1 + place) for place, g in enumerate(kept)]
+
+
+# Quality of attention maps
+
+
+def attention_quality(
+    attention: Array, mask: Array, threshold: float, row_threshold: float
+) -> tuple[float, float, float, float]:
+    """Energy on the person, IoU, pointing game and coverage of the body's rows, pixel by pixel.
+
+    NaN where the map is blank or no pixel belongs to the person.
+    """
+    rows, columns = mask.shape
+    pixels = scale_map(bilinear_resize(attention, rows, columns))
+    total = on_person = 0.0
+    both = either = 0
+    body_rows = attended_rows = 0
+    for y in range(rows):
+        is_body = attends = False
+        for x in range(columns):
+            total += pixels[y, x]
+            on_person += pixels[y, x] * mask[y, x]
+            person, attended = mask[y, x] >= 0.5, pixels[y, x] > threshold
+            both += person and attended
+            either += person or attended
+            is_body = is_body or person
+            attends = attends or pixels[y, x] > row_threshold
+        body_rows += is_body
+        attended_rows += is_body and attends
+    if total == 0 or body_rows == 0:
+        return math.nan, math.nan, math.nan, math.nan
+    height, width = attention.shape
+    peak, where = -1.0, (0, 0)
+    for y in range(height):
+        for x in range(width):
+            if attention[y, x] > peak:
+                peak, where = attention[y, x], (y, x)
+    centre = (
+        math.floor((where[0] + 0.5) / height * rows),
+        math.floor((where[1] + 0.5) / width * columns),
+    )
+    return (
+        on_person / total,
+        both / either,
+        1.0 if mask[centre] >= 0.5 else 0.0,
+        attended_rows / body_rows,
+    )

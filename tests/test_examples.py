@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -132,6 +133,26 @@ def test_the_presets(example, market_root):
     assert (paper.lambda_ia, paper.lambda_sa) == (0.5, 0.05)
 
 
+def test_the_options_reach_the_engine(example, market_root):
+    options = {
+        "--score": "logit", "--mask-scale": 5.0, "--mask-threshold": 0.7, "--ia-start-epoch": 3,
+        "--threshold": 0.4, "--consistency-weight": 2.0, "--hidden-dim": 7, "--pair-lr-mult": 20.0,
+    }  # fmt: skip
+    given = [word for option in options.items() for word in option]
+    arguments = market(market_root, *given, "--one-order", "--any-camera")
+    engine = example.build_engine(example.parse_args(arguments))
+    ia, siamese = engine.identification, engine.siamese
+    found = (
+        ia.score, ia.mask_scale, ia.mask_threshold, engine.ia_start_epoch, siamese.threshold,
+        siamese.attention_weight, engine.casn.pair_classifier[0].out_features, engine.pair_lr_mult,
+    )  # fmt: skip
+    assert found == tuple(options.values())
+    assert not siamese.both_orders and not engine.train_loader.sampler.camids.any()
+    default = example.build_engine(example.parse_args(market(market_root)))
+    assert default.siamese.both_orders and default.train_loader.sampler.camids.any()
+    assert len(engine.train_loader) == len(default.train_loader)
+
+
 @pytest.mark.skipif(not WARD.exists(), reason=f"WARD is not at {WARD}")
 @pytest.mark.skipif(not MOBILENET.exists(), reason=f"no weights at {MOBILENET}")
 def test_real_pictures_with_a_plain_module(example):
@@ -233,3 +254,101 @@ def test_the_benchmark_compares_processes_and_memory(benchmark, monkeypatch, tmp
     monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
     rows = cells(benchmark.processes(benchmark.parse_args(["--scale", "0.1"])))
     assert rows[0][-1] == rows[2][-1] == "yes"  # with two threads, sums may round otherwise
+
+
+@pytest.fixture
+def ablation(monkeypatch):
+    """The ablation as a module, whose worker processes find the package."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
+    return importlib.import_module("ablation")
+
+
+def test_the_ablation_resumes_and_reports(ablation, market_root, capsys):
+    arguments = [
+        *("--data", "market", "--root", str(market_root), "--only", "IDE", "CASN(PCB)"),
+        *("--seeds", "0", "--max-epoch", "1", "--jobs", "1", "--device", "cpu"),
+        *("--results", "results", "--", "--height", "64", "--width", "32", "--batch-size", "8"),
+    ]
+    ablation.main(arguments)
+    files = sorted(Path("results", "market").iterdir())
+    assert [file.name for file in files] == ["casn-pcb-seed0.json", "ide-seed0.json"]
+    made = json.loads(files[0].read_text())
+    assert made["settings"]["lambda_sa"] == 0.05 and len(made["history"]) == 1
+    assert files[0].stat().st_size < 20_000 and str(market_root) not in files[0].read_text()
+    assert 0 < made["results"]["quality"]["siamese"]["energy"] < 1
+
+    files[1].unlink()
+    kept = files[0].read_bytes(), files[0].stat().st_mtime_ns
+    ablation.main(arguments)
+    assert "1 of 2 runs to do" in capsys.readouterr().out
+    assert (files[0].read_bytes(), files[0].stat().st_mtime_ns) == kept and files[1].exists()
+    with pytest.raises(SystemExit, match="was made with batch_size 8, not 4"):
+        ablation.main([*arguments[:-1], "4"])
+
+    ablation.main(["--report", "results.md", "--results", "results"])
+    text = Path("results.md").read_text()
+    share = f"{100 * made['results']['fused']['mAP']:.1f}"
+    assert f" / {share} |" in text and Path("images", "ablation_market.png").exists()
+    made["results"]["fused"]["mAP"] = 0.123
+    files[0].write_text(json.dumps(made))
+    ablation.main(["--report", "results.md", "--results", "results"])
+    changed = Path("results.md").read_text()
+    assert " / 12.3 |" in changed and " / 12.3 |" not in text
+
+
+def test_the_report_of_several_seeds(ablation, example, market_root):
+    options = ["--backbone", "resnet_slim", "--seed", "0"]
+    engine = example.build_engine(example.parse_args(market(market_root, *options)))
+    engine.test()
+    (theirs,) = engine.results.values()
+    results = ablation.rounded(ablation.measure(engine, "market1501"))
+    for kind in ("features", "attention", "fused"):  # the engine's own figures
+        assert results[kind]["mAP"] == pytest.approx(theirs[kind]["mAP"], abs=1e-5)
+        assert results[kind]["rank5"] == pytest.approx(theirs[kind]["cmc"][4], abs=1e-5)
+    assert results["auc"] == pytest.approx(theirs["auc"], abs=1e-5)
+    assert results["fusion"]["query"]["0.0"][1] == results["features"]["mAP"]
+
+    def write(study, folder, name, value, seed, mean_ap, **changes):
+        run = {
+            "study": study, "data": "d", "name": name, "value": value, "family": "PCB",
+            "seed": seed, "settings": vars(engine_args), "seconds": {"training": 60},
+            "versions": {"torch": "2"}, "results": {**results, "features": {"mAP": mean_ap}},
+        }  # fmt: skip
+        file = Path("results", folder, f"{name}-{value}-{seed}.json")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(run | changes))
+
+    engine_args = example.parse_args(market(market_root, *options))
+    for seed, (base, ours) in enumerate([(0.5, 0.51), (0.6, 0.63)]):
+        write("table", "d", "PCB", "", seed, base)
+        write("table", "d", "CASN(PCB)", "", seed, ours)
+        write("choices", "d-choices-PCB", "λ2", "0.5", seed, ours - 0.02)
+    write("choices", "d-choices-PCB", "λ2", "0.5", 2, 0, results=None)  # diverged
+    ablation.main(["--report", "results.md", "--results", "results"])
+    rows = cells(Path("results.md").read_text())
+    means = next(row for row in rows if row[:2] == ["PCB", "2"])
+    assert means[2] == "– / 55.0 ± 7.1"
+    paired = [row for row in rows if row[:2] == ["CASN(PCB)", "2"]][1]
+    assert paired[3] == "+2.0 ± 1.4" and paired[-1] == "2 of 2"
+    (choice,) = (row for row in rows if row[0] == "λ2")
+    assert choice[1:5] == ["0.5", "3", "–", "-2.0 ± 0.0"] and choice[-1] == "1"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "ward"], "--data ward: expected 'embedded' without --root"),
+        (
+            ["--only", "IDE+XY"],
+            r"--only: expected some of CASN\(IDE\), .*got IDE\+XY",
+        ),
+        (["--jobs", "-1"], "--jobs must be at least 1, got -1"),
+    ],
+)
+def test_bad_options_of_the_ablation(ablation, options, message, capsys):
+    with pytest.raises(SystemExit):
+        ablation.main(options)
+    assert re.search(message, capsys.readouterr().err)
+    with pytest.raises(SystemExit, match="there are no results in nowhere"):
+        ablation.main(["--report", "results.md", "--results", "nowhere"])
