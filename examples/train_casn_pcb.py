@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torchreid
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchvision.models import mobilenet_v2
 
 from casn_plugin import (
@@ -374,7 +375,7 @@ def build_engine(
         batch_size_train=args.batch_size,
         batch_size_test=64,
         workers=args.workers,
-        use_gpu=args.device == "cuda",
+        use_gpu=use_gpu,
         cuhk03_labeled=args.cuhk03_labeled,
     )
     model = build_model(args, datamanager.num_train_pids)
