@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -25,6 +26,8 @@ from casn_plugin import (
 )
 from casn_plugin.engine import EMBEDDED_DATASET
 from casn_plugin.evaluation import Evaluation
+from casn_plugin.ranking import pair_attention
+from casn_plugin.visualization import denormalize, pair_mosaic
 
 SIZE = (48, 24)
 
@@ -372,6 +375,14 @@ def test_explained_pictures_have_their_own_colours(market_root):
         engine.test()
         pictures.append(engine.explain()[0].picture)
     np.testing.assert_allclose(*pictures, atol=1e-6)
+
+    drawn = []  # and so have those in TensorBoard, with the attention of their pairs
+    engine.writer = SimpleNamespace(add_image=lambda tag, picture, *_, **__: drawn.append(picture))
+    engine._log_attention()
+    first, second, same = engine._logged
+    maps = pair_attention(engine.casn, engine.casn.encode(first), engine.casn.encode(second))
+    shown = (denormalize(imgs, mean, std) for imgs in (first, second))
+    np.testing.assert_array_equal(drawn[0], pair_mosaic(*shown, *maps, same))
 
 
 def test_data_sets_that_are_not_torchreids_are_trained_on_and_explained(market_root, tmp_path):
