@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -25,6 +26,8 @@ from casn_plugin import (
 )
 from casn_plugin.engine import EMBEDDED_DATASET
 from casn_plugin.evaluation import Evaluation
+from casn_plugin.ranking import pair_attention
+from casn_plugin.visualization import denormalize, pair_mosaic
 
 SIZE = (48, 24)
 
@@ -298,6 +301,8 @@ def test_tensorboard_shows_the_attention_of_fixed_pairs_every_epoch(market_root,
                   for each in sized]  # fmt: skip
     assert min(difference) < 12 and sorted(difference)[1] > 15
 
+    with pytest.raises(ValueError, match="logged_pairs must be >= 0, got -1"):
+        make_engine(market_root, logged_pairs=-1)
     # and looking changes nothing of the training
     plain = make_engine(market_root, logged_pairs=0)
     seed_all(1)
@@ -324,6 +329,20 @@ def test_matches_are_explained_without_ranking_again(market_root, tmp_path, monk
     )
     # torchreid's loaders, and the fused distance of rank_gallery: the same lists
     np.testing.assert_array_equal(again.ranked.nearest, explained.ranked.nearest)
+    # "by features" is the engine's own ranking by features, of which it gives CMC and mAP
+    (qf, *q_ids), (gf, *g_ids) = (
+        casn_plugin.model.encode_batches(engine.casn, map(engine.parse_data_for_eval, loader))
+        for loader in (loaders["query"], loaders["gallery"])
+    )
+    distmat = torchreid.metrics.compute_distance_matrix(qf.features, gf.features)
+    by_features = casn_plugin.evaluation.ranked_lists(
+        distmat, distmat, q_ids[0], g_ids[0], q_ids[1], g_ids[1], topk=len(gf)
+    ).nearest
+    expected = [
+        [1 + by_features[q].tolist().index(g) for g in row if g >= 0]
+        for q, row in enumerate(explained.ranked.nearest.tolist())
+    ]
+    assert [[rank for rank in row if rank] for row in explained.ranked.feature_ranks] == expected
     for one, other in zip(explained[:2], again[:2], strict=True):
         assert len(one.matches) == 3 and one.matches[0].row == other.matches[0].row
     by_path = casn_plugin.explain_ranking(
@@ -335,6 +354,14 @@ def test_matches_are_explained_without_ranking_again(market_root, tmp_path, monk
         engine.explain("other")
     with pytest.raises(ValueError, match=r"topk must lie in \[1, 10\], got 11"):
         engine.explain(topk=11)
+    engine.siamese.threshold = 0.35
+    assert engine.explain()[0].matches[0].pair.threshold == 0.35
+    monkeypatch.undo()
+    monkeypatch.setattr(casn_plugin.engine, "evaluate_rank", None)
+    with pytest.raises(TypeError):
+        engine.test()
+    with pytest.raises(ValueError, match=r"one of \[\]"):  # nothing of an evaluation that failed
+        engine.explain()
 
 
 def test_explained_pictures_have_their_own_colours(market_root):
@@ -348,6 +375,14 @@ def test_explained_pictures_have_their_own_colours(market_root):
         engine.test()
         pictures.append(engine.explain()[0].picture)
     np.testing.assert_allclose(*pictures, atol=1e-6)
+
+    drawn = []  # and so have those in TensorBoard, with the attention of their pairs
+    engine.writer = SimpleNamespace(add_image=lambda tag, picture, *_, **__: drawn.append(picture))
+    engine._log_attention()
+    first, second, same = engine._logged
+    maps = pair_attention(engine.casn, engine.casn.encode(first), engine.casn.encode(second))
+    shown = (denormalize(imgs, mean, std) for imgs in (first, second))
+    np.testing.assert_array_equal(drawn[0], pair_mosaic(*shown, *maps, same))
 
 
 def test_data_sets_that_are_not_torchreids_are_trained_on_and_explained(market_root, tmp_path):

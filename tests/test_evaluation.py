@@ -355,7 +355,8 @@ def test_ranked_lists_are_those_of_a_plain_loop(
     assert sorted(worst) == valid and found.best() == worst[::-1]
     assert (np.diff(found.ap[worst]) >= 0).all()
     assert found.failures() == [q for q in worst if found.truth_rank[q] > 1]
-    assert found.worst(2) == worst[:2] and len(found.failures(1)) <= 1
+    assert found.worst(2) == worst[:2] and found.best(1) == worst[-1:]
+    assert found.failures(1) == found.failures()[:1]
 
 
 def test_ranked_lists_put_infinite_distances_before_junk():

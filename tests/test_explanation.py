@@ -260,6 +260,9 @@ def test_a_failure_shows_where_the_truth_stands(detector):
     (failure,) = explained.failures()
     assert failure.query == 0 and failure.failed and not explained[1].failed
     assert [match.right for match in failure.matches] == [False, False]
+    moved = dataclasses.replace(explained.ranked, truth_feature_rank=np.array([9, 9]))
+    elsewhere = ExplainedRankings(detector, *explained._data, moved, topk=2)[0].truth
+    assert (elsewhere.rank, elsewhere.feature_rank) == (4, 9)
     success = explained[1]
     assert failure.found is failure.truth and success.found is success.matches[0]
     assert failure.truth.row == 3 and failure.truth.rank == 4 and failure.truth.right

@@ -108,13 +108,14 @@ def test_a_pair_is_explained_with_its_spans(size):
     first, second = torch.zeros(8, 4), torch.zeros(8, 4)
     first[2:5, 1] = torch.tensor([0.5, 1.0, 0.4])
     second[5, 3] = 1.0
+    first[0, 0] = second[7, 0] = 0.2  # below t
     figure = plot_pair(*pictures, first, second, headline="head", details="more", threshold=0.3)
     assert figure.get_suptitle() == "head" and figure.get_supxlabel().startswith("more")
     assert "rows 3 to 5 of 8" in figure.axes[2].get_xlabel()
     assert "rows 6 to 6 of 8" in figure.axes[4].get_xlabel()
     for axis, profile, span in (
-        (figure.axes[2], [0, 0, 0.5, 1, 0.4, 0, 0, 0], (2, 5)),
-        (figure.axes[4], [0, 0, 0, 0, 0, 1, 0, 0], (5, 6)),
+        (figure.axes[2], [0.2, 0, 0.5, 1, 0.4, 0, 0, 0], (2, 5)),
+        (figure.axes[4], [0, 0, 0, 0, 0, 1, 0, 0.2], (5, 6)),
     ):
         np.testing.assert_allclose(axis.lines[1].get_xdata(), profile)
         assert (axis.patches[0].get_y(), axis.patches[0].get_height()) == (span[0], np.ptp(span))
@@ -182,6 +183,7 @@ def test_curves_show_every_term_and_ranking():
     assert plot_curves([], results).axes
     (axis,) = plot_cmc({"fused": ranking}, max_rank=2).axes
     assert axis.lines[0].get_ydata() == pytest.approx([40, 80])
+    assert list(axis.lines[0].get_xdata()) == [1, 2]
 
 
 def test_no_window_toolkit_is_touched():
