@@ -306,6 +306,10 @@ class ExplainedRankings(Sequence[RankingExplanation]):
         std: of the images' normalisation.
         threshold: t.
 
+    Raises:
+        TypeError: a model that is no CASN.
+        ValueError: topk below 1, or lists of another number of queries or a longer gallery.
+
     Attributes:
         ranked: :class:`~casn_plugin.evaluation.RankedLists`; `failures`, `best` and `worst` of
             it pick queries.
@@ -328,6 +332,8 @@ class ExplainedRankings(Sequence[RankingExplanation]):
             raise ValueError(f"topk must be at least 1, got {topk}")
         if len(ranked) != len(query):
             raise ValueError(f"got ranked lists of {len(ranked)} queries for {len(query)} queries")
+        if ranked.nearest.max(initial=-1) >= len(gallery):
+            raise ValueError(f"got ranked lists of a gallery longer than {len(gallery)} images")
         self.model = as_casn(model)
         self.ranked = ranked
         self.topk = topk
@@ -488,8 +494,8 @@ def explain_ranking(
 
     Raises:
         TypeError: a model that is no CASN or in half precision, or data of another form.
-        ValueError: no queries, an empty gallery, no query with a match, topk below 1; and as
-            :func:`explain_pair`.
+        ValueError: no queries, an empty gallery, no query with a match, topk below 1, a weight
+            that is negative or infinite; and as :func:`explain_pair`.
 
     Example:
         >>> class Backbone(nn.Module):
@@ -508,6 +514,8 @@ def explain_ranking(
     """
     casn = as_casn(model)
     _check(threshold, mean, std)
+    if not 0 <= attention_weight < float("inf"):
+        raise ValueError(f"attention_weight must be >= 0 and finite, got {attention_weight}")
     size = size or casn.input_size
     query = _loader("query", query, size, mean, std)
     gallery = _loader("gallery", gallery, size, mean, std)

@@ -63,7 +63,7 @@ def overlay(
 
     Args:
         pictures: RGB in [0, 1].
-        maps: attention maps >= 0 of any resolution.
+        maps: attention maps >= 0 of any resolution; what is not finite counts as none.
         opacity: of the colours where attention is highest, in [0, 1].
 
     Example:
@@ -73,9 +73,8 @@ def overlay(
     from matplotlib import colormaps
 
     rows, columns = pictures.shape[1:3]
-    resized = F.interpolate(
-        maps.detach().float().cpu()[:, None], size=(rows, columns), mode="bilinear"
-    )[:, 0]
+    finite = maps.detach().float().cpu().nan_to_num(0, posinf=0)
+    resized = F.interpolate(finite[:, None], size=(rows, columns), mode="bilinear")[:, 0]
     strength = scale_maps(resized).numpy()
     colours = colormaps["inferno"](strength)[..., :3]
     cover = opacity * strength[..., None]

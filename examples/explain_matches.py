@@ -38,19 +38,21 @@ def main(argv: list[str] | None = None) -> list[Path]:
         parser.error(
             f"--number must be >= 0 and --topk in 1 to 10, got {own.number} and {own.topk}"
         )
+    out = Path(own.out)
+    if out.is_dir():
+        parser.error(f"--out must name a file, but {out} is a folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
     defaults: dict[str, Any] = {}
     trained = checkpoint.parent.parent / "results.json"
     if trained.is_file():
-        saved = json.loads(trained.read_text())["args"]
+        saved = json.loads(trained.read_text()).get("args", {})
         defaults = {name: saved[name] for name in KEPT if saved.get(name) is not None}
     args = parse_args([*others, "--test-only", "--weights", str(checkpoint)], defaults)
     engine = build_engine(args)
     engine.run(test_only=True)
     paths = []
     for name, results in engine.results.items():
-        out = Path(own.out)
-        if len(engine.results) > 1:
-            out = out.with_stem(f"{out.stem}_{name}")
+        path = out if len(engine.results) == 1 else out.with_stem(f"{out.stem}_{name}")
         facts = {
             "Data": name,
             "Queries": str(len(engine.ranked[name])),
@@ -61,12 +63,9 @@ def main(argv: list[str] | None = None) -> list[Path]:
         }
         title = f"Why these matches? {name}"
         explained = engine.explain(name, topk=own.topk)
-        paths.append(
-            save_report(
-                out, explained, results, title=title, facts=facts, number=own.number, progress=True
-            )
-        )
-        print(f"Saved {out}: {out.stat().st_size / 2**20:.1f} MiB, open it in any browser")
+        options = {"title": title, "facts": facts, "number": own.number}
+        paths.append(save_report(path, explained, results, progress=True, **options))
+        print(f"Saved {path}: {path.stat().st_size / 2**20:.1f} MiB, open it in any browser")
     return paths
 
 

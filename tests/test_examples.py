@@ -186,6 +186,7 @@ def test_matches_of_a_checkpoint_are_explained_on_a_page(example, market_root, m
     for bad, message in (
         (["--checkpoint", "nothing"], "there is no file nothing"),
         (["--checkpoint", checkpoint, "--topk", "11"], "--topk in 1 to 10, got 5 and 11"),
+        (["--checkpoint", checkpoint, "--out", "log"], "--out must name a file, but log is a fol"),
     ):
         with pytest.raises(SystemExit):
             explain.main(bad)

@@ -408,5 +408,9 @@ def test_bad_lists_are_refused(tiny):
         explain_ranking(tiny, people(), people(), topk=0)
     with pytest.raises(ValueError, match="ranked lists of 9 queries for 3 queries"):
         ExplainedRankings(tiny, people()[:3], people(), explained.ranked)
+    with pytest.raises(ValueError, match="a gallery longer than 3 images"):
+        ExplainedRankings(tiny, people(), people()[:3], explained.ranked)
+    with pytest.raises(ValueError, match="attention_weight must be >= 0 and finite, got -1.0"):
+        explain_ranking(tiny, people(), people(), attention_weight=-1.0)
     with pytest.raises(IndexError):
         explained[9]

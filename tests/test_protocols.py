@@ -235,13 +235,13 @@ def test_a_missing_data_set_is_named_and_not_downloaded(example, root, tmp_path,
 @pytest.fixture
 def engines(example, monkeypatch) -> list[ImageCASNEngine]:
     """The engines that the example builds."""
-    built = []
+    built, build = [], example.build_engine
 
-    def build(*args: object, **kwargs: object) -> ImageCASNEngine:
-        built.append(ImageCASNEngine(*args, **kwargs))
+    def recorded(*args: object, **kwargs: object) -> ImageCASNEngine:
+        built.append(build(*args, **kwargs))
         return built[-1]
 
-    monkeypatch.setattr(example, "ImageCASNEngine", build)
+    monkeypatch.setattr(example, "build_engine", recorded)
     return built
 
 

@@ -47,6 +47,8 @@ def test_the_overlay_peaks_where_the_map_does():
     assert changed[1].max() == 0  # a blank map leaves the picture as it is
     assert changed[0][:32].max() == 0  # and so do rows without attention
     assert shown.min() >= 0 and shown.max() <= 1
+    maps[0, 0, 0], maps[1] = torch.inf, torch.nan  # of a model that diverged
+    np.testing.assert_array_equal(overlay(pictures, maps), shown)
 
 
 def test_pairs_are_marked_by_colour_and_by_words(tmp_path):
