@@ -699,8 +699,8 @@ def plot_table(rows: dict[str, dict[int, dict[str, Any]]], path: Path) -> None:
                 values = [100 * share for share in results_of(row, kind, key) if share is not None]
                 if not values:
                     continue
-                axis.plot([at + shift - 0.1] * len(values), values, "o", color=COLOURS[kind], alpha=0.6,
-                          markersize=4, markeredgewidth=0)  # fmt: skip
+                axis.plot([at + shift - 0.1] * len(values), values, "o", color=COLOURS[kind],
+                          alpha=0.6, markersize=4, markeredgewidth=0)  # fmt: skip
                 deviation = np.std(values, ddof=1) if len(values) > 1 else 0
                 axis.errorbar(at + shift, np.mean(values), deviation, fmt="_", capsize=3,
                               color=COLOURS[kind], label=kind if at == 0 else None)  # fmt: skip
