@@ -703,13 +703,13 @@ def plot_table(rows: dict[str, dict[int, dict[str, Any]]], path: Path) -> None:
     for axis, key, label in zip(
         figure.subplots(1, 2), ("rank1", "mAP"), ("rank-1 (%)", "mAP (%)"), strict=True
     ):
-        for shift, kind in ((-0.17, "features"), (0.17, "fused")):
+        for shift, kind in ((-0.15, "features"), (0.25, "fused")):
             for at, row in enumerate(rows.values()):
                 values = [100 * share for share in results_of(row, kind, key) if share is not None]
                 if not values:
                     continue
-                axis.plot([at + shift] * len(values), values, "o", color=COLOURS[kind], alpha=0.35,
-                          markersize=4, markeredgewidth=0)  # fmt: skip
+                axis.plot([at + shift - 0.1] * len(values), values, "o", color=COLOURS[kind],
+                          alpha=0.6, markersize=4, markeredgewidth=0)  # fmt: skip
                 deviation = np.std(values, ddof=1) if len(values) > 1 else 0
                 axis.errorbar(at + shift, np.mean(values), deviation, fmt="_", capsize=3,
                               color=COLOURS[kind], label=kind if at == 0 else None)  # fmt: skip
@@ -728,7 +728,7 @@ def plot_choices(points: dict[str, list[float]], path: Path) -> None:
         shares = [100 * value for value in values]
         if not shares:
             continue
-        axis.plot(shares, [at] * len(shares), "o", color=COLOURS["features"], alpha=0.35,
+        axis.plot(shares, [at - 0.2] * len(shares), "o", color=COLOURS["features"], alpha=0.6,
                   markersize=4, markeredgewidth=0)  # fmt: skip
         deviation = np.std(shares, ddof=1) if len(shares) > 1 else 0
         axis.errorbar(np.mean(shares), at, xerr=deviation, fmt="|", capsize=3,

@@ -336,6 +336,12 @@ def test_the_report_of_several_seeds(ablation, example, market_root):
     assert choice[1:5] == ["0.5", "3", "–", "-2.0 ± 0.0"] and choice[-1] == "1"
 
 
+def test_the_documented_results_are_those_of_the_files(ablation):
+    docs = EXAMPLES.parent / "docs"
+    ablation.main(["--report", "results.md", "--results", str(docs / "results")])
+    assert Path("results.md").read_text() == (docs / "results.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
