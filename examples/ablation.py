@@ -316,6 +316,8 @@ def measure(engine: ImageCASNEngine, name: str) -> dict[str, Any]:
         for reading, both in pairs.items()
     }
     scores = same_identity_distmat(model, query, gallery)
+    size = engine.datamanager.height, engine.datamanager.width
+    masks = [masks_of(loaders[part].dataset, size) for part in ("query", "gallery")]
     return {
         "features": ranking(features, ids),
         "attention": ranking(pairs[engine.normalization][1], ids),
@@ -327,8 +329,8 @@ def measure(engine: ImageCASNEngine, name: str) -> dict[str, Any]:
             for reading, by_weight in fusion.items()
         },
         "quality": {
-            "identification": identification_quality(engine, loaders, same, counted),
-            "siamese": siamese_quality(engine, loaders, query, gallery, same & counted)
+            "identification": identification_quality(engine, loaders, masks, same, counted),
+            "siamese": siamese_quality(engine, masks, query, gallery, same & counted)
             | vars(attention_consistency(raw[counted], same[counted])),
         },
     }
@@ -367,16 +369,18 @@ def masks_of(dataset: Any, size: tuple[int, int]) -> Tensor | None:
 
 
 def identification_quality(
-    engine: ImageCASNEngine, loaders: dict[str, DataLoader[Any]], same: Tensor, counted: Tensor
+    engine: ImageCASNEngine,
+    loaders: dict[str, DataLoader[Any]],
+    masks: list[Tensor | None],
+    same: Tensor,
+    counted: Tensor,
 ) -> dict[str, Any]:
     """Returns the quality of the Grad-CAM maps of each image's highest scoring identity.
 
     The people of the test set are none that the classifier knows: it is the one most alike.
     """
     maps = {part: class_maps(engine.casn, loaders[part]) for part in ("query", "gallery")}
-    size = engine.datamanager.height, engine.datamanager.width
     threshold = engine.siamese.threshold
-    masks = [masks_of(loaders[part].dataset, size) for part in maps]
     profiles = [align_profiles(row_profiles(each), threshold) for each in maps.values()]
     distances = torch.cdist(*profiles)
     found = vars(attention_consistency(distances[counted], same[counted]))
@@ -400,14 +404,12 @@ def class_maps(model: CASN, loader: DataLoader[Any]) -> Tensor:
 
 def siamese_quality(
     engine: ImageCASNEngine,
-    loaders: dict[str, DataLoader[Any]],
+    masks: list[Tensor | None],
     query: Encoding,
     gallery: Encoding,
     positive: Tensor,
 ) -> dict[str, Any]:
     """Returns the quality of the maps of each query and one random match of another camera."""
-    size = engine.datamanager.height, engine.datamanager.width
-    masks = [masks_of(loaders[part].dataset, size) for part in ("query", "gallery")]
     if masks[0] is None or masks[1] is None:
         return {}
     rows = positive.any(1).nonzero()[:, 0]

@@ -1,8 +1,10 @@
 """Shape checking of the whole package, small models, and the data that the tests run on."""
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from jaxtyping import config, install_import_hook
@@ -17,6 +19,8 @@ from torch import Tensor, nn  # noqa: E402
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SCRIPT = EXAMPLES / "train_casn_pcb.py"
 SHARED = Path(__file__).parents[2] / "shared"
 WARD = SHARED / "data" / "ward"
 MOBILENET = SHARED / "weights" / "mobilenet_v2-b0353104.pth"
@@ -53,6 +57,15 @@ class TinyBackbone(nn.Module):
 def tiny_forward(backbone: TinyBackbone, imgs: Tensor) -> tuple[Tensor, Tensor]:
     features = backbone.embed(backbone.relu(backbone.features(imgs)).mean((2, 3)))
     return backbone.classifier(features), features
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    """examples/train_casn_pcb.py as a module, so that torch is imported once."""
+    spec = importlib.util.spec_from_file_location("train_casn_pcb", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -13,10 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MOBILENET, WARD
+from conftest import EXAMPLES, MOBILENET, SCRIPT, WARD
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-SCRIPT = EXAMPLES / "train_casn_pcb.py"
 SMALL = [
     "--height",
     "64",
@@ -29,15 +27,6 @@ SMALL = [
     "--device",
     "cpu",
 ]
-
-
-@pytest.fixture(scope="module")
-def example():
-    """The script as a module, so that torch is imported once."""
-    spec = importlib.util.spec_from_file_location("train_casn_pcb", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ Each data set is a folder tree of rendered pedestrians, laid out as its own rele
 torchreid's own reader reads.
 """
 
-import importlib.util
 import json
 import math
 import re
@@ -22,17 +21,8 @@ from scipy.io import savemat
 from casn_plugin import ImageCASNEngine
 from casn_plugin.data import render_pedestrian
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "train_casn_pcb.py"
-DOCUMENT = SCRIPT.parents[1] / "docs" / "protocols.md"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "protocols.md"
 HEIGHT, WIDTH = 64, 32
-
-
-@pytest.fixture(scope="module")
-def example():
-    spec = importlib.util.spec_from_file_location("train_casn_pcb", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(autouse=True)
