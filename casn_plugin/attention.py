@@ -1,7 +1,8 @@
 """Attention: the tapped feature map, Grad-CAM, Siamese attention, the soft mask, row profiles.
 
-Everything here is a pure function of tensors, except :func:`capture` and
-:func:`frozen_batchnorm`, the two context managers that touch a model and leave it as found.
+Everything here is a pure function of tensors, except the context managers, which touch a model and
+leave it as found: :func:`capture`, :func:`frozen_batchnorm`, :func:`constant_parameters` and
+:func:`evaluating`.
 """
 
 import threading
@@ -121,11 +122,19 @@ def capture(
 
 
 @contextmanager
-def frozen_batchnorm(module: nn.Module) -> Iterator[None]:
+def frozen_batchnorm(
+    module: nn.Module, statistics: Literal["batch", "running"] = "batch"
+) -> Iterator[None]:
     """Keeps the running statistics of every BatchNorm layer of a module as they are.
 
-    Layers in training mode still normalise by the statistics of the batch. CASN runs the masked
-    images of Eq. 2 inside this context: they are no data to be learned.
+    CASN runs the masked images of Eq. 2 inside this context: they are no data to be learned.
+
+    Args:
+        module: its layers in training mode are meant; those in eval mode stay as they are.
+        statistics: what these normalise by: those of the batch, or the running ones.
+
+    Raises:
+        ValueError: other statistics.
 
     Example:
         >>> norm = nn.BatchNorm1d(2).train()
@@ -134,6 +143,8 @@ def frozen_batchnorm(module: nn.Module) -> Iterator[None]:
         >>> norm.running_mean.tolist(), norm.num_batches_tracked.item()
         ([0.0, 0.0], 0)
     """
+    if statistics not in ("batch", "running"):
+        raise ValueError(f"statistics must be 'batch' or 'running', got {statistics!r}")
     layers = [
         layer
         for layer in module.modules()
@@ -142,12 +153,49 @@ def frozen_batchnorm(module: nn.Module) -> Iterator[None]:
         and layer.track_running_stats
     ]
     for layer in layers:
-        layer.track_running_stats = False
+        if statistics == "batch":
+            layer.track_running_stats = False
+        else:
+            layer.training = False
     try:
         yield
     finally:
         for layer in layers:
-            layer.track_running_stats = True
+            layer.track_running_stats = layer.training = True
+
+
+@contextmanager
+def constant_parameters(module: nn.Module) -> Iterator[None]:
+    """Lets gradients pass through a module, but not reach its parameters.
+
+    The parameters themselves are not touched: detached views of them stand in for them.
+
+    Example:
+        >>> net, imgs = nn.Linear(2, 1), torch.rand(3, 2, requires_grad=True)
+        >>> with constant_parameters(net):
+        ...     net(imgs).sum().backward()
+        >>> imgs.grad is None, net.weight.grad is None
+        (False, True)
+    """
+    # an instance attribute is found before the parameter of its name. The replicas of
+    # nn.DataParallel have no parameters any more, but such attributes
+    own = [
+        (layer, name, value)
+        for layer in module.modules()
+        for name, value in (layer._parameters or vars(layer).get("_former_parameters", {})).items()
+        if value is not None
+    ]
+    before = [vars(layer).get(name) for layer, name, _ in own]
+    for layer, name, value in own:
+        vars(layer)[name] = value.detach()
+    try:
+        yield
+    finally:
+        for (layer, name, _), value in zip(own, before, strict=True):
+            if value is None:
+                del vars(layer)[name]
+            else:
+                vars(layer)[name] = value
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The losses of the paper: one pure function an equation, and the two drop-in loss modules."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from casn_plugin.attention import (
     PairScorer,
     attention_distance,
+    constant_parameters,
     frozen_batchnorm,
     grad_cam,
     row_profiles,
@@ -181,9 +183,15 @@ class IdentificationAttentionLoss(nn.Module):
         mask_threshold: β of the soft mask, a share of the map's maximum.
         fill: the value that a hidden pixel takes: a number or a tensor that broadcasts to
             (B, 3, H, W). 0 is the mean colour where images are normalised.
+        trains: what L_ia trains: "attention", where the network looks, through the mask alone;
+            or "network", through the masked pass also what it makes of the masked image: it
+            then learns not to know people by what the mask leaves of them.
+        statistics: what BatchNorm normalises the masked images by: those of the "batch", or the
+            "running" ones; it learns from neither.
 
     Raises:
-        ValueError: an unknown `score` or a mask scale that is not positive.
+        ValueError: an unknown `score`, `trains` or `statistics`, or a mask scale that is not
+            positive.
 
     Example:
         >>> net = nn.Conv2d(3, 4, 3)
@@ -192,7 +200,7 @@ class IdentificationAttentionLoss(nn.Module):
         >>> imgs, pids = torch.rand(2, 3, 16, 8), torch.tensor([0, 3])
         >>> activations = net(imgs)
         >>> loss = IdentificationAttentionLoss(score="probability")
-        >>> loss(classify, imgs, pids, activations.mean((2, 3)), activations).shape
+        >>> loss(classify, imgs, pids, activations.mean((2, 3)), activations, net).shape
         torch.Size([])
     """
 
@@ -202,15 +210,23 @@ class IdentificationAttentionLoss(nn.Module):
         mask_scale: float = 10.0,
         mask_threshold: float = 0.5,
         fill: float | Tensor = 0.0,
+        trains: Literal["attention", "network"] = "attention",
+        statistics: Literal["batch", "running"] = "batch",
     ) -> None:
         super().__init__()
         if score not in ("logit", "probability"):
             raise ValueError(f"score must be 'logit' or 'probability', got {score!r}")
+        if trains not in ("network", "attention"):
+            raise ValueError(f"trains must be 'network' or 'attention', got {trains!r}")
+        if statistics not in ("batch", "running"):
+            raise ValueError(f"statistics must be 'batch' or 'running', got {statistics!r}")
         if mask_scale <= 0:
             raise ValueError(f"mask_scale must be positive, got {mask_scale}")
         self.score = score
         self.mask_scale = mask_scale
         self.mask_threshold = mask_threshold
+        self.trains = trains
+        self.statistics = statistics
         self.fill: float | Tensor
         if isinstance(fill, Tensor):
             self.register_buffer("fill", fill, persistent=False)
@@ -241,13 +257,26 @@ class IdentificationAttentionLoss(nn.Module):
         pids: Int[Tensor, " batch"],
         logits: Logits,
         activations: Float[Tensor, "batch maps height width"],
+        network: nn.Module | None = None,
     ) -> Float[Tensor, " batch"]:
         """Returns y_c of each masked image; the arguments are those of the loss."""
+        network = network or (classify if isinstance(classify, nn.Module) else None)
+        if network is None and self.trains == "attention":
+            raise TypeError(
+                "training attention alone needs the module that classify runs: name it, "
+                f"network=..., as classify is none but a {type(classify).__name__}; or use "
+                "trains='network'"
+            )
         masked = self.mask(imgs, pids, logits, activations)
-        if isinstance(classify, nn.Module):
-            with frozen_batchnorm(classify):
-                return identity_scores(classify(masked), pids, self.score)
-        return identity_scores(classify(masked), pids, self.score)
+        with nullcontext() if network is None else self.masked_pass(network):
+            return identity_scores(classify(masked), pids, self.score)
+
+    @contextmanager
+    def masked_pass(self, network: nn.Module) -> Iterator[None]:
+        """Keeps from a network what it must not learn of masked images, as the settings say."""
+        constant = constant_parameters if self.trains == "attention" else nullcontext
+        with frozen_batchnorm(network, self.statistics), constant(network):
+            yield
 
     def forward(
         self,
@@ -256,23 +285,28 @@ class IdentificationAttentionLoss(nn.Module):
         pids: Int[Tensor, " batch"],
         logits: Logits,
         activations: Float[Tensor, "batch maps height width"],
+        network: nn.Module | None = None,
     ) -> Float[Tensor, ""]:
         """Returns L_ia, a scalar.
 
         Args:
-            classify: maps images to logits: the network whose attention is trained. Where it is
-                an ``nn.Module``, its BatchNorm statistics are kept from the masked images;
-                otherwise see :func:`casn_plugin.attention.frozen_batchnorm`.
+            classify: maps images to logits: the network whose attention is trained.
             imgs: the images as the network takes them (normalised).
             pids: true identities.
             logits: of `imgs`, computed from `activations`.
             activations: the last feature map A of `imgs`.
+            network: the module that `classify` runs, where `classify` itself is none. Its
+                BatchNorm statistics are kept from the masked images, and its parameters from
+                what L_ia is not to train.
 
         Raises:
+            TypeError: no module in either, where attention alone is trained.
             ValueError: logits that do not depend on the activations, identities outside of the
                 classes.
         """
-        return identification_attention_loss(self.scores(classify, imgs, pids, logits, activations))
+        return identification_attention_loss(
+            self.scores(classify, imgs, pids, logits, activations, network)
+        )
 
 
 class SiameseAttentionLoss(nn.Module):

@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 
-from casn_plugin.attention import capture, evaluating, frozen_batchnorm, unwrapped
+from casn_plugin.attention import capture, evaluating, unwrapped
 from casn_plugin.encoding import Encoding, encode_head, part_embedding
 from casn_plugin.losses import (
     IdentificationAttentionLoss,
@@ -204,7 +204,7 @@ class CASN(nn.Module):
         masked_scores = pair_scores = distances = None
         if identification is not None and pids is not None:
             masked = identification.mask(imgs, pids, logits, activations)
-            with frozen_batchnorm(self.backbone):
+            with identification.masked_pass(self.backbone):
                 masked_logits, _ = self._forward(self.backbone, masked)
             masked_scores = identity_scores(masked_logits, pids, identification.score)
         if siamese is not None:

@@ -144,6 +144,18 @@ def parse_args(
     add("--score", choices=["probability", "logit"], default="probability", help="y_c of Eq. 2")
     add("--mask-scale", type=float, default=10.0, help="alpha of the soft mask")
     add("--mask-threshold", type=float, default=0.5, help="beta of the soft mask")
+    add(
+        "--ia-trains",
+        choices=["attention", "network"],
+        default="attention",
+        help="what L_ia trains: only where to look, or also what is made of the masked image",
+    )
+    add(
+        "--masked-statistics",
+        choices=["batch", "running"],
+        default="batch",
+        help="what BatchNorm normalises the masked images by",
+    )
     add("--ia-start-epoch", type=int, default=0, help="epochs before identification attention")
     add("--threshold", type=float, default=0.2, help="t, above which a row counts as attended")
     add("--consistency-weight", type=float, default=0.2, help="alpha of Eq. 5")
@@ -416,7 +428,11 @@ def build_engine(
         attention_weight=args.attention_weight,
         gallery_dir=args.gallery_dir,
         identification=IdentificationAttentionLoss(
-            args.score, args.mask_scale, args.mask_threshold
+            args.score,
+            args.mask_scale,
+            args.mask_threshold,
+            trains=args.ia_trains,
+            statistics=args.masked_statistics,
         ),
         siamese=SiameseAttentionLoss(
             args.consistency_weight, args.threshold, both_orders=not args.one_order

@@ -1,5 +1,6 @@
 """Maps, masks, profiles and the capture of activations."""
 
+import copy
 import threading
 
 import numpy as np
@@ -16,6 +17,7 @@ from casn_plugin.attention import (
     attended_span,
     attention_distance,
     capture,
+    constant_parameters,
     frozen_batchnorm,
     grad_cam,
     indicator,
@@ -212,6 +214,48 @@ def test_frozen_batchnorm_keeps_statistics_and_flags(backbone, imgs):
     torch.testing.assert_close(norm.running_mean, before, rtol=0, atol=0)
     torch.testing.assert_close(frozen, backbone.features[:2](imgs))  # batch statistics in both
     assert not torch.equal(norm.running_mean, before)
+
+
+def test_frozen_batchnorm_by_running_statistics(backbone, imgs, unchecked):
+    norm = backbone.features[1].train()
+    norm.running_mean.add_(3)
+    before, expected = norm.running_mean.clone(), copy.deepcopy(backbone).eval().features[:2](imgs)
+    with frozen_batchnorm(backbone, "running"):
+        torch.testing.assert_close(backbone.features[:2](imgs), expected, rtol=0, atol=0)
+    assert norm.training and norm.track_running_stats
+    torch.testing.assert_close(norm.running_mean, before, rtol=0, atol=0)
+    with (
+        pytest.raises(ValueError, match="'batch' or 'running', got 'none'"),
+        frozen_batchnorm(norm, "none"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("replica", [False, True])
+def test_constant_parameters_pass_gradients_on_and_are_left_as_found(backbone, imgs, replica):
+    network, imgs = backbone, imgs.requires_grad_()
+    if replica:  # as nn.DataParallel makes them: tensors with a graph where parameters were
+        network = copy.deepcopy(backbone)
+        for layer in network.modules():
+            layer._former_parameters = {name: value * 1 for name, value in layer._parameters.items()
+                                        if value is not None}  # fmt: skip
+            layer._parameters.clear()
+            vars(layer).update(layer._former_parameters)
+    expected = tiny_forward(network, imgs)[0]
+    found = {name: dict(vars(layer)) for name, layer in network.named_modules()}
+    with pytest.raises(RuntimeError), constant_parameters(network):
+        logits = tiny_forward(network, imgs)[0]
+        raise RuntimeError
+    assert found == {name: vars(layer) for name, layer in network.named_modules()}
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0)
+    weights = [value for layer in network.modules()
+               for value in (layer._former_parameters if replica else layer._parameters).values()
+               if value is not None]  # fmt: skip
+    assert len(weights) > 4
+    passed = torch.autograd.grad(logits.sum(), [imgs, *weights], allow_unused=True)
+    assert passed[1:] == (None,) * len(weights)
+    direct = torch.autograd.grad(expected.sum(), [imgs, *weights])
+    torch.testing.assert_close(passed[0], direct[0], rtol=0, atol=0)
 
 
 def pair_classifier(dim: int) -> nn.Sequential:

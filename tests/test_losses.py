@@ -1,5 +1,6 @@
 """Each loss against the reference, and as a part of somebody else's training loop."""
 
+import copy
 import subprocess
 import sys
 
@@ -126,9 +127,46 @@ def test_the_masked_pass_keeps_batchnorm_statistics_and_trains_the_map():
         constant = dict(zip(dict(net.named_parameters()), frozen, strict=True))
         return torch.func.functional_call(net, constant, (masked,))
 
-    loss = IdentificationAttentionLoss("logit")(classify, imgs, PIDS, logits, captured.require())
+    loss = IdentificationAttentionLoss("logit", trains="network")(
+        classify, imgs, PIDS, logits, captured.require()
+    )
     gradients = torch.autograd.grad(loss, [net[0].weight, net[5].weight])
     assert all(gradient.abs().max() > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize("statistics", ["batch", "running"])
+@pytest.mark.parametrize(("trains", "whole"), [("attention", True), ("attention", False),
+                                               ("network", True), ("network", False)])  # fmt: skip
+def test_what_the_masked_pass_trains_and_normalises_by(trains, whole, statistics):
+    """Against the same network again, with weights of its own or constant ones."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(8, 5),
+    ).double()  # fmt: skip
+    net[1].running_var.fill_(0.5)
+    imgs = torch.rand(4, 3, 48, 24).double()
+    with capture(net[2]) as captured:
+        logits = net(imgs)
+    settings = IdentificationAttentionLoss("logit", trains=trains, statistics=statistics)
+    twin = copy.deepcopy(net).requires_grad_(trains == "network")
+    twin[1].train(statistics == "batch")
+    masked = settings.mask(imgs, PIDS, logits, captured.require())
+    expected = identity_scores(twin(masked), PIDS).mean()
+    loss = settings(
+        *(net if whole else net.forward, imgs, PIDS, logits, captured.require()),
+        network=None if whole else net,
+    )
+    torch.testing.assert_close(loss, expected)
+    weights = list(net.parameters())
+    through_mask = torch.autograd.grad(expected, weights, retain_graph=True, allow_unused=True)
+    through_pass = [0.0] * len(weights)
+    if trains == "network":
+        through_pass = torch.autograd.grad(expected, list(twin.parameters()))
+    gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+    for gradient, *both in zip(gradients, through_mask, through_pass, strict=True):
+        total = sum(0.0 if part is None else part for part in both)
+        torch.testing.assert_close(gradient if gradient is not None else 0.0, total)
+    assert gradients[0].abs().max() > 0
 
 
 def test_swapping_a_pair_changes_neither_score_sum_nor_distance():
@@ -162,7 +200,12 @@ def test_losses_under_autocast(dtype):
         with capture(backbone.features) as captured:
             logits, features = tiny_forward(backbone, imgs)
         loss = IdentificationAttentionLoss()(
-            lambda masked: tiny_forward(backbone, masked)[0], imgs, PIDS, logits, captured.require()
+            lambda masked: tiny_forward(backbone, masked)[0],
+            imgs,
+            PIDS,
+            logits,
+            captured.require(),
+            backbone,
         ) + SiameseAttentionLoss()(classifier, features, PIDS, captured.require())
     loss.backward()
     assert all(p.grad.isfinite().all() for p in backbone.parameters() if p.grad is not None)
@@ -193,7 +236,7 @@ for step in range(60):
     loss = casn_loss(
         identification_loss(logits, pids),
         loss_ia(lambda masked: classifier(body(masked).mean((2, 3))),
-                imgs, pids, logits, activations),
+                imgs, pids, logits, activations, modules),
         loss_sa(pairs, features, pids, activations),
     )
     optimizer.zero_grad()
@@ -215,6 +258,14 @@ def test_bad_input_says_what_was_expected(unchecked):
         identity_scores(torch.rand(4, 4), PIDS)
     with pytest.raises(ValueError, match="'logit' or 'probability', got 'loss'"):
         IdentificationAttentionLoss("loss")
+    with pytest.raises(ValueError, match="'network' or 'attention', got 'all'"):
+        IdentificationAttentionLoss(trains="all")
+    with pytest.raises(ValueError, match="'batch' or 'running', got 'own'"):
+        IdentificationAttentionLoss(statistics="own")
+    with pytest.raises(TypeError, match="name it, network=.*none but a function"):
+        IdentificationAttentionLoss(trains="attention")(
+            lambda masked: masked.mean((2, 3)), activations, PIDS[:3], PIDS[:3], activations
+        )
     with pytest.raises(ValueError, match="mask_scale must be positive, got 0"):
         IdentificationAttentionLoss(mask_scale=0)
     with pytest.raises(ValueError, match=r"threshold must lie in \[0, 1\), got 1"):

@@ -217,9 +217,32 @@ def test_forward_reproduces_the_loss_modules():
     torch.testing.assert_close(reduced, loss_sa)
     loss_ia = LOSSES["identification"](
         lambda masked: tiny_forward(model.backbone, masked)[0],
-        imgs, PIDS, logits, captured.require(),
+        imgs, PIDS, logits, captured.require(), model.backbone,
     )  # fmt: skip
     torch.testing.assert_close(output.masked_scores.mean(), loss_ia)
+
+
+def test_forward_trains_what_the_loss_module_trains():
+    model, imgs = tiny(), torch.rand(4, 3, 48, 24)
+
+    def classify(masked):
+        return tiny_forward(model.backbone, masked)[0]
+
+    weights = list(model.backbone.parameters())
+    gradients = {}
+    for trains in ("network", "attention"):
+        loss = IdentificationAttentionLoss(trains=trains)
+        with capture(model.backbone.features) as captured:
+            logits, _ = tiny_forward(model.backbone, imgs)
+        expected = loss(classify, imgs, PIDS, logits, captured.require(), model.backbone)
+        expected = torch.autograd.grad(expected, weights, materialize_grads=True)
+        found = model(imgs, PIDS, loss).masked_scores.mean()
+        gradients[trains] = torch.autograd.grad(found, weights, materialize_grads=True)
+        torch.testing.assert_close(gradients[trains], expected)
+    assert all(
+        not torch.equal(one, other)
+        for one, other in zip(gradients["network"], gradients["attention"], strict=True)
+    )
 
 
 def test_features_of_pcb_in_training_are_its_eval_embedding():
