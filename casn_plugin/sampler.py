@@ -93,6 +93,7 @@ class PairSampler(Sampler[int]):
         *,
         batch_size: int | None = None,
         positive_fraction: float = 0.5,
+        cross_camera: bool = True,
         seed: int = 0,
     ) -> Manager:
         """Returns the torchreid data manager with a train loader that draws pairs.
@@ -104,6 +105,7 @@ class PairSampler(Sampler[int]):
             datamanager: a ``torchreid.data.ImageDataManager``.
             batch_size: images in a batch; by default that of the data manager's loader.
             positive_fraction: see the class.
+            cross_camera: prefer positive pairs of two cameras, as the class does with camids.
             seed: see the class.
 
         Raises:
@@ -119,7 +121,7 @@ class PairSampler(Sampler[int]):
             )
         sampler = cls(
             [row[1] for row in rows],
-            [row[2] for row in rows],
+            [row[2] for row in rows] if cross_camera else None,
             batch_size=loader.batch_size if batch_size is None else batch_size,  # type: ignore[arg-type]
             positive_fraction=positive_fraction,
             seed=seed,

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import torchreid
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torchvision.models import mobilenet_v2
 
 from casn_plugin import (
@@ -391,18 +390,7 @@ def build_engine(
         cuhk03_labeled=args.cuhk03_labeled,
     )
     model = build_model(args, datamanager.num_train_pids)
-    datamanager = PairSampler.install(datamanager, seed=args.seed)
-    if args.any_camera:
-        loader = datamanager.train_loader
-        pids = [row[1] for row in loader.dataset.train]
-        datamanager.train_loader = DataLoader(
-            loader.dataset,
-            batch_size=args.batch_size,
-            sampler=PairSampler(pids, batch_size=args.batch_size, seed=args.seed),
-            num_workers=args.workers,
-            pin_memory=loader.pin_memory,
-            drop_last=True,
-        )
+    datamanager = PairSampler.install(datamanager, cross_camera=not args.any_camera, seed=args.seed)
     optimizer = torchreid.optim.build_optimizer(
         model,
         optim=args.optim,

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
@@ -119,8 +120,11 @@ def test_install_replaces_the_loader_and_keeps_its_settings():
     assert len(batches) == len(manager.train_loader) == 5
     for batch in batches:
         assert (batch["pid"][0::2] == batch["pid"][1::2]).sum() == 2
-    PairSampler.install(manager, batch_size=4, positive_fraction=1.0)
-    assert manager.train_loader.batch_size == 4
+    for cross_camera in (True, False):
+        PairSampler.install(manager, batch_size=4, positive_fraction=1.0, cross_camera=cross_camera)
+        assert manager.train_loader.batch_size == 4
+        camids = torch.cat([batch["camid"] for batch in manager.train_loader])
+        assert bool((camids[0::2] != camids[1::2]).all()) == cross_camera
     for wrong in (SimpleNamespace(), SimpleNamespace(train_loader=[1])):
         with pytest.raises(TypeError, match="expected a torchreid data manager"):
             PairSampler.install(wrong)
