@@ -264,7 +264,7 @@ def test_the_ablation_resumes_and_reports(ablation, market_root, capsys):
     files = sorted(Path("results", "market").iterdir())
     assert [file.name for file in files] == ["casn-pcb-seed0.json", "ide-seed0.json"]
     made = json.loads(files[0].read_text())
-    assert made["settings"]["lambda_sa"] == 0.5 and len(made["history"]) == 1
+    assert made["settings"]["lambda_sa"] == 0.05 and len(made["history"]) == 1
     assert files[0].stat().st_size < 20_000 and str(market_root) not in files[0].read_text()
     assert 0 < made["results"]["quality"]["siamese"]["energy"] < 1
 
@@ -314,9 +314,9 @@ def test_the_report_of_several_seeds(ablation, example, market_root):
         write("table", "d", "PCB", "", seed, base)
         write("table", "d", "CASN(PCB)", "", seed, ours)
         write("table", "d", "PCB+SA", "", seed, ours - 0.01)
-        write("choices", "d-choices-PCB", "λ2", "0.05", seed, ours - 0.03)
+        write("choices", "d-choices-PCB", "λ2", "0.5", seed, ours - 0.03)
         write("choices", "d-choices-PCB", "λ1", "0.1", seed, ours)  # of PCB+IA, which is not there
-    write("choices", "d-choices-PCB", "λ2", "0.05", 2, 0, results=None)  # diverged
+    write("choices", "d-choices-PCB", "λ2", "0.5", 2, 0, results=None)  # diverged
     ablation.main(["--report", "results.md", "--results", "results"])
     rows = cells(Path("results.md").read_text())
     means = next(row for row in rows if row[:2] == ["PCB", "2"])
@@ -324,7 +324,7 @@ def test_the_report_of_several_seeds(ablation, example, market_root):
     paired = [row for row in rows if row[:2] == ["CASN(PCB)", "2"]][1]
     assert paired[3] == "+2.0 ± 1.4" and paired[-1] == "2 of 2"
     (choice,) = (row for row in rows if row[:2] == ["PCB+SA", "λ2"])
-    assert choice[2:6] == ["0.05", "3", "–", "-2.0 ± 0.0"]
+    assert choice[2:6] == ["0.5", "3", "–", "-2.0 ± 0.0"]
     assert choice[-3] == "0 of 2" and choice[-1] == "1"
     (choice,) = (row for row in rows if row[:2] == ["PCB+IA", "λ1"])
     assert choice[2:6] == ["0.1", "2", "–", "–"]
