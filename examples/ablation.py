@@ -574,7 +574,7 @@ def protocol(runs: list[dict[str, Any]]) -> str:
     return (
         f"{', '.join(backbones)} {initial}, {s['height']}x{s['width']}, {s['optim'].upper()} with "
         f"learning rate {s['lr']}, divided by 10 after {s['stepsize']} of {s['max_epoch']} epochs, "
-        f"batches of {s['batch_size'] // 2} pairs; {len(runs)} runs of {np.mean(minutes):.0f} "
+        f"batches of {s['batch_size'] // 2} pairs; runs: {len(runs)}, of {np.mean(minutes):.0f} "
         f"minutes on average; {', '.join(versions)}."
     )
 
@@ -664,6 +664,21 @@ def table_report(data: str, runs: list[dict[str, Any]], images: Path) -> list[st
     ]
 
 
+def summary(tables: dict[str, list[dict[str, Any]]]) -> str:
+    """Returns one table of all data sets: features, fused, and what the losses change."""
+    named = names_in([run for group in tables.values() for run in group])
+    head, rows = [""], [[name] for _, name in named]
+    for data, group in tables.items():
+        head += [f"{data}: n", "features", "fused", "mAP of features, difference"]
+        for (family, name), cells in zip(named, rows, strict=True):
+            row = of_row(group, name)
+            found = differences(row, of_row(group, family), "features", "mAP")
+            better = f" ({sum(each > 0 for each in found)} of {len(found)} higher)"
+            cells += [str(len(row)), rank1_and_map(row, "features"), rank1_and_map(row, "fused")]
+            cells += [spread(found, sign=True) + better if found and name != family else "–"]
+    return markdown(head, rows)
+
+
 def choices_report(
     data: str, runs: list[dict[str, Any]], table: list[dict[str, Any]], images: Path
 ) -> list[str]:
@@ -708,7 +723,7 @@ def choices_report(
     head = ["row", "choice", "value", "n"]
     head += ["features, rank-1", "features, mAP", "attention, mAP", "fused, mAP", "higher"]
     return [
-        f"## Open choices: {TITLES.get(runs[0]['data'], runs[0]['data'])}",
+        f"## Open choices, rows of {family}: {TITLES.get(runs[0]['data'], runs[0]['data'])}",
         "One choice changed at a time; difference to the same row of the table, with the defaults "
         "and the same seed, in points (the pair classifier's AUC: as a share), mean ± sample "
         "standard deviation; “higher” counts the seeds whose mAP of the features is. "
@@ -775,8 +790,11 @@ def write_report(document: Path, folder: Path) -> None:
         "does by default; pair AUC is that of the pair classifier on people it has not seen, 0.5 = "
         "chance, and untrained where λ2 is 0: then its attention is random.",
     ]
+    tables = {data: group for data, group in runs.items() if group[0]["study"] == "table"}
+    if tables:
+        paragraphs += ["## All rows", "Rank-1 / mAP in percent:", summary(tables)]
     for data, group in runs.items():
-        if group[0]["study"] == "table":
+        if data in tables:
             paragraphs += table_report(data, group, images)
         else:
             paragraphs += choices_report(data, group, runs.get(group[0]["data"], []), images)

@@ -319,9 +319,11 @@ def test_the_report_of_several_seeds(ablation, example, market_root):
     write("choices", "d-choices-PCB", "λ2", "0.5", 2, 0, results=None)  # diverged
     ablation.main(["--report", "results.md", "--results", "results"])
     rows = cells(Path("results.md").read_text())
+    casn = next(row for row in rows if row[:2] == ["CASN(PCB)", "2"])
+    assert casn[2] == "– / 57.0 ± 8.5" and casn[4] == "+2.0 ± 1.4 (2 of 2 higher)"
     means = next(row for row in rows if row[:2] == ["PCB", "2"])
     assert means[2] == "– / 55.0 ± 7.1"
-    paired = [row for row in rows if row[:2] == ["CASN(PCB)", "2"]][1]
+    paired = [row for row in rows if row[:2] == ["CASN(PCB)", "2"]][2]
     assert paired[3] == "+2.0 ± 1.4" and paired[-1] == "2 of 2"
     (choice,) = (row for row in rows if row[:2] == ["PCB+SA", "λ2"])
     assert choice[2:6] == ["0.5", "3", "–", "-2.0 ± 0.0"]
@@ -333,7 +335,10 @@ def test_the_report_of_several_seeds(ablation, example, market_root):
 def test_the_documented_results_are_those_of_the_files(ablation):
     docs = EXAMPLES.parent / "docs"
     ablation.main(["--report", "results.md", "--results", str(docs / "results")])
-    assert Path("results.md").read_text() == (docs / "results.md").read_text()
+    text = Path("results.md").read_text()
+    assert text == (docs / "results.md").read_text()
+    summary = next(part for part in text.split("\n\n") if part.startswith("|"))
+    assert summary in (EXAMPLES.parent / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
