@@ -260,7 +260,8 @@ class IdentificationAttentionLoss(nn.Module):
         network: nn.Module | None = None,
     ) -> Float[Tensor, " batch"]:
         """Returns y_c of each masked image; the arguments are those of the loss."""
-        network = network or (classify if isinstance(classify, nn.Module) else None)
+        if network is None and isinstance(classify, nn.Module):
+            network = classify
         if network is None and self.trains == "attention":
             raise TypeError(
                 "training attention alone needs the module that classify runs: name it, "

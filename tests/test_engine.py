@@ -591,11 +591,13 @@ def test_real_pictures_with_pretrained_weights(tmp_path):
 
     model = CASN(net, forward=forward, input_size=(96, 48))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-    engine = ImageCASNEngine(PairSampler.install(datamanager), model, optimizer, use_gpu=False)
+    engine = ImageCASNEngine(
+        PairSampler.install(datamanager), model, optimizer, use_gpu=False, pair_lr_mult=20.0
+    )
     engine.run(save_dir=str(tmp_path), max_epoch=1)
     results = engine.results["market1501"]
     assert results["features"]["mAP"] > 0.15 and results["fused"]["mAP"] > 0.15  # chance is 0.03
-    assert results["auc"] > 0.55
+    assert results["auc"] > 0.6
 
 
 def test_both_layouts_of_torchreid(tmp_path):
