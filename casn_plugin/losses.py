@@ -269,11 +269,11 @@ class IdentificationAttentionLoss(nn.Module):
                 "trains='network'"
             )
         masked = self.mask(imgs, pids, logits, activations)
-        with nullcontext() if network is None else self.masked_pass(network):
+        with nullcontext() if network is None else self._masked_pass(network):
             return identity_scores(classify(masked), pids, self.score)
 
     @contextmanager
-    def masked_pass(self, network: nn.Module) -> Iterator[None]:
+    def _masked_pass(self, network: nn.Module) -> Iterator[None]:
         """Keeps from a network what it must not learn of masked images, as the settings say."""
         constant = constant_parameters if self.trains == "attention" else nullcontext
         with frozen_batchnorm(network, self.statistics), constant(network):

@@ -16,7 +16,6 @@ from casn_plugin.losses import (
     IdentificationAttentionLoss,
     Logits,
     SiameseAttentionLoss,
-    identity_scores,
 )
 
 Forward = Callable[[nn.Module, Tensor], tuple[Logits, Tensor]]
@@ -203,10 +202,11 @@ class CASN(nn.Module):
         logits, features, activations = self._tapped(imgs)
         masked_scores = pair_scores = distances = None
         if identification is not None and pids is not None:
-            masked = identification.mask(imgs, pids, logits, activations)
-            with identification.masked_pass(self.backbone):
-                masked_logits, _ = self._forward(self.backbone, masked)
-            masked_scores = identity_scores(masked_logits, pids, identification.score)
+            masked_scores = identification.scores(
+                lambda masked: self._forward(self.backbone, masked)[0],
+                *(imgs, pids, logits, activations),
+                network=self.backbone,
+            )
         if siamese is not None:
             pair_scores, distances = siamese.pairs(self.pair_classifier, features, activations)
         return CASNOutput(logits, features, activations, masked_scores, pair_scores, distances)

@@ -27,6 +27,7 @@ import os
 import platform
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +163,7 @@ def settings(args: argparse.Namespace) -> list[dict[str, Any]]:
     else:
         rows += [
             (choice, value, args.family, _lambdas(losses) + options)
-            for losses, choices in CHOICES.items()
-            for choice, values in choices.items()
-            for value, options in values.items()
+            for losses, choice, value, options in all_choices()
         ]
     return [
         {
@@ -185,6 +184,14 @@ def settings(args: argparse.Namespace) -> list[dict[str, Any]]:
         for seed in args.seeds
         for name, value, family, options in rows
     ]
+
+
+def all_choices() -> Iterator[tuple[str, str, str, list[str]]]:
+    """Yields the losses of the row that is varied, the choice, its value and their options."""
+    for losses, choices in CHOICES.items():
+        for choice, values in choices.items():
+            for value, options in values.items():
+                yield losses, choice, value, options
 
 
 def _lambdas(losses: str) -> list[str]:
@@ -512,6 +519,16 @@ def spread(values: list[float | None], sign: bool = False, scale: float = 100) -
     return f"{mean} ± {np.std(known, ddof=1):.{digits}f}" if len(known) > 1 else mean
 
 
+def higher(found: list[float]) -> str:
+    """Returns how many differences are above zero, of how many.
+
+    Example:
+        >>> higher([0.1, -0.1, 0.0])
+        '1 of 3'
+    """
+    return f"{sum(each > 0 for each in found)} of {len(found)}"
+
+
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     """Returns a table."""
     lines = [head, ["---"] * len(head), *rows]
@@ -602,13 +619,12 @@ def table_report(data: str, runs: list[dict[str, Any]], images: Path) -> list[st
                 for kind in ("features", "fused")
                 for key in ("rank1", "mAP")
             ]
-            better = sum(value > 0 for value in found[1])
             paired.append(
                 [
                     name,
                     str(len(found[1])),
                     *(spread(values, sign=True) for values in found),
-                    f"{better} of {len(found[1])}",
+                    higher(found[1]),
                 ]
             )
         for kind in ("identification", "siamese"):
@@ -673,7 +689,7 @@ def summary(tables: dict[str, list[dict[str, Any]]]) -> str:
         for (family, name), cells in zip(named, rows, strict=True):
             row = of_row(group, name)
             found = differences(row, of_row(group, family), "features", "mAP")
-            better = f" ({sum(each > 0 for each in found)} of {len(found)} higher)"
+            better = f" ({higher(found)} higher)"
             cells += [str(len(row)), rank1_and_map(row, "features"), rank1_and_map(row, "fused")]
             cells += [spread(found, sign=True) + better if found and name != family else "–"]
     return markdown(head, rows)
@@ -685,12 +701,7 @@ def choices_report(
     """Returns the paragraphs on the open choices, and draws their plot."""
     family = runs[0]["family"]
     rows, points = [], {}
-    for losses, choice, value in (
-        (losses, choice, value)
-        for losses, choices in CHOICES.items()
-        for choice, values in choices.items()
-        for value in values
-    ):
+    for losses, choice, value, _ in all_choices():
         row, name = of_row(runs, choice, value), name_of(family, losses)
         if not row:
             continue
@@ -713,7 +724,7 @@ def choices_report(
                 value,
                 str(len(row)),
                 *(spread(each, sign=True) for each in found),
-                f"{sum(each > 0 for each in found[1])} of {len(found[1])}",
+                higher(found[1]),
                 spread(differences(row, base, "auc"), sign=True, scale=1),
                 str(diverged),
             ]
