@@ -81,6 +81,11 @@ CHOICES: dict[str, dict[str, dict[str, list[str]]]] = {
         "λ2": {value: ["--lambda-sa", value] for value in ("0.2", "0.5", "1.0")},
         "α of Eq. 5": {value: ["--consistency-weight", value] for value in ("0", "2")},
         "threshold t": {value: ["--threshold", value] for value in ("0.1", "0.4")},
+        "aligned profiles": {"of unit length": ["--unit-profiles"]},
+        "pair classifier": {
+            "of the absolute difference": ["--pair-classifier", "absolute"],
+            "affine": ["--pair-classifier", "affine"],
+        },
         "pair classifier's width": {value: ["--hidden-dim", value] for value in ("128", "2048")},
         "pair classifier's learning rate": {
             f"× {value}": ["--pair-lr-mult", value] for value in ("5", "20")
@@ -115,7 +120,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--root", default="", help="folder of pictures, as train_casn_pcb.py takes it")
     add("--weights", default="none", help="initial weights, as train_casn_pcb.py takes them")
     add("--study", choices=["table", "choices"], default="table")
-    add("--only", nargs="+", help="rows of the table, or choices, e.g. IDE 'CASN(IDE)'")
+    add("--only", nargs="+", help="rows of the table, or choices, e.g. 'CASN(IDE)', λ2, 'λ2: 0.5'")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--family", choices=FAMILIES, default="IDE", help="whose rows --study choices varies")
     add("--max-epoch", type=int, help="epochs to train, by default as train_casn_pcb.py")
@@ -140,13 +145,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if (args.data == "embedded") != (not args.root):
         parser.error(f"--data {args.data}: expected 'embedded' without --root, another name with")
     args.settings = settings(args)
-    unknown = set(args.only or ()) - {run["name"] for run in args.settings}
+    only = set(args.only or ())
+    unknown = only.difference(*map(names_of, args.settings))
     if unknown:
         names = sorted({run["name"] for run in args.settings})
         parser.error(f"--only: expected some of {', '.join(names)}; got {', '.join(unknown)}")
-    if args.only:
-        args.settings = [run for run in args.settings if run["name"] in args.only]
+    if only:
+        args.settings = [run for run in args.settings if only & names_of(run)]
     return args
+
+
+def names_of(run: dict[str, Any]) -> set[str]:
+    """Returns what --only may call a run.
+
+    Example:
+        >>> sorted(names_of({"name": "λ2", "value": "0.5"}))
+        ['λ2', 'λ2: 0.5']
+    """
+    return {run["name"], f"{run['name']}: {run['value']}"}
 
 
 def settings(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from casn_plugin import (
     CASN,
     IdentificationAttentionLoss,
     ImageCASNEngine,
+    PairClassifier,
     PairSampler,
     SiameseAttentionLoss,
 )
@@ -158,6 +159,13 @@ def parse_args(
     add("--ia-start-epoch", type=int, default=0, help="epochs before identification attention")
     add("--threshold", type=float, default=0.2, help="t, above which a row counts as attended")
     add("--consistency-weight", type=float, default=0.2, help="alpha of Eq. 5")
+    add("--unit-profiles", action="store_true", help="Eq. 5 in training: profiles of unit length")
+    add(
+        "--pair-classifier",
+        choices=["signed", "absolute", "affine"],
+        default="signed",
+        help="two layers of f1 - f2, two layers of |f1 - f2|, or one layer of f1 - f2",
+    )
     add("--hidden-dim", type=int, default=512, help="width of the pair classifier")
     add(
         "--pair-lr-mult",
@@ -259,6 +267,15 @@ class MobilePCB(torchreid.models.pcb.PCB):  # type: ignore[misc]
         return maps.contiguous()  # PCB.forward calls view()
 
 
+class AbsolutePairClassifier(PairClassifier):
+    """Two layers of |f1 − f2|: both orders of a pair get the same scores."""
+
+    def forward(self, differences: Tensor) -> Tensor:
+        """Returns (P, 2) scores of (P, D) differences."""
+        scores: Tensor = super().forward(differences.abs())
+        return scores
+
+
 def strided_mobilenet() -> nn.Module:
     """Returns torchvision's MobileNetV2 without its last stride: a map of twice the rows."""
     net: nn.Module = mobilenet_v2()
@@ -312,6 +329,12 @@ def build_model(args: argparse.Namespace, num_classes: int) -> CASN:
     model = CASN(
         backbone, forward=forward, input_size=size, hidden_dim=args.hidden_dim, seed=args.seed
     )
+    feature_dim = model.pair_classifier[0].in_features  # type: ignore[index]
+    if args.pair_classifier == "absolute":
+        model.pair_classifier = AbsolutePairClassifier(feature_dim, args.hidden_dim, seed=args.seed)
+    elif args.pair_classifier == "affine":
+        with torch.random.fork_rng(devices=[]):  # all else as with the others
+            model.pair_classifier = nn.Linear(feature_dim, 2)
     if args.weights not in ("imagenet", "none"):
         load_weights(model, args)
     return model.to(args.device)
@@ -423,7 +446,10 @@ def build_engine(
             statistics=args.masked_statistics,
         ),
         siamese=SiameseAttentionLoss(
-            args.consistency_weight, args.threshold, both_orders=not args.one_order
+            args.consistency_weight,
+            args.threshold,
+            unit=args.unit_profiles,
+            both_orders=not args.one_order,
         ),
         ia_start_epoch=args.ia_start_epoch,
         pair_lr_mult=args.pair_lr_mult,

@@ -128,7 +128,7 @@ def test_the_options_reach_the_engine(example, market_root):
         "--threshold": 0.4, "--consistency-weight": 2.0, "--hidden-dim": 7, "--pair-lr-mult": 20.0,
     }  # fmt: skip
     given = [word for option in options.items() for word in option]
-    arguments = market(market_root, *given, "--one-order", "--any-camera")
+    arguments = market(market_root, *given, "--one-order", "--any-camera", "--unit-profiles")
     engine = example.build_engine(example.parse_args(arguments))
     ia, siamese = engine.identification, engine.siamese
     found = (
@@ -136,10 +136,30 @@ def test_the_options_reach_the_engine(example, market_root):
         siamese.attention_weight, engine.casn.pair_classifier[0].out_features, engine.pair_lr_mult,
     )  # fmt: skip
     assert found == tuple(options.values())
-    assert not siamese.both_orders and not engine.train_loader.sampler.camids.any()
+    assert siamese.unit and not siamese.both_orders
+    assert not engine.train_loader.sampler.camids.any()
     default = example.build_engine(example.parse_args(market(market_root)))
-    assert default.siamese.both_orders and default.train_loader.sampler.camids.any()
+    assert default.siamese.both_orders and not default.siamese.unit
+    assert default.train_loader.sampler.camids.any()
     assert len(engine.train_loader) == len(default.train_loader)
+
+
+def test_the_forms_of_the_pair_classifier(example, market_root):
+    torch.manual_seed(0)
+    first, second = torch.randn(2, 5, 1024)
+    even, curved, states = {}, {}, []
+    for form in ("signed", "absolute", "affine"):
+        options = example.parse_args(market(market_root, "--pair-classifier", form))
+        torch.manual_seed(7)
+        classifier = example.build_model(options, 3).pair_classifier.eval()
+        states.append(torch.get_rng_state())
+        assert (form == "affine") == isinstance(classifier, torch.nn.Linear)
+        forth, back = classifier(first - second), classifier(second - first)
+        even[form] = torch.allclose(forth, back)
+        curved[form] = not torch.allclose(forth + back, 2 * classifier(first * 0), atol=1e-5)
+    assert even == {"signed": False, "absolute": True, "affine": False}
+    assert curved == {"signed": True, "absolute": True, "affine": False}
+    assert torch.equal(states[0], states[1]) and torch.equal(states[0], states[2])
 
 
 @pytest.mark.skipif(not WARD.exists(), reason=f"WARD is not at {WARD}")
@@ -285,6 +305,12 @@ def test_the_ablation_resumes_and_reports(ablation, market_root, capsys):
     ablation.main(["--report", "results.md", "--results", "results"])
     changed = Path("results.md").read_text()
     assert " / 12.3 |" in changed and " / 12.3 |" not in text
+
+
+def test_some_choices_or_some_of_their_values(ablation):
+    options = ["--study", "choices", "--seeds", "3", "--only", "λ2: 0.5", "warm-up of L_ia"]
+    found = [(run["name"], run["value"]) for run in ablation.parse_args(options).settings]
+    assert found == [(options[-1], "2 epochs"), (options[-1], "5 epochs"), ("λ2", "0.5")]
 
 
 def test_the_report_of_several_seeds(ablation, example, market_root):
