@@ -30,6 +30,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import cv2
 import numpy as np
@@ -41,7 +42,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from casn_plugin import CASN, Encoding, ImageCASNEngine, attention_distmat, fuse_distmats
-from casn_plugin.attention import align_profiles, grad_cam, row_profiles
+from casn_plugin.attention import align_profiles, grad_cam, row_profiles, scale_maps
 from casn_plugin.data import mask_path
 from casn_plugin.evaluation import (
     attention_consistency,
@@ -75,12 +76,14 @@ CHOICES: dict[str, dict[str, dict[str, list[str]]]] = {
         "BatchNorm of the masked pass": {"running": ["--masked-statistics", "running"]},
         "mask α": {value: ["--mask-scale", value] for value in ("5", "20")},
         "mask β": {value: ["--mask-threshold", value] for value in ("0.3", "0.7")},
+        "scale of the mask's map": {"by range": []},
         "λ1": {value: ["--lambda-ia", value] for value in ("0.1", "1.0")},
     },
     "+SA": {
         "λ2": {value: ["--lambda-sa", value] for value in ("0.2", "0.5", "1.0")},
         "α of Eq. 5": {value: ["--consistency-weight", value] for value in ("0", "2")},
         "threshold t": {value: ["--threshold", value] for value in ("0.1", "0.4")},
+        "scale of the profiles": {"by range": []},
         "aligned profiles": {"of unit length": ["--unit-profiles"]},
         "pair classifier": {
             "of the absolute difference": ["--pair-classifier", "absolute"],
@@ -235,6 +238,28 @@ class Trainer(ImageCASNEngine):
         """Does nothing."""
 
 
+@contextlib.contextmanager
+def scaled_by_range() -> Iterator[None]:
+    """Scales maps to [0, 1] by their least and greatest value, not by the greatest alone.
+
+    The map that becomes a mask is so scaled, and the profile of greatest values of the rows, in
+    training and ranking. It is no option of the package: it is measured here alone.
+    """
+
+    def by_range(maps: Tensor) -> Tensor:
+        return scale_maps(maps - maps.amin((-2, -1), keepdim=True))
+
+    def profiles(maps: Tensor) -> Tensor:
+        return by_range(maps.float().amax(-1, keepdim=True))[..., 0]
+
+    with (
+        patch("casn_plugin.attention.scale_maps", by_range),
+        patch("casn_plugin.losses.row_profiles", profiles),
+        patch("casn_plugin.ranking.scale_maps", by_range),
+    ):
+        yield
+
+
 def run_one(run: dict[str, Any], file: Path, log: Path) -> None:
     """Trains and measures one model, and writes its JSON file."""
     options = train.parse_args(run["argv"])
@@ -246,6 +271,7 @@ def run_one(run: dict[str, Any], file: Path, log: Path) -> None:
         contextlib.redirect_stdout(stream),
         contextlib.redirect_stderr(stream),
         tempfile.TemporaryDirectory() as folder,
+        scaled_by_range() if run["value"] == "by range" else contextlib.nullcontext(),
     ):
         engine = train.build_engine(options, Trainer)
         if options.device == "cpu" and "mobilenet" in options.backbone:

@@ -15,6 +15,8 @@ import pytest
 import torch
 from conftest import EXAMPLES, MOBILENET, SCRIPT, WARD
 
+from casn_plugin import attention, losses
+
 SMALL = [
     "--height",
     "64",
@@ -311,6 +313,33 @@ def test_some_choices_or_some_of_their_values(ablation):
     options = ["--study", "choices", "--seeds", "3", "--only", "λ2: 0.5", "warm-up of L_ia"]
     found = [(run["name"], run["value"]) for run in ablation.parse_args(options).settings]
     assert found == [(options[-1], "2 epochs"), (options[-1], "5 epochs"), ("λ2", "0.5")]
+
+
+def test_maps_scaled_by_range_in_training_and_ranking_alike(ablation):
+    torch.manual_seed(0)
+    model = torch.nn.Module()
+    model.pair_classifier = torch.nn.Sequential(
+        torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2)
+    )
+    activations = torch.rand(4, 8, 6, 3, requires_grad=True)
+    features = activations.mean((2, 3))
+    images = ablation.Encoding(features.detach(), basis=activations.detach() / 18)
+
+    def both() -> torch.Tensor:
+        siamese = ablation.train.SiameseAttentionLoss(threshold=0.4)
+        _, trained = siamese.pairs(model.pair_classifier, features, activations)
+        ranked = ablation.attention_distmat(model, images[::2], images[1::2], threshold=0.4)
+        return torch.stack([trained.detach(), ranked.diagonal()])
+
+    before, maps = both(), torch.tensor([[[1.0, 2.0], [3.0, 1.0]]])
+    with ablation.scaled_by_range():
+        trained, ranked = both()
+        torch.testing.assert_close(trained, ranked)
+        assert not torch.allclose(trained, before[0])
+        assert losses.row_profiles(maps).tolist() == [[0, 1]]
+        hidden = attention.soft_mask(maps, (2, 2), scale=1.0, threshold=0.0)
+    torch.testing.assert_close(hidden.logit(), (maps - 1) / 2)
+    torch.testing.assert_close(both(), before, rtol=0, atol=0)
 
 
 def test_the_report_of_several_seeds(ablation, example, market_root):
