@@ -90,15 +90,14 @@ CHOICES: dict[str, dict[str, dict[str, list[str]]]] = {
             "affine": ["--pair-classifier", "affine"],
         },
         "pair classifier's width": {value: ["--hidden-dim", value] for value in ("128", "2048")},
-        "pair classifier's learning rate": {
-            f"× {value}": ["--pair-lr-mult", value] for value in ("5", "20")
-        },
+        "pair classifier's learning rate": {"× 20": ["--pair-lr-mult", "20"]},
         "order of a pair": {"one": ["--one-order"]},
         "positive pairs": {"of any cameras": ["--any-camera"]},
     },
     "CASN": {
         "what L_ia trains, with L_sa": {"network": ["--ia-trains", "network"]},
         "λ2, with L_ia": {"0.5": ["--lambda-sa", "0.5"]},
+        "pair classifier's learning rate, with L_ia": {"× 20": ["--pair-lr-mult", "20"]},
     },
 }
 
@@ -688,8 +687,9 @@ def table_report(data: str, runs: list[dict[str, Any]], images: Path) -> list[st
                 means = np.mean(shares, axis=0) * 100 if shares else (np.nan, np.nan)
                 cells.append(f"{means[0]:.1f} / {means[1]:.1f}")
             fusion.append([name, reading, *cells])
-    picture = images / f"ablation_{data}.png"
+    picture, curves = images / f"ablation_{data}.png", images / f"training_{data}.png"
     plot_table(rows, picture)
+    plot_training(runs, curves)
     return [
         f"## {TITLES.get(data, data)}",
         protocol(runs),
@@ -704,6 +704,8 @@ def table_report(data: str, runs: list[dict[str, Any]], images: Path) -> list[st
             ["", "n", "features, rank-1", "features, mAP", "fused, rank-1", "fused, mAP", "higher"],
             paired,
         ),
+        "Training, epoch by epoch, means over seeds; L_bce of chance is ln 2 = 0.69:",
+        f"![Accuracy and loss terms over the epochs]({images.name}/{curves.name})",
         "### Attention on the person masks of the test set",
         "“identification” is Grad-CAM of each image's highest scoring training identity, "
         "“siamese” the attention of each query and a random match of another camera. Energy on "
@@ -806,6 +808,40 @@ def plot_table(rows: dict[str, dict[int, dict[str, Any]]], path: Path) -> None:
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def plot_training(runs: list[dict[str, Any]], path: Path) -> None:
+    """Draws accuracy and loss terms over the epochs, the mean and the range of each row's runs."""
+    terms = {
+        "acc": "training accuracy (%)",
+        "loss_ia": "L_ia",
+        "loss_bce": "L_bce",
+        "attention_distance": "attention distance",
+    }
+    figure = Figure(figsize=(10, 3.6), layout="constrained", dpi=100)
+    axes, lines = figure.subplots(1, len(terms)), {}
+    for family, line in zip(FAMILIES, ("-", "--"), strict=True):
+        for number, losses in enumerate(LAMBDAS):
+            name = name_of(family, losses)
+            histories = [run["history"] for run in of_row(runs, name).values()]
+            for axis, term in zip(axes, terms, strict=True):
+                if not any(term in entry for history in histories for entry in history):
+                    continue
+                values = np.array(
+                    [[entry.get(term) for entry in history] for history in histories], dtype=float
+                )
+                epochs = np.arange(1, values.shape[1] + 1)
+                (lines[name],) = axis.plot(epochs, values.mean(0), line, color=f"C{number}")
+                least, greatest = values.min(0), values.max(0)
+                axis.fill_between(epochs, least, greatest, color=f"C{number}", alpha=0.12)
+    for axis, label in zip(axes, terms.values(), strict=True):
+        axis.set_title(label, fontsize=10)
+        axis.set_xlabel("epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=8, fontsize=8)
     figure.savefig(path, metadata={"Software": None})
 
 

@@ -358,7 +358,8 @@ def test_the_report_of_several_seeds(ablation, example, market_root):
         run = {
             "study": study, "data": "d", "name": name, "value": value, "family": "PCB",
             "seed": seed, "settings": vars(engine_args), "seconds": {"training": 60},
-            "versions": {"torch": "2"}, "results": {**results, "features": {"mAP": mean_ap}},
+            "history": [{"acc": 50.0}, {"acc": None}], "versions": {"torch": "2"},
+            "results": {**results, "features": {"mAP": mean_ap}},
         }  # fmt: skip
         file = Path("results", folder, f"{name}-{value}-{seed}.json")
         file.parent.mkdir(parents=True, exist_ok=True)
