@@ -10,9 +10,16 @@ from casn_plugin.attention import grad_cam
 from casn_plugin.encoding import Encoding
 from casn_plugin.explanation import explain_pair, explain_ranking
 from casn_plugin.index import GalleryIndex
+from casn_plugin.loading import Preprocessing
 from casn_plugin.losses import IdentificationAttentionLoss, SiameseAttentionLoss
 from casn_plugin.model import CASN, CASNOutput, PairClassifier
-from casn_plugin.ranking import attention_distmat, fuse_distmats, rank_gallery
+from casn_plugin.ranking import (
+    Compute,
+    RankingOptions,
+    attention_distmat,
+    fuse_distmats,
+    rank_gallery,
+)
 from casn_plugin.sampler import PairSampler
 
 if TYPE_CHECKING:
@@ -22,12 +29,15 @@ __version__ = "0.1.0"
 __all__ = [
     "CASN",
     "CASNOutput",
+    "Compute",
     "Encoding",
     "GalleryIndex",
     "IdentificationAttentionLoss",
     "ImageCASNEngine",
     "PairClassifier",
     "PairSampler",
+    "Preprocessing",
+    "RankingOptions",
     "SiameseAttentionLoss",
     "attention_distmat",
     "explain_pair",

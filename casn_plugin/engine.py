@@ -6,10 +6,10 @@ and GitHub's 1.4.0 both have. Importing it registers the embedded data set with 
 
 import contextlib
 import os.path as osp
-import random
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +21,30 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from casn_plugin.checkpoint import (
+    load_checkpoint,
+    preserved_random_state,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+)
 from casn_plugin.data import load_pedestrians
 from casn_plugin.encoding import Encoding, Encodings
-from casn_plugin.evaluation import RankedLists, evaluate_rank, ranked_lists, verification_auc
-from casn_plugin.explanation import ExplainedRankings
+from casn_plugin.evaluation import (
+    RANKINGS,
+    RankedLists,
+    evaluate_rank,
+    ranked_lists,
+    side_by_side,
+    verification_auc,
+)
+from casn_plugin.explanation import ExplainedRankings, FixedPairs
 from casn_plugin.index import GalleryIndex
-from casn_plugin.losses import (
-    IdentificationAttentionLoss,
-    SiameseAttentionLoss,
-    casn_loss,
-    consistency,
-    identification_attention_loss,
-    pair_loss,
-    same_identity,
-    siamese_attention_loss,
-)
-from casn_plugin.model import CASNOutput, as_casn, encode_batches
-from casn_plugin.ranking import (
-    Normalization,
-    attention_distmat,
-    fuse_distmats,
-    pair_attention,
-    same_identity_distmat,
-)
+from casn_plugin.loading import Encoded, Preprocessing, encode_loader
+from casn_plugin.losses import IdentificationAttentionLoss, SiameseAttentionLoss
+from casn_plugin.model import as_casn, loss_terms
+from casn_plugin.ranking import RankingOptions, fused_distmats, same_identity_logits
 from casn_plugin.sampler import PairSampler
-from casn_plugin.visualization import IMAGENET_MEAN, IMAGENET_STD, denormalize, pair_mosaic
 
 EMBEDDED_DATASET = "casn_pedestrians"
 """The name under which torchreid finds the embedded data set."""
@@ -71,19 +70,8 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         lambda_ia: λ1, weight of the identification attention loss.
         lambda_sa: λ2, weight of the Siamese attention loss.
         identification: the settings of L_ia.
-        siamese: the settings of L_sa, of which `threshold` holds in ranking too.
-        ia_start_epoch: epochs before L_ia counts (the paper: none).
-        pair_lr_mult: factor on the gradients of the pair classifier: with SGD, its learning rate
-            as a multiple of the others' (but for weight decay); with Adam it does nothing.
-        normalization: how the two distances are normalised before they are summed, "unit",
-            "query" or "global": see :func:`casn_plugin.fuse_distmats`.
-        attention_weight: weight of the attention distance in the fused ranking.
-        topk: compare the attention of each query's so many nearest by features only, an
-            approximation for long galleries: see :func:`casn_plugin.attention_distmat`. Only
-            with normalization "unit", and without re-ranking.
-        max_memory: bytes that a tile of the attention ranking may take.
-        gallery_dir: keep the encodings of a gallery in a temporary folder made there instead of
-            in memory: a :class:`~casn_plugin.index.GalleryIndex`, read block by block.
+        siamese: the settings of L_sa, of which `row_threshold` holds in ranking too.
+        ranking: how distances of features and of attention become one ranking.
         autocast: run the forward pass under autocast in this dtype; on CUDA, float16 is trained
             with a gradient scaler.
         logged_pairs: so many fixed pairs of the first target's test images, half of them of one
@@ -100,13 +88,13 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
 
     Raises:
         TypeError: a model that is no CASN.
-        ValueError: a train loader that draws no pairs although λ2 > 0, an unknown normalization
-            or one that does not go with `topk`, a negative `logged_pairs`, or an optimizer that
-            lacks the pair classifier although λ2 > 0.
+        ValueError: a train loader that draws no pairs although λ2 > 0, a negative `logged_pairs`,
+            or an optimizer that lacks the pair classifier although λ2 > 0.
     """
 
     train_loader: Any
 
+    # the first six arguments are torchreid's, the others the terms of Eq. 6 and how they are run
     def __init__(
         self,
         datamanager: Any,
@@ -120,13 +108,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         lambda_sa: float = 0.05,
         identification: IdentificationAttentionLoss | None = None,
         siamese: SiameseAttentionLoss | None = None,
-        ia_start_epoch: int = 0,
-        pair_lr_mult: float = 1.0,
-        normalization: Normalization = "unit",
-        attention_weight: float = 0.1,
-        topk: int | None = None,
-        max_memory: int | None = None,
-        gallery_dir: str | None = None,
+        ranking: RankingOptions | None = None,
         autocast: torch.dtype | None = None,
         logged_pairs: int = 4,
     ) -> None:
@@ -136,17 +118,8 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
                 "the train loader draws no pairs: datamanager = PairSampler.install(datamanager) "
                 "comes before the engine"
             )
-        if normalization not in ("unit", "query", "global"):
-            raise ValueError(
-                f"normalization must be 'unit', 'query' or 'global', got {normalization!r}"
-            )
         if logged_pairs < 0:
             raise ValueError(f"logged_pairs must be >= 0, got {logged_pairs}")
-        if topk is not None and normalization != "unit":
-            raise ValueError(
-                f"topk needs normalization='unit', got {normalization!r}: the other readings scale "
-                "by the distances of all pairs"
-            )
         optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if lambda_sa and any(id(p) not in optimized for p in casn.pair_classifier.parameters()):
             raise ValueError(
@@ -160,13 +133,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         self.identification = identification or IdentificationAttentionLoss()
         self.siamese = siamese or SiameseAttentionLoss()
         self.identification.to(self._device)
-        self.ia_start_epoch = ia_start_epoch
-        self.pair_lr_mult = pair_lr_mult
-        self.normalization: Normalization = normalization
-        self.attention_weight = attention_weight
-        self.topk = topk
-        self.max_memory = max_memory
-        self.gallery_dir = gallery_dir
+        self.ranking = ranking or RankingOptions()
         self.autocast = autocast
         self.scaler = torch.amp.GradScaler(
             self._device.type, enabled=autocast == torch.float16 and self.use_gpu
@@ -177,7 +144,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         self.history: list[dict[str, float]] = []
         self._terms = torchreid.utils.MetricMeter()
         self._folder: str | None = None
-        self._logged: tuple[Tensor, Tensor, list[bool]] | None = None
+        self._logged: FixedPairs | None = None
 
     @property
     def _device(self) -> torch.device:
@@ -221,53 +188,25 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             output = self.model(
                 imgs,
                 pids,
-                self.identification
-                if self.lambda_ia and self.epoch >= self.ia_start_epoch
-                else None,
+                self.identification if self.lambda_ia else None,
                 self.siamese if self.lambda_sa else None,
             )
-            loss, summary = self._loss(output, pids)
+            loss, terms = loss_terms(
+                output,
+                pids,
+                self.compute_loss(self.criterion, output.logits, pids),
+                lambda_ia=self.lambda_ia,
+                lambda_sa=self.lambda_sa,
+                siamese=self.siamese,
+            )
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
-        if self.pair_lr_mult != 1:
-            for parameter in self.casn.pair_classifier.parameters():
-                if parameter.grad is not None:
-                    parameter.grad *= self.pair_lr_mult
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        summary = {name: term.item() for name, term in terms.items()}
+        summary["acc"] = torchreid.metrics.accuracy(output.logits, pids)[0].item()
         self._terms.update(summary)
         return summary
-
-    def _loss(self, output: CASNOutput, pids: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Returns L (Eq. 6) and its terms as numbers."""
-        loss_ide = self.compute_loss(self.criterion, output.logits, pids)
-        summary = {
-            "loss_ide": loss_ide.item(),
-            "acc": torchreid.metrics.accuracy(output.logits, pids)[0].item(),
-        }
-        loss_ia = loss_sa = loss_ide.new_zeros(())
-        if output.masked_scores is not None:
-            loss_ia = identification_attention_loss(output.masked_scores)
-            summary["loss_ia"] = loss_ia.item()
-        if output.pair_scores is not None and output.distances is not None:
-            same = same_identity(pids)
-            loss_sa = siamese_attention_loss(
-                output.pair_scores,
-                output.distances,
-                same,
-                attention_weight=self.siamese.attention_weight,
-            )
-            rows = same.repeat_interleave(len(output.pair_scores) // len(same))
-            with torch.no_grad():
-                summary["loss_sa"] = loss_sa.item()
-                summary["loss_bce"] = pair_loss(output.pair_scores, rows).item()
-                summary["attention_distance"] = consistency(output.distances, same).item()
-                hits = output.pair_scores.argmax(1).bool() == rows
-                summary["pair_acc"] = 100 * hits.float().mean().item()
-        loss = casn_loss(
-            loss_ide, loss_ia, loss_sa, lambda_ia=self.lambda_ia, lambda_sa=self.lambda_sa
-        )
-        return loss, {"loss": loss.item(), **summary}
 
     def test(self, *args: Any, **kwargs: Any) -> float:
         """Returns the rank-1 of the fused ranking on the last target data set.
@@ -277,10 +216,10 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         self.results = {}
         self.ranked = {}
         folder: Any = contextlib.nullcontext()
-        if self.gallery_dir is not None:
-            Path(self.gallery_dir).mkdir(parents=True, exist_ok=True)
-            folder = tempfile.TemporaryDirectory(dir=self.gallery_dir)
-        with _preserved_random_state(), folder as self._folder:
+        if self.ranking.gallery_dir is not None:
+            Path(self.ranking.gallery_dir).mkdir(parents=True, exist_ok=True)
+            folder = tempfile.TemporaryDirectory(dir=self.ranking.gallery_dir)
+        with preserved_random_state(), folder as self._folder:
             try:
                 return float(super().test(*args, **kwargs))
             finally:
@@ -302,45 +241,50 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         rerank: bool = False,
     ) -> tuple[float, float]:
         """Returns rank-1 and mAP of the fused ranking, as shares."""
-        if rerank and self.topk is not None:
-            raise ValueError("re-ranking needs the distances of all pairs: topk must be None")
+        if rerank and self.ranking.shortlist is not None:
+            raise ValueError("re-ranking needs the distances of all pairs: shortlist must be None")
         query, q_pids, q_camids = self._encode(query_loader, "query")
         gallery, g_pids, g_camids = (
             self._encode(gallery_loader, "gallery")
             if self._folder is None
-            else self._encode_to_disk(gallery_loader)
+            else self._encode_to_disk(gallery_loader, self._folder)
         )
         print(f"Computing distance matrices with metric={dist_metric} ...")
-        kwargs: dict[str, Any] = {
-            "dist_metric": dist_metric,
-            "normalize_feature": normalize_feature,
-        }
-        distmats = self._distmats(query, gallery, **kwargs)
+
+        def of_features(qf: Tensor, gf: Tensor, normalize: bool = normalize_feature) -> Tensor:
+            if normalize:
+                qf, gf = F.normalize(qf, dim=1), F.normalize(gf, dim=1)
+            distmat: Tensor = torchreid.metrics.compute_distance_matrix(qf, gf, dist_metric)
+            return distmat
+
+        def to_fuse(qf: Tensor, gf: Tensor) -> Tensor:
+            """Returns what is fused: l2 distances where torchreid's are squared."""
+            unit = self.ranking.normalization == "unit"
+            distmat = of_features(qf, gf, normalize_feature and not unit)
+            return distmat.clamp(min=0).sqrt() if dist_metric == "euclidean" else distmat
+
+        distmats = self._distmats(query, gallery, of_features, to_fuse)
         if rerank:
             print("Applying person re-ranking ...")
-            distmats = self._rerank(distmats, query, gallery, **kwargs)
+            # what is fused is normalised over queries and gallery together: re-ranking compares
+            # distances of all three matrices
+            images = Encoding.cat([query, gallery[: len(gallery)]])
+            every = self._distmats(images, images, of_features, to_fuse)
+            distmats = {name: _rerank(every[name], len(query)) for name in distmats}
 
         print("Computing CMC and mAP ...")
-        results: dict[str, Any] = {}
         ids = q_pids, g_pids, q_camids, g_camids
-        for name, distmat in distmats.items():
-            if use_metric_cuhk03:
-                cmc, mean_ap = torchreid.metrics.evaluate_rank(
-                    distmat.numpy(), *ids, use_metric_cuhk03=True
-                )
-                results[name] = {"mAP": float(mean_ap), "cmc": cmc.tolist()}
-            else:
-                found = evaluate_rank(distmat, *ids)
-                results[name] = {
-                    "mAP": found.mean_ap, "mINP": found.mean_inp, "cmc": found.cmc.tolist()
-                }  # fmt: skip
+        results: dict[str, Any] = {
+            name: _figures(distmat, ids, use_metric_cuhk03) for name, distmat in distmats.items()
+        }
         same = torch.from_numpy(q_pids[:, None] == g_pids[None])
         counted = ~(same & torch.from_numpy(q_camids[:, None] == g_camids[None]))
-        scores = same_identity_distmat(self.model, query, gallery, max_memory=self.max_memory)
+        scores = same_identity_logits(self.model, query, gallery, compute=self.ranking.compute)
         results["auc"] = verification_auc(scores[counted][None], same[counted][None])
         self.results[dataset_name] = results
         self.ranked[dataset_name] = ranked_lists(distmats["features"], distmats["fused"], *ids)
-        self._report(dataset_name, results, ranks)
+        print(side_by_side(results, ranks))
+        self._log_results(dataset_name, results)
         if visrank:
             torchreid.utils.visualize_ranked_results(
                 distmats["fused"].numpy(),
@@ -353,110 +297,55 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             )
         return results["fused"]["cmc"][0], results["fused"]["mAP"]
 
-    def _encode(
-        self, loader: DataLoader[Any], name: str
-    ) -> tuple[Encoding, np.ndarray, np.ndarray]:
+    def _encode(self, loader: DataLoader[Any], name: str) -> Encoded:
         """Returns the encodings of a loader's images on the CPU, their pids and camids."""
         batches = tqdm(loader, desc=f"Encoding {name}", leave=False, disable=None)
-        found = encode_batches(self.casn, map(self.parse_data_for_eval, batches))
-        rows, dim = found[0].features.shape
+        found = encode_loader(self.casn, map(self.parse_data_for_eval, batches))
+        rows, dim = found.encoding.features.shape
         print(f"Done, encoded {rows} {name} images, {dim} features each")
         return found
 
     def _encode_to_disk(
-        self, loader: DataLoader[Any]
+        self, loader: DataLoader[Any], folder: str
     ) -> tuple[GalleryIndex, np.ndarray, np.ndarray]:
-        """Returns the encodings of a gallery in the temporary folder, their pids and camids."""
-        index = GalleryIndex.create(tempfile.mkdtemp(dir=self._folder), self.casn)
+        """Returns the encodings of a gallery in a folder, their pids and camids."""
+        index = GalleryIndex.create(tempfile.mkdtemp(dir=folder), self.casn)
         index.extend(self.casn, loader, progress=True)
         print(f"Done, encoded {len(index)} gallery images to {index.folder}")
         return index, index.pids, index.camids
 
     def _distmats(
-        self, query: Encoding, gallery: Encodings, *, dist_metric: str, normalize_feature: bool
+        self,
+        query: Encoding,
+        gallery: Encodings,
+        of_features: Callable[[Tensor, Tensor], Tensor],
+        to_fuse: Callable[[Tensor, Tensor], Tensor],
     ) -> dict[str, Tensor]:
         """Returns the (Q, G) matrices of features alone, attention alone and both fused.
 
-        The features' own is torchreid's, squared where the metric is "euclidean". What is fused
-        is the l2 distance, of unit-length features where the normalization is "unit".
+        The features' own is torchreid's; what is fused is the l2 distance.
         """
-
-        def of_features(normalize: bool) -> Tensor:
-            qf, gf = query.features, gallery_features
-            if normalize:
-                qf, gf = F.normalize(qf, dim=1), F.normalize(gf, dim=1)
-            distmat: Tensor = torchreid.metrics.compute_distance_matrix(qf, gf, dist_metric)
-            return distmat
-
-        unit = self.normalization == "unit"
-        gallery_features = gallery.features_of(slice(0, len(gallery)))
-        features = of_features(normalize_feature)
-        attention = attention_distmat(
+        compute = replace(self.ranking.compute, progress=True)
+        _, attention, fused = fused_distmats(
             self.model,
             query,
             gallery,
-            threshold=self.siamese.threshold,
-            unit=unit,
-            topk=self.topk,
-            max_memory=self.max_memory,
-            progress=True,
+            row_threshold=self.siamese.row_threshold,
+            options=replace(self.ranking, compute=compute),
+            feature_distances=to_fuse,
         )
-        to_fuse = of_features(normalize_feature or unit)
-        if dist_metric == "euclidean":
-            to_fuse = to_fuse.clamp(min=0).sqrt()
-        fused = fuse_distmats(
-            to_fuse,
-            attention,
-            normalization=self.normalization,
-            attention_weight=self.attention_weight,
-        )
-        return {"features": features, "attention": attention, "fused": fused}
+        features = of_features(query.features, gallery.features_of(slice(0, len(gallery))))
+        return dict(zip(RANKINGS, (features, attention, fused), strict=True))
 
-    def _rerank(
-        self, distmats: dict[str, Tensor], query: Encoding, gallery: Encodings, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        """Returns the matrices re-ranked (Zhong et al., CVPR 2017), each among its own kind.
-
-        What is fused is normalised over queries and gallery together: re-ranking compares
-        distances of all three matrices.
-        """
-        num_q = len(query)
-        images = Encoding.cat([query, gallery[: len(gallery)]])
-        every = self._distmats(images, images, **kwargs)
-        reranked = {}
-        for name in distmats:
-            square = (every[name] + every[name].T) / 2
-            reranked[name] = torch.from_numpy(
-                torchreid.utils.re_ranking(
-                    square[:num_q, num_q:].numpy(),
-                    square[:num_q, :num_q].numpy(),
-                    square[num_q:, num_q:].numpy(),
-                )
-            )
-        return reranked
-
-    def _report(self, dataset_name: str, results: dict[str, Any], ranks: Sequence[int]) -> None:
-        """Prints the three rankings side by side and logs them."""
-        rankings = ("features", "attention", "fused")
-        print("** Results **")
-        print("{:<9}".format("") + "".join(f"{name:>11}" for name in rankings))
-        print(
-            "{:<9}".format("mAP") + "".join(f"{results[name]['mAP']:>11.1%}" for name in rankings)
-        )
-        if "mINP" in results["fused"]:
-            shares = [results[name]["mINP"] for name in rankings]
-            print(f"{'mINP':<9}" + "".join(f"{share:>11.1%}" for share in shares))
-        for rank in ranks:
-            if rank <= len(results["fused"]["cmc"]):
-                shares = [results[name]["cmc"][rank - 1] for name in rankings]
-                print(f"{f'Rank-{rank}':<9}" + "".join(f"{share:>11.1%}" for share in shares))
-        print(f"Pair classifier: AUC {results['auc']:.3f} (0.5 is chance)")
-        if self.writer is not None:
-            for name in rankings:
-                tag = f"Test/{dataset_name}/{name}"
-                self.writer.add_scalar(f"{tag}/rank1", results[name]["cmc"][0], self.epoch)
-                self.writer.add_scalar(f"{tag}/mAP", results[name]["mAP"], self.epoch)
-            self.writer.add_scalar(f"Test/{dataset_name}/pair_auc", results["auc"], self.epoch)
+    def _log_results(self, dataset_name: str, results: dict[str, Any]) -> None:
+        """Writes an evaluation to TensorBoard."""
+        if self.writer is None:
+            return
+        for name in RANKINGS:
+            tag = f"Test/{dataset_name}/{name}"
+            self.writer.add_scalar(f"{tag}/rank1", results[name]["cmc"][0], self.epoch)
+            self.writer.add_scalar(f"{tag}/mAP", results[name]["mAP"], self.epoch)
+        self.writer.add_scalar(f"Test/{dataset_name}/pair_auc", results["auc"], self.epoch)
 
     def explain(self, dataset_name: str | None = None, *, topk: int = 5) -> ExplainedRankings:
         """Returns the ranked lists of the last evaluation, each explained when it is asked for.
@@ -478,29 +367,19 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             )
         if not 1 <= topk <= 10:
             raise ValueError(f"topk must lie in [1, 10], got {topk}")
-        mean, std = self._colours()
         return ExplainedRankings(
             self.casn,
             *self._test_data(name),
             self.ranked[name],
             topk=topk,
-            mean=mean,
-            std=std,
-            threshold=self.siamese.threshold,
+            preprocessing=Preprocessing.of(self.datamanager),
+            row_threshold=self.siamese.row_threshold,
         )
 
     def _test_data(self, name: str) -> tuple[Any, Any]:
         """Returns the queries and the gallery of a target, as data sets."""
         query, gallery = (self.test_loader[name][part].dataset for part in ("query", "gallery"))
         return query, gallery
-
-    def _colours(self) -> tuple[Sequence[float], Sequence[float]]:
-        """Returns mean and std with which the data manager normalises."""
-        prepared = getattr(self.datamanager, "transform_te", None)
-        for transform in reversed(getattr(prepared, "transforms", [prepared])):
-            if hasattr(transform, "mean") and hasattr(transform, "std"):
-                return transform.mean, transform.std
-        return IMAGENET_MEAN, IMAGENET_STD
 
     def _log_attention(self) -> None:
         """Draws the attention of the fixed pairs to TensorBoard."""
@@ -515,23 +394,8 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
                 )
                 self.logged_pairs = 0
                 return
-            pairs = _fixed_pairs(query.data, gallery.data, self.logged_pairs)
-            items = [(query[i], gallery[j]) for i, j in pairs]
-            self._logged = (
-                torch.stack([first["img"] for first, _ in items]),
-                torch.stack([second["img"] for _, second in items]),
-                [bool(first["pid"] == second["pid"]) for first, second in items],
-            )
-        first, second, same = self._logged
-        maps = pair_attention(
-            self.casn,
-            self.casn.encode(first.to(self._device)),
-            self.casn.encode(second.to(self._device)),
-        )
-        colours = self._colours()
-        mosaic = pair_mosaic(
-            denormalize(first, *colours), denormalize(second, *colours), *maps, same
-        )
+            self._logged = FixedPairs(query, gallery, self.logged_pairs)
+        mosaic = self._logged.mosaic(self.casn, Preprocessing.of(self.datamanager))
         self.writer.add_image(f"Attention/{name}", mosaic, self.epoch + 1, dataformats="HWC")
 
     def save_model(self, epoch: int, rank1: float, save_dir: str, is_best: bool = False) -> None:
@@ -545,7 +409,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             "rank1": float(rank1),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "random_state": _random_state(),
+            "random_state": random_state(),
             "history": self.history,
         }
         sampler = self.datamanager.train_loader.sampler
@@ -553,7 +417,8 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             state["sampler_epoch"] = sampler.epoch
         if self.scheduler is not None:
             state["scheduler"] = self.scheduler.state_dict()
-        torchreid.utils.save_checkpoint(state, osp.join(save_dir, "model"), is_best=is_best)
+        path = save_checkpoint(state, osp.join(save_dir, "model"), is_best=is_best)
+        print(f'Checkpoint saved to "{path}"')
 
     def resume(self, fpath: str) -> int:
         """Returns the epoch to start from, having loaded a checkpoint of :meth:`save_model`.
@@ -562,15 +427,15 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: a checkpoint of another engine or another model.
+            ValueError: no checkpoint, or one of another engine or another model.
         """
-        checkpoint = torchreid.utils.load_checkpoint(fpath)
+        checkpoint = load_checkpoint(fpath)
         wanted = {"state_dict", "epoch", "optimizer", "scaler", "random_state", "history"}
         missing = wanted - set(checkpoint)
         if missing:
             raise ValueError(
                 f"{fpath} is no checkpoint of ImageCASNEngine: it lacks {sorted(missing)}; the "
-                "weights alone can be loaded with torchreid.utils.load_pretrained_weights"
+                "weights alone can be loaded with casn_plugin.checkpoint.load_weights"
             )
         saved, own = (
             {name for group in groups for name in group}
@@ -588,7 +453,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             ) from error
         if self.scheduler is not None and "scheduler" in checkpoint:
             self.scheduler.load_state_dict(checkpoint["scheduler"])
-        _set_random_state(checkpoint["random_state"])
+        set_random_state(checkpoint["random_state"])
         self.history = list(checkpoint["history"])
         epoch = int(checkpoint["epoch"])
         sampler = self.datamanager.train_loader.sampler
@@ -619,64 +484,19 @@ class EmbeddedPedestrians(torchreid.data.ImageDataset):  # type: ignore[misc]
 torchreid.data.register_image_dataset(EMBEDDED_DATASET, EmbeddedPedestrians)
 
 
-def _fixed_pairs(
-    query: Sequence[Any], gallery: Sequence[Any], number: int
-) -> list[tuple[int, int]]:
-    """Returns rows of query and gallery, the same at every call.
-
-    In turn a pair of one identity, seen by two cameras, and a pair of two identities; of the
-    other kind where there is none.
-
-    Args:
-        query: tuples of (path, pid, camid, ...).
-        gallery: likewise.
-        number: pairs to return; queries repeat where there are fewer.
-    """
-    rng = np.random.default_rng(0)
-    pids = np.array([row[1] for row in gallery])
-    camids = np.array([row[2] for row in gallery])
-    one_each = {row[1]: i for i, row in enumerate(query)}
-    queries = rng.permutation(list(one_each.values())).tolist()
-    pairs = []
-    for i in range(number):
-        row = queries[i % len(queries)]
-        pid, camid = query[row][1:3]
-        same = np.flatnonzero((pids == pid) & (camids != camid))
-        different = np.flatnonzero(pids != pid)
-        wanted, other = (different, same) if i % 2 else (same, different)
-        rows = wanted if len(wanted) else other if len(other) else np.arange(len(pids))
-        pairs.append((row, int(rng.choice(rows))))
-    return pairs
+def _rerank(distmat: Tensor, queries: int) -> Tensor:
+    """Returns the (Q, G) part of all images' distances, re-ranked (Zhong et al., CVPR 2017)."""
+    square = (distmat + distmat.T) / 2
+    parts = square[:queries, queries:], square[:queries, :queries], square[queries:, queries:]
+    return torch.from_numpy(torchreid.utils.re_ranking(*(part.numpy() for part in parts)))
 
 
-def _random_state() -> dict[str, Any]:
-    """Returns the state of every generator that training draws from, safe to load."""
-    version, internal, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    return {
-        "python": [version, list(internal), gauss],
-        "numpy": [torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state(
-        ("MT19937", keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached)
-    )
-    torch.set_rng_state(state["torch"].cpu())
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])
-
-
-@contextlib.contextmanager
-def _preserved_random_state() -> Iterator[None]:
-    state = _random_state()
-    try:
-        yield
-    finally:
-        _set_random_state(state)
+def _figures(distmat: Tensor, ids: tuple[np.ndarray, ...], cuhk03: bool) -> dict[str, Any]:
+    """Returns the figures of merit of one ranking."""
+    if cuhk03:
+        cmc, mean_ap = torchreid.metrics.evaluate_rank(
+            distmat.numpy(), *ids, use_metric_cuhk03=True
+        )
+        return {"mAP": float(mean_ap), "cmc": cmc.tolist()}
+    found = evaluate_rank(distmat, *ids)
+    return {"mAP": found.mean_ap, "mINP": found.mean_inp, "cmc": found.cmc.tolist()}

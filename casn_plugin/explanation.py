@@ -1,40 +1,44 @@
 """Why a match: what made the model say same or different, for a pair and for ranked lists."""
 
 import html
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
 import torch
 import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from casn_plugin.attention import (
+    ROW_THRESHOLD,
     align_profiles,
     attended_span,
     attention_distance,
+    check_share,
     row_profiles,
     scale_maps,
 )
 from casn_plugin.evaluation import RankedLists, ranked_lists
-from casn_plugin.model import CASN, as_casn, encode_batches
+from casn_plugin.loading import (
+    Encoded,
+    Image,
+    Preprocessing,
+    encode_images,
+    encode_loader,
+    image_loader,
+)
+from casn_plugin.model import CASN, as_casn
 from casn_plugin.ranking import (
-    attention_distmat,
-    fuse_distmats,
+    RankingOptions,
+    fused_distmats,
     pair_attention,
-    same_identity_distmat,
+    same_identity_logits,
 )
 from casn_plugin.visualization import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    denormalize,
+    pair_mosaic,
     plot_pair,
     plot_ranking,
     png_uri,
@@ -44,8 +48,9 @@ from casn_plugin.visualization import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Image = Tensor | PIL.Image.Image | str | os.PathLike[str]
-"""A normalised (3, rows, columns) tensor as the model takes it, a picture, or its path."""
+
+IMAGENET = Preprocessing()
+"""Pictures of the model's own size, normalised as ImageNet's are."""
 
 
 class _Drawn:
@@ -78,7 +83,7 @@ class PairExplanation(_Drawn):
         second_attention: (H, W) M2 of the second one.
         probability: softmax probability of z1, "same identity", in [0, 1].
         feature_distance: l2 distance of the unit-length features, in [0, 2].
-        threshold: t, the value above which a row counts as attended.
+        row_threshold: t, the value above which a row counts as attended.
         same: whether both show one identity; None where that is not known.
     """
 
@@ -88,7 +93,7 @@ class PairExplanation(_Drawn):
     second_attention: Float[Tensor, "height width"]
     probability: float
     feature_distance: float
-    threshold: float = 0.2
+    row_threshold: float = ROW_THRESHOLD
     same: bool | None = None
 
     @property
@@ -104,30 +109,30 @@ class PairExplanation(_Drawn):
     @property
     def first_span(self) -> tuple[int, int]:
         """The first and the last attended row of the first map."""
-        first, last = attended_span(self.first_profile, self.threshold)
+        first, last = attended_span(self.first_profile, self.row_threshold)
         return int(first), int(last)
 
     @property
     def second_span(self) -> tuple[int, int]:
         """The first and the last attended row of the second map."""
-        first, last = attended_span(self.second_profile, self.threshold)
+        first, last = attended_span(self.second_profile, self.row_threshold)
         return int(first), int(last)
 
     @property
     def first_aligned(self) -> Float[Tensor, " height"]:
         """M*_m1: the attended rows of the first image, stretched to the map's height."""
-        return align_profiles(self.first_profile, self.threshold)
+        return align_profiles(self.first_profile, self.row_threshold)
 
     @property
     def second_aligned(self) -> Float[Tensor, " height"]:
         """M*_m2: the attended rows of the second image, stretched to the map's height."""
-        return align_profiles(self.second_profile, self.threshold)
+        return align_profiles(self.second_profile, self.row_threshold)
 
     @property
     def attention_distance(self) -> float:
         """‖M*_m1 − M*_m2‖₂ (paper, Eq. 5): 0 where both were looked at alike, at most √H."""
         profiles = self.first_profile, self.second_profile
-        return float(attention_distance(*profiles, threshold=self.threshold))
+        return float(attention_distance(*profiles, row_threshold=self.row_threshold))
 
     def headline(self) -> str:
         """Returns what the model says of the pair, and whether that is right where it is known."""
@@ -150,7 +155,7 @@ class PairExplanation(_Drawn):
             headline=self.headline(),
             details=f"Features differ by {self.feature_distance:.2f} of at most 2, attention by "
             f"{self.attention_distance:.2f} (0: the same rows in both).",
-            threshold=self.threshold,
+            row_threshold=self.row_threshold,
         )
 
     def describe(self) -> str:
@@ -302,9 +307,8 @@ class ExplainedRankings(Sequence[RankingExplanation]):
         gallery: the gallery, likewise.
         ranked: their ranked lists.
         topk: matches to explain for each query.
-        mean: of the images' normalisation.
-        std: of the images' normalisation.
-        threshold: t.
+        preprocessing: how the images were normalised.
+        row_threshold: t.
 
     Raises:
         TypeError: a model that is no CASN.
@@ -313,7 +317,7 @@ class ExplainedRankings(Sequence[RankingExplanation]):
     Attributes:
         ranked: :class:`~casn_plugin.evaluation.RankedLists`; `failures`, `best` and `worst` of
             it pick queries.
-        threshold: t.
+        row_threshold: t.
     """
 
     def __init__(
@@ -324,9 +328,8 @@ class ExplainedRankings(Sequence[RankingExplanation]):
         ranked: RankedLists,
         *,
         topk: int = 5,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
-        threshold: float = 0.2,
+        preprocessing: Preprocessing = IMAGENET,
+        row_threshold: float = ROW_THRESHOLD,
     ) -> None:
         if topk < 1:
             raise ValueError(f"topk must be at least 1, got {topk}")
@@ -338,8 +341,8 @@ class ExplainedRankings(Sequence[RankingExplanation]):
         self.ranked = ranked
         self.topk = topk
         self._data = query, gallery
-        self._colours = mean, std
-        self.threshold = threshold
+        self._preprocessing = preprocessing
+        self.row_threshold = row_threshold
 
     def __len__(self) -> int:
         """Returns the number of queries."""
@@ -367,8 +370,8 @@ class ExplainedRankings(Sequence[RankingExplanation]):
             item["img"],
             [each["img"] for each in items],
             same,
-            self._colours,
-            self.threshold,
+            self._preprocessing,
+            self.row_threshold,
         )
         matches = [
             Match(pair, match, int(each["pid"]), int(each["camid"]), *ranks)
@@ -376,7 +379,7 @@ class ExplainedRankings(Sequence[RankingExplanation]):
         ]
         return RankingExplanation(
             query=row,
-            picture=denormalize(item["img"][None], *self._colours)[0],
+            picture=self._preprocessing.pictures(item["img"][None])[0],
             pid=pid,
             camid=int(item["camid"]),
             ap=float(ranked.ap[row]),
@@ -403,10 +406,8 @@ def explain_pair(
     second: Image,
     *,
     same: bool | None = None,
-    size: tuple[int, int] | None = None,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-    threshold: float = 0.2,
+    preprocessing: Preprocessing = IMAGENET,
+    row_threshold: float = ROW_THRESHOLD,
 ) -> PairExplanation:
     """Returns why the model takes two images for the same or for different persons.
 
@@ -418,17 +419,14 @@ def explain_pair(
             path of a picture.
         second: likewise.
         same: whether both show one identity, where it is known.
-        size: (rows, columns) that pictures and paths are brought to; by default the model's
-            `input_size`. Tensors are taken as they are.
-        mean: what pictures are normalised with, and tensors were: by default ImageNet's.
-        std: likewise.
-        threshold: t, the share of a map's maximum above which a row counts as attended.
+        preprocessing: size that pictures and paths are brought to, by default the model's
+            `input_size`; and what they are normalised with, and tensors were.
+        row_threshold: t, the share of a map's maximum above which a row counts as attended.
 
     Raises:
         TypeError: a model that is no CASN or in half precision, an image of none of these kinds.
-        ValueError: a tensor of another shape, images of unlike sizes, a threshold outside [0, 1),
-            mean or std that are not three numbers, a std that is not positive, features that are
-            not finite.
+        ValueError: a tensor of another shape, images of unlike sizes, t outside [0, 1), features
+            that are not finite.
         OSError: a path that is no picture.
 
     Example:
@@ -445,15 +443,15 @@ def explain_pair(
         (torch.Size([8, 4]), True)
     """
     casn = as_casn(model)
-    _check(threshold, mean, std)
-    size = size or casn.input_size
-    imgs = [_load(image, size, mean, std) for image in (first, second)]
+    check_share("row_threshold", row_threshold)
+    preprocessing = preprocessing.for_model(casn)
+    imgs = [preprocessing.load(image) for image in (first, second)]
     if imgs[0].shape != imgs[1].shape:
         raise ValueError(
             f"both images must be of one size, got {tuple(imgs[0].shape)} and "
             f"{tuple(imgs[1].shape)}: bring them to one, or give pictures and a size"
         )
-    return _explain(casn, imgs[0], imgs[1:], [same], (mean, std), threshold)[0]
+    return _explain(casn, imgs[0], imgs[1:], [same], preprocessing, row_threshold)[0]
 
 
 def explain_ranking(
@@ -462,18 +460,14 @@ def explain_ranking(
     gallery: Any,
     *,
     topk: int = 5,
-    size: tuple[int, int] | None = None,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-    threshold: float = 0.2,
-    attention_weight: float = 0.1,
-    shortlist: int | None = None,
-    progress: bool = False,
+    preprocessing: Preprocessing = IMAGENET,
+    row_threshold: float = ROW_THRESHOLD,
+    ranking: RankingOptions | None = None,
 ) -> ExplainedRankings:
     """Returns the ranked lists of all queries, each explained when it is asked for.
 
-    Ranked by the fused distance of :func:`casn_plugin.rank_gallery`. Junk (gallery images of the
-    query's own identity and camera) is left out.
+    Ranked by the fused distance of :func:`casn_plugin.ranking.fused_distmats`. Junk (gallery
+    images of the query's own identity and camera) is left out.
 
     Args:
         model: a CASN, or one in nn.DataParallel.
@@ -482,20 +476,15 @@ def explain_ranking(
             `gallery` lists have them. Images may be all that :func:`explain_pair` takes.
         gallery: the gallery, likewise.
         topk: matches to explain for each query.
-        size: (rows, columns) that pictures and paths are brought to; by default the model's
-            `input_size`.
-        mean: what pictures are normalised with, and tensors were.
-        std: likewise.
-        threshold: t, the share of a map's maximum above which a row counts as attended.
-        attention_weight: weight of the attention distance in the fused ranking.
-        shortlist: compare the attention of each query's so many nearest by features only: for
-            long galleries, see :func:`casn_plugin.attention_distmat`.
-        progress: show progress bars on a terminal.
+        preprocessing: as in :func:`explain_pair`.
+        row_threshold: t, the share of a map's maximum above which a row counts as attended.
+        ranking: how distances of features and of attention become one ranking; its `gallery_dir`
+            is not used.
 
     Raises:
         TypeError: a model that is no CASN or in half precision, or data of another form.
-        ValueError: no queries, an empty gallery, no query with a match, topk below 1, a weight
-            that is negative or infinite; and as :func:`explain_pair`.
+        ValueError: no queries, an empty gallery, no query with a match, topk below 1; and as
+            :func:`explain_pair`.
 
     Example:
         >>> class Backbone(nn.Module):
@@ -513,120 +502,100 @@ def explain_ranking(
         [7, 8]
     """
     casn = as_casn(model)
-    _check(threshold, mean, std)
-    if not 0 <= attention_weight < float("inf"):
-        raise ValueError(f"attention_weight must be >= 0 and finite, got {attention_weight}")
-    size = size or casn.input_size
-    query = _loader("query", query, size, mean, std)
-    gallery = _loader("gallery", gallery, size, mean, std)
+    check_share("row_threshold", row_threshold)
+    ranking = RankingOptions() if ranking is None else ranking
+    preprocessing = preprocessing.for_model(casn)
+    query = image_loader("query", query, preprocessing)
+    gallery = image_loader("gallery", gallery, preprocessing)
 
-    def encoded(loader: DataLoader[Any], name: str) -> Any:
-        bar = tqdm(loader, desc=name, leave=False, disable=None if progress else True)
-        return encode_batches(casn, ((each["img"], each["pid"], each["camid"]) for each in bar))
+    def encoded(loader: Any, name: str) -> Encoded:
+        hidden = None if ranking.compute.progress else True
+        return encode_loader(casn, tqdm(loader, name, leave=False, disable=hidden))
 
-    first, q_pids, q_camids = encoded(query, "Encoding query")
-    second, g_pids, g_camids = encoded(gallery, "Encoding gallery")
-    qf, gf = (F.normalize(images.features.double()) for images in (first, second))
-    features = torch.cdist(qf, gf).to(first.features.dtype)
-    attention = attention_distmat(
-        casn, first, second, threshold=threshold, unit=True, topk=shortlist, progress=progress
+    first, second = encoded(query, "Encoding query"), encoded(gallery, "Encoding gallery")
+    features, _, fused = fused_distmats(
+        casn,
+        first.encoding,
+        second.encoding,
+        row_threshold=row_threshold,
+        options=ranking,
+        feature_distances=_exact_distances,
     )
-    fused = fuse_distmats(features, attention, attention_weight=attention_weight)
-    ranked = ranked_lists(features, fused, q_pids, g_pids, q_camids, g_camids, topk=topk)
+    ids = first.pids, second.pids, first.camids, second.camids
+    ranked = ranked_lists(features, fused, *ids, topk=topk)
     return ExplainedRankings(
         casn,
         query.dataset,
         gallery.dataset,
         ranked,
         topk=topk,
-        mean=mean,
-        std=std,
-        threshold=threshold,
+        preprocessing=preprocessing,
+        row_threshold=row_threshold,
     )
 
 
-class _Labelled(Dataset[dict[str, Any]]):
-    """A sequence of (image, pid, camid) as a data set of dictionaries, as torchreid's are."""
+class FixedPairs:
+    """Some pairs of a query and a gallery image, the same ones whenever they are looked at.
 
-    def __init__(
-        self,
-        data: Sequence[Any],
-        size: tuple[int, int],
-        mean: Sequence[float],
-        std: Sequence[float],
-    ) -> None:
-        self.data = data
-        self.options = size, mean, std
+    In turn a pair of one identity, seen by two cameras, and a pair of two identities; of the
+    other kind where there is none.
 
-    def __len__(self) -> int:
-        return len(self.data)
+    Args:
+        query: the queries: a data set of dictionaries with "img" and "pid", as torchreid's are,
+            that lists (path, pid, camid, ...) of all its images as `data`.
+        gallery: the gallery, likewise.
+        number: pairs to look at; queries repeat where there are fewer.
+    """
 
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        image, pid, camid, *_ = self.data[row]
-        return {"img": _load(image, *self.options), "pid": int(pid), "camid": int(camid)}
+    def __init__(self, query: Any, gallery: Any, number: int) -> None:
+        pairs = _fixed_pairs(query.data, gallery.data, number)
+        items = [(query[i], gallery[j]) for i, j in pairs]
+        self.first = torch.stack([first["img"] for first, _ in items])
+        self.second = torch.stack([second["img"] for _, second in items])
+        self.same = [bool(first["pid"] == second["pid"]) for first, second in items]
 
-
-def _loader(
-    name: str, data: Any, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
-) -> DataLoader[Any]:
-    """Returns a loader of dictionaries with "img", "pid" and "camid"."""
-    if isinstance(data, DataLoader):
-        loader = DataLoader[Any](  # in the order of the data set, whatever its own sampler draws
-            data.dataset,
-            batch_size=data.batch_size or 32,
-            num_workers=data.num_workers,
-            collate_fn=data.collate_fn,
+    def mosaic(self, model: CASN, preprocessing: Preprocessing) -> np.ndarray:
+        """Returns one RGB picture of all pairs and their attention, as the model is now."""
+        maps = pair_attention(
+            model, encode_images(model, self.first), encode_images(model, self.second)
         )
-    else:
-        if not isinstance(data, Sequence) or isinstance(data, str):
-            raise TypeError(
-                f"{name} must be a DataLoader or a sequence of (image, pid, camid), got "
-                f"{type(data).__name__}"
-            )
-        for entry in data:
-            if not isinstance(entry, Sequence) or isinstance(entry, str) or len(entry) < 3:
-                raise TypeError(f"{name} must hold (image, pid, camid), got {entry!r:.80}")
-        sizes = {tuple(e[0].shape[1:]) if isinstance(e[0], Tensor) else size for e in data}
-        if len(sizes) > 1:
-            raise ValueError(f"images of {name} must be of one size, got {sorted(sizes)}")
-        loader = DataLoader(_Labelled(data, size, mean, std), batch_size=32)
-    if not len(loader.dataset):  # type: ignore[arg-type]
-        raise ValueError(f"{name} is empty")
-    return loader
+        pictures = preprocessing.pictures(self.first), preprocessing.pictures(self.second)
+        return pair_mosaic(*pictures, *maps, self.same)
 
 
-def _check(threshold: float, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Raises ValueError for a threshold, mean or std that can't be."""
-    if not 0 <= threshold < 1:
-        raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
-    if len(mean) != 3 or len(std) != 3 or not min(std) > 0:
-        raise ValueError(f"mean and std must be three numbers, std positive, got {mean} and {std}")
+def _fixed_pairs(
+    query: Sequence[Any], gallery: Sequence[Any], number: int
+) -> list[tuple[int, int]]:
+    """Returns rows of query and gallery, the same at every call.
+
+    In turn a pair of one identity, seen by two cameras, and a pair of two identities; of the
+    other kind where there is none.
+
+    Args:
+        query: tuples of (path, pid, camid, ...).
+        gallery: likewise.
+        number: pairs to return; queries repeat where there are fewer.
+    """
+    rng = np.random.default_rng(0)
+    pids = np.array([row[1] for row in gallery])
+    camids = np.array([row[2] for row in gallery])
+    one_each = {row[1]: i for i, row in enumerate(query)}
+    queries = rng.permutation(list(one_each.values())).tolist()
+    pairs = []
+    for i in range(number):
+        row = queries[i % len(queries)]
+        pid, camid = query[row][1:3]
+        same = np.flatnonzero((pids == pid) & (camids != camid))
+        different = np.flatnonzero(pids != pid)
+        wanted, other = (different, same) if i % 2 else (same, different)
+        rows = wanted if len(wanted) else other if len(other) else np.arange(len(pids))
+        pairs.append((row, int(rng.choice(rows))))
+    return pairs
 
 
-def _load(
-    image: Image, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
-) -> Float[Tensor, "3 rows columns"]:
-    """Returns a normalised image, upright, and otherwise as torchreid prepares test images."""
-    from torchvision.transforms import functional as transforms
-
-    if isinstance(image, Tensor):
-        if image.ndim != 3 or len(image) != 3 or not image.is_floating_point():
-            raise ValueError(
-                "an image must be a float tensor (3, rows, columns), got "
-                f"{tuple(image.shape)} of {image.dtype}"
-            )
-        return image
-    if isinstance(image, str | os.PathLike):
-        with PIL.Image.open(image) as opened:
-            return _load(opened, size, mean, std)
-    if not isinstance(image, PIL.Image.Image):
-        raise TypeError(
-            f"an image must be a tensor, a PIL image or a path, got {type(image).__name__}"
-        )
-    upright = PIL.ImageOps.exif_transpose(image).convert("RGB")
-    resized = transforms.to_tensor(transforms.resize(upright, list(size)))
-    normalised: Tensor = transforms.normalize(resized, list(mean), list(std))
-    return normalised
+def _exact_distances(qf: Tensor, gf: Tensor) -> Tensor:
+    """Returns l2 distances of features, computed in float64."""
+    return torch.cdist(qf.double(), gf.double()).to(qf.dtype)
 
 
 def _explain(
@@ -634,20 +603,19 @@ def _explain(
     query: Tensor,
     gallery: Sequence[Tensor],
     same: Sequence[bool | None],
-    colours: tuple[Sequence[float], Sequence[float]],
-    threshold: float,
+    preprocessing: Preprocessing,
+    row_threshold: float,
 ) -> list[PairExplanation]:
     """Returns the pairs of one query with some gallery images, explained."""
     if not gallery:
         return []
     imgs = torch.stack([each.detach().cpu() for each in (query, *gallery)])
-    pictures = denormalize(imgs, *colours)
-    first = next(iter(model.parameters()))
-    encoding = model.encode(imgs.to(first.device, first.dtype)).to("cpu")
+    pictures = preprocessing.pictures(imgs)
+    encoding = encode_images(model, imgs)
     second = encoding[1:]
     repeated = encoding[torch.zeros(len(second), dtype=torch.long)]
     first_maps, second_maps = (scale_maps(m.cpu()) for m in pair_attention(model, repeated, second))
-    scores = same_identity_distmat(model, encoding[:1], second)[0].cpu()
+    scores = same_identity_logits(model, encoding[:1], second)[0].cpu()
     unit = F.normalize(encoding.features)
     distances = (unit[:1] - unit[1:]).norm(dim=1)
     return [
@@ -658,7 +626,7 @@ def _explain(
             second_maps[i],
             probability=float(scores[i].sigmoid()),
             feature_distance=float(distances[i]),
-            threshold=threshold,
+            row_threshold=row_threshold,
             same=same[i],
         )
         for i in range(len(second))

@@ -10,8 +10,7 @@ import hashlib
 import json
 import os
 import re
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, pairwise, zip_longest
@@ -28,8 +27,10 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from tqdm import tqdm
 
-from casn_plugin.attention import unwrapped
 from casn_plugin.encoding import Encoding
+from casn_plugin.files import TEMPORARY, move, replacing, temporary
+from casn_plugin.hooks import unwrapped
+from casn_plugin.loading import encode_images, read_batch
 from casn_plugin.model import CASN
 from casn_plugin.ranking import Ranking, pair_attention, rank_gallery
 
@@ -46,7 +47,7 @@ _Rows = (
     | Int[Tensor, " rows"]
 )
 _Held = tuple[Encoding, list[str], list[int] | None, list[int] | None]
-_OWN_FILE = re.compile(r"[0-9a-f]{24}\.safetensors|[0-9a-f]{32}\.tmp")
+_OWN_FILE = re.compile(rf"[0-9a-f]{{24}}\.safetensors|{TEMPORARY}")
 
 
 class _Shard(NamedTuple):
@@ -326,7 +327,7 @@ class GalleryIndex:
         """
         self._check_model(model)
         if isinstance(query, Tensor):
-            query = model.encode(query.to(next(iter(model.parameters())).device)).to("cpu")
+            query = encode_images(model, query)
         ranking = rank_gallery(model, query, self, topk=topk, **options)
         rows = ranking.indices.cpu().numpy()
         maps = torch.empty(2, *rows.shape, *query.maps.shape[2:], dtype=query.features.dtype)
@@ -428,7 +429,6 @@ class GalleryIndex:
 
         Images without a name are numbered, those of batch i from starts[i].
         """
-        device = next(iter(model.parameters())).device
         held: list[_Held] = []
         images = count = 0
 
@@ -439,10 +439,10 @@ class GalleryIndex:
             self._write_shard(new, Encoding.cat(encodings), joined[0] or [], joined[1], joined[2])
 
         for batch, data in enumerate(batches):
-            imgs, names, pids, camids = _parse(data)
+            imgs, names, pids, camids = read_batch(data)
             start = self._manifest["added"] + (starts[batch] if starts else count)
             names = names or [str(start + row) for row in range(len(imgs))]
-            held.append((model.encode(imgs.to(device)).to("cpu"), names, pids, camids))
+            held.append((encode_images(model, imgs), names, pids, camids))
             count, images = count + len(imgs), images + len(imgs)
             if images >= shard_size or len(held) == per_shard:
                 flush()
@@ -483,32 +483,13 @@ class GalleryIndex:
             **labels,
         }
         metadata = {"names": json.dumps([str(name) for name in names])}  # one: order is random
-        with _temporary(self.folder) as path:
+        with temporary(self.folder) as path:
             save_file(tensors, path, metadata)
             sha256 = _sha256(path)
             file = f"{sha256[:24]}.safetensors"
             entry = {"file": file, "sha256": sha256, "rows": rows, "images": images}
             new.append({**entry, "removed": []})
-            _move(path, self.folder / file)
-
-
-def _parse(data: Any) -> tuple[Tensor, list[str] | None, list[int] | None, list[int] | None]:
-    """Returns the images of a batch, and their names, pids and camids where there are."""
-    if isinstance(data, Mapping):
-        values = [data.get(key) for key in ("impath", "pid", "camid")]
-        listed = [
-            each.tolist() if isinstance(each, Tensor | np.ndarray) else each for each in values
-        ]
-        imgs, (names, pids, camids) = data.get("img"), listed
-    else:
-        imgs = data[0] if isinstance(data, (tuple, list)) and data else data
-        names = pids = camids = None
-    if not isinstance(imgs, Tensor) or imgs.ndim != 4:
-        raise TypeError(
-            "the loader must give batches of images (B, 3, H, W), or dictionaries with them as "
-            f"'img', got {type(data).__name__}"
-        )
-    return imgs, names, pids, camids
+            move(path, self.folder / file)
 
 
 def _share(
@@ -666,30 +647,6 @@ def _read_shard(path: Path, entry: dict[str, Any], verify: bool) -> _Shard:
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """Writes a manifest, and returns it with its checksum."""
     manifest = {**manifest, "checksum": _checksum(manifest)}
-    with _temporary(folder) as path:
+    with replacing(folder / MANIFEST) as path:
         path.write_text(json.dumps(manifest, indent=1))
-        _move(path, folder / MANIFEST)
     return manifest
-
-
-@contextmanager
-def _temporary(folder: Path) -> Iterator[Path]:
-    """Yields a path in a folder; what is there at the end is deleted."""
-    path = folder / f"{uuid.uuid4().hex}.tmp"
-    try:
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def _move(source: Path, target: Path) -> None:
-    """Moves a file to its place at once, its content safely on disk first."""
-    with source.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(source, target)
-    if os.name == "posix":
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

@@ -10,16 +10,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from casn_plugin.attention import (
+    ROW_THRESHOLD,
     PairScorer,
+    at_least_float32,
     attention_distance,
-    constant_parameters,
-    frozen_batchnorm,
+    check_share,
     grad_cam,
     row_profiles,
     siamese_attention,
     soft_mask,
     split_pairs,
 )
+from casn_plugin.hooks import constant_parameters, frozen_batchnorm
 
 Logits = Tensor | Sequence[Tensor]
 """(B, classes) scores y, or one such tensor for each part classifier (PCB) or branch (HACNN)."""
@@ -71,7 +73,7 @@ def identity_scores(
             f"pids must lie in [0, {classes}), the classes of the logits, but they go from "
             f"{int(pids.min())} to {int(pids.max())}"
         )
-    stacked = torch.stack([part.float() if part.itemsize < 4 else part for part in parts])
+    stacked = torch.stack([at_least_float32(part) for part in parts])
     if score == "probability":
         stacked = stacked.softmax(-1)
     chosen = stacked[:, torch.arange(len(pids), device=pids.device), pids]
@@ -115,7 +117,7 @@ def siamese_attention_loss(
     distances: Float[Tensor, " pairs"],
     same: Bool[Tensor, " pairs"],
     *,
-    attention_weight: float = 0.2,
+    consistency_weight: float = 0.2,
 ) -> Float[Tensor, ""]:
     """Returns L_sa = L_bce + α‖M*_m1 − M*_m2‖₂ (paper, Eq. 5).
 
@@ -127,7 +129,7 @@ def siamese_attention_loss(
             shown (f1 − f2 and f2 − f1).
         distances: attention distance of each pair.
         same: whether each pair shows one identity.
-        attention_weight: α, 0.2 in the paper.
+        consistency_weight: α, 0.2 in the paper.
 
     Example:
         >>> same = torch.tensor([True, False])
@@ -136,7 +138,7 @@ def siamese_attention_loss(
     """
     orders = len(pair_scores) // max(len(same), 1)
     loss_bce = pair_loss(pair_scores, same.repeat_interleave(orders))
-    return loss_bce + attention_weight * consistency(distances, same)
+    return loss_bce + consistency_weight * consistency(distances, same)
 
 
 def consistency(
@@ -244,7 +246,7 @@ class IdentificationAttentionLoss(nn.Module):
         maps = grad_cam(identity_scores(logits, pids), activations)
         rows, columns = imgs.shape[-2:]
         mask = soft_mask(
-            maps, (rows, columns), scale=self.mask_scale, threshold=self.mask_threshold
+            maps, (rows, columns), mask_scale=self.mask_scale, mask_threshold=self.mask_threshold
         )
         mask = mask[:, None].to(imgs.dtype)
         fill = self.fill.to(mask) if isinstance(self.fill, Tensor) else self.fill
@@ -316,13 +318,13 @@ class SiameseAttentionLoss(nn.Module):
     Rows 2i and 2i+1 of a batch are pair i, as :class:`casn_plugin.PairSampler` draws them.
 
     Args:
-        attention_weight: α of Eq. 5, the weight of the attention distance.
-        threshold: t, the share of a map's maximum above which a row counts as attended.
+        consistency_weight: α of Eq. 5, the weight of the attention distance.
+        row_threshold: t, the share of a map's maximum above which a row counts as attended.
         unit: compare aligned profiles of unit length.
         both_orders: show the pair classifier f1 − f2 and f2 − f1 of each pair.
 
     Raises:
-        ValueError: a threshold outside [0, 1).
+        ValueError: t outside [0, 1).
 
     Example:
         >>> activations = torch.rand(4, 8, 6, 3, requires_grad=True)
@@ -335,16 +337,14 @@ class SiameseAttentionLoss(nn.Module):
 
     def __init__(
         self,
-        attention_weight: float = 0.2,
-        threshold: float = 0.2,
+        consistency_weight: float = 0.2,
+        row_threshold: float = ROW_THRESHOLD,
         unit: bool = False,
         both_orders: bool = True,
     ) -> None:
         super().__init__()
-        if not 0 <= threshold < 1:
-            raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
-        self.attention_weight = attention_weight
-        self.threshold = threshold
+        self.consistency_weight = consistency_weight
+        self.row_threshold = check_share("row_threshold", row_threshold)
         self.unit = unit
         self.both_orders = both_orders
 
@@ -361,7 +361,7 @@ class SiameseAttentionLoss(nn.Module):
             differences = torch.stack([differences, -differences], dim=1).flatten(0, 1)
         maps = siamese_attention(pair_classifier, features, activations)
         distances = attention_distance(
-            *split_pairs(row_profiles(maps)), threshold=self.threshold, unit=self.unit
+            *split_pairs(row_profiles(maps)), row_threshold=self.row_threshold, unit=self.unit
         )
         return pair_classifier(differences), distances
 
@@ -386,7 +386,7 @@ class SiameseAttentionLoss(nn.Module):
         """
         pair_scores, distances = self.pairs(pair_classifier, features, activations)
         return siamese_attention_loss(
-            pair_scores, distances, same_identity(pids), attention_weight=self.attention_weight
+            pair_scores, distances, same_identity(pids), consistency_weight=self.consistency_weight
         )
 
 

@@ -1,35 +1,27 @@
 """CASN: a backbone, its tapped feature map and the pair classifier, as one module."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from casn_plugin.attention import capture, evaluating, unwrapped
-from casn_plugin.encoding import Encoding, encode_head, part_embedding
+from casn_plugin.attention import at_least_float32
+from casn_plugin.backbones import Forward, Reader, input_size_of
+from casn_plugin.encoding import Encoding, encode_head
+from casn_plugin.hooks import evaluating, unwrapped
 from casn_plugin.losses import (
     IdentificationAttentionLoss,
     Logits,
     SiameseAttentionLoss,
+    casn_loss,
+    consistency,
+    identification_attention_loss,
+    pair_loss,
+    same_identity,
+    siamese_attention_loss,
 )
-
-Forward = Callable[[nn.Module, Tensor], tuple[Logits, Tensor]]
-"""Maps a backbone and its images to (logits, (B, D) features)."""
-
-# torchreid's four models that pool their last map with a function, not a module
-_LAST_MAP = {
-    "HACNN": "inception3",
-    "MuDeep": "block5",
-    "NASNetAMobile": "relu",
-    "ShuffleNet": "stage4",
-}
-_POOL_NAMES = ("global_avgpool", "parts_avgpool", "global_pool", "avgpool")
-_INPUT_SIZE = {"HACNN": (160, 64)}
 
 
 class CASNOutput(NamedTuple):
@@ -109,6 +101,7 @@ class CASN(nn.Module):
 
     Attributes:
         input_size: (rows, columns) that pictures are brought to where a size is not given.
+        reader: which layer is tapped, and how the backbone is run.
 
     Raises:
         TypeError: no module, or no torchreid model and no `forward`.
@@ -147,18 +140,12 @@ class CASN(nn.Module):
         super().__init__()
         if not isinstance(backbone, nn.Module):
             raise TypeError(f"backbone must be a torch.nn.Module, got {type(backbone).__name__}")
-        if forward is None and getattr(backbone, "loss", None) not in ("softmax", "triplet"):
-            raise TypeError(
-                f"{type(backbone).__name__} is no model of torchreid's factory: say how it gives "
-                "logits and features, with forward=function(backbone, imgs) -> (logits, features)"
-            )
         if hasattr(backbone, "pair_classifier"):
             raise ValueError("the backbone has a layer named pair_classifier already")
         self.backbone = backbone
-        self._forward: Forward = forward if forward is not None else _torchreid_forward
-        self._target, self._at = self._find_target(target_layer)
-        self.input_size = input_size or _INPUT_SIZE.get(_kind(backbone), (256, 128))
-        features = self._try_out(self.input_size)
+        self.reader = Reader(backbone, target_layer, forward)
+        self.input_size = input_size or input_size_of(backbone)
+        features = self.reader.try_out(backbone, self.input_size)
         if pair_classifier is None:
             pair_classifier = PairClassifier(features.shape[1], hidden_dim, seed=seed)
             pair_classifier.to(features.device, features.dtype)
@@ -191,19 +178,14 @@ class CASN(nn.Module):
                 Siamese loss, or a target layer that was not called.
         """
         if not self.training:
-            features: Tensor = (
-                self.backbone(imgs)
-                if self._forward is _torchreid_forward
-                else self._forward(self.backbone, imgs)[1]
-            )
-            return features
+            return self.reader.features(self.backbone, imgs)
         if identification is not None and pids is None:
             raise ValueError("the identification attention loss needs pids")
-        logits, features, activations = self._tapped(imgs)
+        logits, features, activations = self.reader.tapped(self.backbone, imgs)
         masked_scores = pair_scores = distances = None
         if identification is not None and pids is not None:
             masked_scores = identification.scores(
-                lambda masked: self._forward(self.backbone, masked)[0],
+                lambda masked: self.reader.logits(self.backbone, masked),
                 *(imgs, pids, logits, activations),
                 network=self.backbone,
             )
@@ -224,17 +206,16 @@ class CASN(nn.Module):
         with evaluating(self), torch.inference_mode(False), torch.no_grad():
             if imgs.is_inference():
                 imgs = imgs.clone()
-            with capture(self._target_module(), at=self._at, head_only=True) as captured:
-                features = self.forward(imgs)
+            with self.reader.capture(self.backbone, head_only=True) as captured:
+                features = self.reader.features(self.backbone, imgs)
             activations = captured.require()
-            assert isinstance(features, Tensor)  # for the type checker: eval mode
             if activations.itemsize < 4:
                 raise TypeError(
                     f"ranking needs float32 or wider, but the model is in {activations.dtype}: use "
                     "model.float(), under torch.autocast if it is to be fast"
                 )
             with torch.autocast(imgs.device.type, enabled=False):
-                return encode_head(_full_precision(features), activations, captured.pooled)
+                return encode_head(at_least_float32(features), activations, captured.pooled)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Yields the backbone's layers and the pair classifier, as torchreid looks for them."""
@@ -262,98 +243,55 @@ class CASN(nn.Module):
                 raise
             return getattr(backbone, name)
 
-    def _tapped(self, imgs: Tensor) -> tuple[Logits, Tensor, Tensor]:
-        """Returns logits, features and the map that both were computed from."""
-        pool = getattr(self.backbone, "parts_avgpool", None)
-        if self._forward is not _torchreid_forward:
-            pool = None
-        with (
-            capture(self._target_module(), at=self._at) as captured,
-            nullcontext() if pool is None else capture(pool, at="input") as pooled,
-        ):
-            logits, features = self._forward(self.backbone, imgs)
-        if pooled is not None:
-            # PCB's features of a training pass have dropout: f is its eval embedding
-            features = part_embedding(pooled.require(), self.backbone.parts)  # type: ignore[arg-type]
-        return logits, features, captured.require()
 
-    def _target_module(self) -> nn.Module:
-        """Returns the tapped layer; by name, since the replicas of nn.DataParallel have copies."""
-        return self.backbone.get_submodule(self._target)
+def loss_terms(
+    output: CASNOutput,
+    pids: Int[Tensor, " batch"],
+    loss_ide: Float[Tensor, ""],
+    *,
+    lambda_ia: float = 0.5,
+    lambda_sa: float = 0.05,
+    siamese: SiameseAttentionLoss | None = None,
+) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    """Returns L = L_ide + λ1 L_ia + λ2 L_sa (paper, Eq. 6), and all its terms without a graph.
 
-    def _find_target(
-        self, target_layer: str | nn.Module | None
-    ) -> tuple[str, Literal["input", "output"]]:
-        """Returns the name of the layer to tap, and whether A is what it takes or gives."""
-        layers = dict(self.backbone.named_modules())
-        if isinstance(target_layer, nn.Module):
-            for name, layer in layers.items():
-                if layer is target_layer:
-                    return name, "output"
-            raise ValueError(f"target_layer must be a layer of the backbone; {self._candidates()}")
-        if target_layer is not None:
-            if target_layer not in layers or not target_layer:
-                raise ValueError(
-                    f"the backbone has no layer {target_layer!r}; {self._candidates()}"
-                )
-            return target_layer, "output"
-        if _kind(self.backbone) in _LAST_MAP:
-            return _LAST_MAP[_kind(self.backbone)], "output"
-        children = dict(self.backbone.named_children())
-        pools = [name for name in _POOL_NAMES if name in children]
-        pools += [
-            name for name, layer in children.items() if isinstance(layer, nn.AdaptiveAvgPool2d)
-        ]
-        if pools:
-            return pools[0], "input"
-        with_conv = [
-            name
-            for name, layer in children.items()
-            if any(isinstance(part, nn.Conv2d) for part in layer.modules())
-        ]
-        if not with_conv:
-            raise ValueError(
-                f"no convolution found in {type(self.backbone).__name__}: name its target_layer"
-            )
-        return with_conv[-1], "output"
+    The terms are "loss" and "loss_ide", and as far as they were computed "loss_ia"; "loss_sa",
+    "loss_bce", "attention_distance" and "pair_acc", the accuracy of the pair classifier in
+    percent.
 
-    def _candidates(self) -> str:
-        """Returns a sentence that lists the layers that can be tapped."""
-        names = [
-            name
-            for name, layer in self.backbone.named_modules()
-            if name
-            and name.count(".") < 2
-            and any(isinstance(part, nn.Conv2d) for part in layer.modules())
-        ]
-        return "candidates (layers with convolutions): " + ", ".join(names)
+    Args:
+        output: of the model in training mode.
+        pids: identities of its images.
+        loss_ide: L_ide (Eq. 1) of its logits.
+        lambda_ia: λ1.
+        lambda_sa: λ2.
+        siamese: the settings of L_sa that the output was computed with, by default the loss's own.
 
-    def _try_out(self, size: tuple[int, int]) -> Tensor:
-        """Returns the features of one blank image; raises where the tapped layer gives no map."""
-        first = next(self.backbone.parameters(), torch.zeros(()))
-        imgs = torch.zeros(1, 3, *size, dtype=first.dtype, device=first.device)
-        with evaluating(self), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            try:
-                with capture(self._target_module(), at=self._at) as captured:
-                    features = self.forward(imgs)
-            except Exception as error:
-                raise ValueError(
-                    f"{type(self.backbone).__name__} does not take an image of {size[0]}x{size[1]} "
-                    f"or gives no logits and features of it: {error}; another size can be given "
-                    "as input_size=(rows, columns)"
-                ) from error
-        try:
-            captured.require()
-        except ValueError as error:
-            raise ValueError(
-                f"{error}; target_layer is {self._target!r}; {self._candidates()}"
-            ) from None
-        if not isinstance(features, Tensor) or features.ndim != 2:
-            raise ValueError(
-                "the backbone must give (B, D) features in eval mode, got "
-                f"{tuple(features.shape) if isinstance(features, Tensor) else type(features)}"
-            )
-        return features
+    Example:
+        >>> output = CASNOutput(torch.zeros(2, 5), torch.rand(2, 4), torch.rand(2, 3, 6, 2))
+        >>> loss, terms = loss_terms(output, torch.tensor([0, 1]), torch.tensor(1.5))
+        >>> loss, list(terms)
+        (tensor(1.5000), ['loss', 'loss_ide'])
+    """
+    loss_ia = loss_sa = loss_ide.new_zeros(())
+    terms: dict[str, Tensor] = {}
+    if output.masked_scores is not None:
+        loss_ia = terms["loss_ia"] = identification_attention_loss(output.masked_scores)
+    if output.pair_scores is not None and output.distances is not None:
+        consistency_weight = (siamese or SiameseAttentionLoss()).consistency_weight
+        same = same_identity(pids)
+        loss_sa = terms["loss_sa"] = siamese_attention_loss(
+            output.pair_scores, output.distances, same, consistency_weight=consistency_weight
+        )
+        rows = same.repeat_interleave(len(output.pair_scores) // len(same))
+        with torch.no_grad():
+            terms["loss_bce"] = pair_loss(output.pair_scores, rows)
+            terms["attention_distance"] = consistency(output.distances, same)
+            hits = output.pair_scores.argmax(1).bool() == rows
+            terms["pair_acc"] = 100 * hits.float().mean()
+    loss = casn_loss(loss_ide, loss_ia, loss_sa, lambda_ia=lambda_ia, lambda_sa=lambda_sa)
+    every = {"loss": loss, "loss_ide": loss_ide, **terms}
+    return loss, {name: term.detach() for name, term in every.items()}
 
 
 def as_casn(model: nn.Module) -> CASN:
@@ -369,51 +307,6 @@ def as_casn(model: nn.Module) -> CASN:
             "wrap the backbone first, model = CASN(backbone)"
         )
     return casn
-
-
-def encode_batches(
-    model: CASN, batches: Iterable[tuple[Tensor, Any, Any]]
-) -> tuple[Encoding, Int64[np.ndarray, " images"], Int64[np.ndarray, " images"]]:
-    """Returns the encodings of batches of (imgs, pids, camids) on the CPU, their pids and camids.
-
-    Images are encoded where the model is, in its dtype.
-
-    Raises:
-        ValueError: no batch at all; otherwise as :meth:`CASN.encode`.
-    """
-    first = next(iter(model.parameters()))
-    encodings: list[Encoding] = []
-    pids: list[int] = []
-    camids: list[int] = []
-    for imgs, batch_pids, batch_camids in batches:
-        encodings.append(model.encode(imgs.to(first.device, first.dtype)).to("cpu"))
-        pids.extend(int(pid) for pid in batch_pids)
-        camids.extend(int(camid) for camid in batch_camids)
-    return Encoding.cat(encodings), np.asarray(pids), np.asarray(camids)
-
-
-def _torchreid_forward(backbone: nn.Module, imgs: Tensor) -> tuple[Logits, Tensor]:
-    """Returns the logits and the features of a torchreid model in training mode.
-
-    Built with loss="softmax" it would give logits only: it is asked as a "triplet" model.
-    """
-    loss = backbone.loss
-    backbone.loss = "triplet"  # type: ignore[assignment]
-    try:
-        logits, features = backbone(imgs)
-    finally:
-        backbone.loss = loss
-    if isinstance(features, (tuple, list)):  # HACNN: its branches, each of unit length
-        features = torch.cat([F.normalize(branch, dim=1) for branch in features], dim=1)
-    return logits, features
-
-
-def _kind(backbone: nn.Module) -> str:
-    return type(backbone).__name__
-
-
-def _full_precision(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.itemsize < 4 else tensor
 
 
 def _flatten_keys(

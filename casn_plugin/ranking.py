@@ -8,8 +8,8 @@ that :mod:`casn_plugin.encoding` computes once per image. Tensors in, tensors ou
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,21 +19,125 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from casn_plugin.attention import (
+    ROW_THRESHOLD,
     PairScorer,
     align_profiles,
     attention_distance,
-    evaluating,
+    check_share,
     indicator,
     scale_maps,
-    unwrapped,
 )
 from casn_plugin.encoding import Encoding, Encodings, part_scales
+from casn_plugin.hooks import evaluating, place_of, unwrapped
 
 Normalization = Literal["unit", "query", "global"]
 """How distances are "normalized" before they are summed: see :func:`fuse_distmats`."""
 
+FeatureDistances = Callable[[Tensor, Tensor], Tensor]
+"""Maps (Q, D) and (G, D) features to the (Q, G) matrix of their distances."""
+
 _Pairs = tuple[Tensor, Tensor, Tensor, Tensor]
 """Listed pairs: rows of the query and of the gallery, feature and attention distances."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """With what the pairs are worked on: what a machine has, not what is computed.
+
+    Attributes:
+        max_memory: bytes that the tensors of a tile may take on the device, images brought there
+            included; by default 256 MiB on the CPU and 4 GiB on CUDA. Where it is too small for
+            anything, one pair is worked on at a time.
+        precision: float16 or bfloat16 rounds the operands of both matrix products (weights of
+            the pair classifier, maps), each scaled to a maximum of 1, and multiplies in it where
+            the device can (CUDA). An approximation; by default nothing is rounded.
+        distributed: every process of ``torch.distributed``'s group calls the function with the
+            same arguments, takes a share of the gallery, and gets the whole result: the same, bit
+            for bit, for any number of processes with as many threads each. Where one fails, all
+            do.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        TypeError: a `precision` that is no half precision.
+        ValueError: `max_memory` below 1, or `distributed` without a process group.
+
+    Example:
+        >>> Compute(max_memory=2**20).precision is None
+        True
+    """
+
+    max_memory: int | None = None
+    precision: torch.dtype | None = None
+    distributed: bool = False
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises TypeError or ValueError for what can't be."""
+        if self.max_memory is not None:
+            _at_least_one("max_memory", self.max_memory)
+        if self.precision not in (None, torch.float16, torch.bfloat16):
+            raise TypeError(
+                f"precision must be torch.float16 or torch.bfloat16, got {self.precision}"
+            )
+        if self.distributed and not (dist.is_available() and dist.is_initialized()):
+            raise ValueError("distributed ranking needs torch.distributed.init_process_group()")
+
+
+@dataclass(frozen=True)
+class RankingOptions:
+    """How distances of features and of attention become one ranking (paper, Section 4).
+
+    Attributes:
+        normalization: how the two distances are normalised before they are summed, "unit",
+            "query" or "global": see :func:`fuse_distmats`.
+        attention_weight: weight of the attention distance, >= 0; the features have weight 1.
+        shortlist: compare the attention of each query's so many nearest by features only, an
+            approximation for long galleries: see :func:`attention_distmat`. Only with
+            normalization "unit": the other readings scale by the distances of all pairs.
+        gallery_dir: keep the encodings of a gallery in a temporary folder made there instead of
+            in memory: a :class:`GalleryIndex`, read block by block.
+        compute: with what the pairs are worked on.
+
+    Raises:
+        ValueError: an unknown normalization or one that does not go with `shortlist`, `shortlist`
+            below 1, a weight that is negative or infinite.
+
+    Example:
+        >>> RankingOptions(shortlist=100).normalization
+        'unit'
+    """
+
+    normalization: Normalization = "unit"
+    attention_weight: float = 0.1
+    shortlist: int | None = None
+    gallery_dir: str | None = None
+    compute: Compute = field(default_factory=Compute)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what can't be."""
+        _check_normalization(self.normalization)
+        _check_weight(self.attention_weight)
+        if self.shortlist is not None:
+            _at_least_one("shortlist", self.shortlist)
+            if self.normalization != "unit":
+                raise ValueError(
+                    f"shortlist needs normalization='unit', got {self.normalization!r}: the other "
+                    "readings scale by the distances of all pairs"
+                )
+
+
+class Distmats(NamedTuple):
+    """The (Q, G) matrices that a ranking is made of, as :func:`fused_distmats` gives them.
+
+    Attributes:
+        features: distances of the features, as they are fused.
+        attention: attention distances.
+        fused: both, normalised and summed.
+    """
+
+    features: Float[Tensor, "queries galleries"]
+    attention: Float[Tensor, "queries galleries"]
+    fused: Float[Tensor, "queries galleries"]
 
 
 @dataclass(frozen=True)
@@ -60,18 +164,15 @@ def attention_distmat(
     query: Encoding,
     gallery: Encodings,
     *,
-    threshold: float = 0.2,
+    row_threshold: float = ROW_THRESHOLD,
     unit: bool = False,
-    topk: int | None = None,
-    precision: torch.dtype | None = None,
-    max_memory: int | None = None,
-    distributed: bool = False,
-    progress: bool = False,
+    shortlist: int | None = None,
+    compute: Compute | None = None,
 ) -> Float[Tensor, "queries galleries"]:
     """Returns the attention distance ‖M*_m1 − M*_m2‖₂ of every pair (paper, Eq. 5 and Section 4).
 
     Exact for every pair, in the dtype of the features, and without a backward pass through the
-    backbone, unless `topk` or `precision` asks for less. The query is the first image of a pair:
+    backbone, unless `shortlist` or `compute` asks for less. The query is the first image of a pair:
     f⁻ = f_query − f_gallery. Pairs are worked on in tiles; only their distances leave a tile.
 
     Args:
@@ -80,30 +181,20 @@ def attention_distmat(
         query: the queries, as ``model.encode`` gives them.
         gallery: the gallery: an encoding, or a :class:`~casn_plugin.index.GalleryIndex`, which
             is read from disk block by block.
-        threshold: t, the share of a map's maximum above which a row counts as attended.
+        row_threshold: t, the share of a map's maximum above which a row counts as attended.
         unit: compare aligned profiles of unit length.
-        topk: compare only each query's so many nearest by features; all others get the greatest
-            distance that there is, so they follow in the order of the features. An approximation.
-        precision: float16 or bfloat16 rounds the operands of both matrix products (weights of
-            the pair classifier, maps), each scaled to a maximum of 1, and multiplies in it where
-            the device can (CUDA). An approximation.
-        max_memory: bytes that the tensors of a tile may take on the device, images brought there
-            included; by default 256 MiB on the CPU and 4 GiB on CUDA. Where it is too small for
-            anything, one pair is worked on at a time.
-        distributed: every process of ``torch.distributed``'s group calls this with the same
-            arguments, takes a share of the gallery, and gets the whole matrix: the same, bit for
-            bit, for any number of processes with as many threads each. Where one fails, all do.
-        progress: show a progress bar on a terminal.
+        shortlist: compare only each query's so many nearest by features; all others get the
+            greatest distance that there is, so they follow in the order of the features. An
+            approximation.
+        compute: with what the pairs are worked on.
 
     Returns:
         Distances >= 0, on the device of the queries.
 
     Raises:
-        TypeError: encodings of unlike kinds or dtypes, features in half precision, a `precision`
-            that is no half precision.
-        ValueError: unlike feature or map sizes, no pair classifier, a threshold outside [0, 1),
-            topk or max_memory below 1, features that are not finite, `distributed` without a
-            process group.
+        TypeError: encodings of unlike kinds or dtypes, features in half precision.
+        ValueError: unlike feature or map sizes, no pair classifier, t outside [0, 1), shortlist
+            below 1, features that are not finite.
 
     Example:
         >>> model = nn.Module()
@@ -112,16 +203,14 @@ def attention_distmat(
         >>> attention_distmat(model, images[:1], images).shape
         torch.Size([1, 3])
     """
-    ranker = _Ranker(
-        model, query, gallery, threshold, unit, precision, max_memory, distributed, progress
-    )
-    if topk is not None:
-        _at_least_one("topk", topk)
+    ranker = _Ranker(model, query, gallery, row_threshold, unit, compute)
+    if shortlist is not None:
+        _at_least_one("shortlist", shortlist)
     if not len(query) or not len(gallery):
         return query.features.new_empty(len(query), len(gallery))
     with ranker.working():
-        if topk is not None:
-            listed = ranker.nearest(topk)
+        if shortlist is not None:
+            listed = ranker.nearest(shortlist)
             pairs = ranker.gathered([ranker.listed(*each) for each in ranker.share(*listed)])
             greatest = 2**0.5 if unit else query.maps.shape[2] ** 0.5
             distmat = query.features.new_full((len(query), len(gallery)), greatest)
@@ -140,12 +229,9 @@ def rank_gallery(
     *,
     topk: int = 10,
     exact: bool = True,
-    threshold: float = 0.2,
+    row_threshold: float = ROW_THRESHOLD,
     attention_weight: float = 0.1,
-    precision: torch.dtype | None = None,
-    max_memory: int | None = None,
-    distributed: bool = False,
-    progress: bool = False,
+    compute: Compute | None = None,
 ) -> Ranking:
     """Returns each query's topk nearest gallery images by fused distance (paper, Section 4).
 
@@ -162,19 +248,15 @@ def rank_gallery(
         topk: images to return for each query, at most as many as the gallery has.
         exact: the topk nearest of the whole gallery. False: each query's topk nearest by
             features, re-ranked; an approximation.
-        threshold: t, the share of a map's maximum above which a row counts as attended.
+        row_threshold: t, the share of a map's maximum above which a row counts as attended.
         attention_weight: weight of the attention distance, >= 0; the features have weight 1.
-        precision: as in :func:`attention_distmat`.
-        max_memory: as in :func:`attention_distmat`.
-        distributed: as in :func:`attention_distmat`; every process gets the whole ranking.
-        progress: show a progress bar on a terminal.
+        compute: with what the pairs are worked on.
 
     Raises:
-        TypeError: encodings of unlike kinds or dtypes, features in half precision, a `precision`
-            that is no half precision.
-        ValueError: unlike feature or map sizes, an empty gallery, no pair classifier, a threshold
-            outside [0, 1), topk or max_memory below 1, a weight that is negative or infinite,
-            features that are not finite, `distributed` without a process group.
+        TypeError: encodings of unlike kinds or dtypes, features in half precision.
+        ValueError: unlike feature or map sizes, an empty gallery, no pair classifier, t outside
+            [0, 1), topk below 1, a weight that is negative or infinite, features that are not
+            finite.
 
     Example:
         >>> model = nn.Module()
@@ -183,14 +265,11 @@ def rank_gallery(
         >>> rank_gallery(model, images[:2], images, topk=3).indices[:, 0]
         tensor([0, 1])
     """
-    if not 0 <= attention_weight < float("inf"):
-        raise ValueError(f"attention_weight must be >= 0 and finite, got {attention_weight}")
+    _check_weight(attention_weight)
     if not len(gallery):
         raise ValueError("the gallery is empty")
     topk = min(_at_least_one("topk", topk), len(gallery))
-    ranker = _Ranker(
-        model, query, gallery, threshold, True, precision, max_memory, distributed, progress
-    )
+    ranker = _Ranker(model, query, gallery, row_threshold, True, compute)
 
     def fused(pairs: _Pairs) -> Tensor:
         return pairs[2] + attention_weight * pairs[3]
@@ -217,7 +296,9 @@ def rank_gallery(
             for block, rows, columns in ranker.within(bound, *pairs[:2]):
                 within += len(rows)
                 found = [best([*found, ranker.listed(block, rows, columns)])]
-            pairs = best([pairs, ranker.gathered(found)] if found or distributed else [pairs])
+            pairs = best(
+                [pairs, ranker.gathered(found)] if found or ranker.distributed else [pairs]
+            )
             scored += sum(ranker.everyones(within))
     shape, device = (len(query), topk), query.features.device
     _, indices, features, attention = (each.view(shape).to(device) for each in pairs)
@@ -267,8 +348,8 @@ def pair_attention(
         return one, two
 
 
-def same_identity_distmat(
-    model: nn.Module, query: Encoding, gallery: Encodings, *, max_memory: int | None = None
+def same_identity_logits(
+    model: nn.Module, query: Encoding, gallery: Encodings, *, compute: Compute | None = None
 ) -> Float[Tensor, "queries galleries"]:
     """Returns z1 − z0 of every pair: above 0 where the pair classifier says "same identity".
 
@@ -276,20 +357,20 @@ def same_identity_distmat(
         model: the CASN whose `pair_classifier` looks at the pairs.
         query: the queries, as ``model.encode`` gives them.
         gallery: the gallery: an encoding or an index.
-        max_memory: as in :func:`attention_distmat`.
+        compute: with what the pairs are worked on.
 
     Raises:
         TypeError: encodings of unlike kinds or dtypes, or features in half precision.
-        ValueError: unlike feature or map sizes, no pair classifier, or max_memory below 1.
+        ValueError: unlike feature or map sizes, or no pair classifier.
 
     Example:
         >>> model = nn.Module()
         >>> model.pair_classifier = nn.Linear(4, 2)
         >>> images = Encoding(torch.rand(3, 4), basis=torch.rand(3, 4, 6, 2))
-        >>> same_identity_distmat(model, images, images).shape
+        >>> same_identity_logits(model, images, images).shape
         torch.Size([3, 3])
     """
-    ranker = _Ranker(model, query, gallery, max_memory=max_memory)
+    ranker = _Ranker(model, query, gallery, compute=compute)
     with ranker.working():
         return ranker.every_pair(ranker.same_identity, "Classifying pairs")
 
@@ -299,8 +380,7 @@ def indicator_flips(
     query: Encoding,
     gallery: Encodings,
     *,
-    precision: torch.dtype | None = None,
-    max_memory: int | None = None,
+    compute: Compute | None = None,
 ) -> tuple[int, int]:
     """Returns how many values of α (Eq. 4) rounding has flipped, and how many there are.
 
@@ -311,13 +391,11 @@ def indicator_flips(
         model: the CASN whose `pair_classifier` looks at the pairs.
         query: the queries, as ``model.encode`` gives them.
         gallery: the gallery: an encoding or an index.
-        precision: as in :func:`attention_distmat`.
-        max_memory: as in :func:`attention_distmat`.
+        compute: with what the pairs are worked on.
 
     Raises:
-        TypeError: encodings of unlike kinds or dtypes, features in half precision, a `precision`
-            that is no half precision.
-        ValueError: unlike feature or map sizes, no pair classifier, or max_memory below 1.
+        TypeError: encodings of unlike kinds or dtypes, or features in half precision.
+        ValueError: unlike feature or map sizes, or no pair classifier.
 
     Example:
         >>> model = nn.Module()
@@ -326,7 +404,7 @@ def indicator_flips(
         >>> indicator_flips(model, images, images)
         (0, 36)
     """
-    ranker = _Ranker(model, query, gallery, precision=precision, max_memory=max_memory)
+    ranker = _Ranker(model, query, gallery, compute=compute)
     exact = copy.deepcopy(ranker.pair_classifier).double()
 
     def flips(first: "_Images", second: "_Images", of_pairs: "_Indicator") -> Tensor:
@@ -374,15 +452,67 @@ def fuse_distmats(
             "expected two matrices of one shape, got "
             f"{tuple(feature_distmat.shape)} and {tuple(attention_distmat.shape)}"
         )
-    if normalization not in ("unit", "query", "global"):
-        raise ValueError(
-            f"normalization must be 'unit', 'query' or 'global', got {normalization!r}"
-        )
+    _check_normalization(normalization)
     if normalization != "unit" and feature_distmat.numel():
         dims = (1,) if normalization == "query" else (0, 1)
         feature_distmat = _min_max(feature_distmat, dims)
         attention_distmat = _min_max(attention_distmat, dims)
     return feature_distmat + attention_weight * attention_distmat
+
+
+def fused_distmats(
+    model: nn.Module,
+    query: Encoding,
+    gallery: Encodings,
+    *,
+    row_threshold: float = ROW_THRESHOLD,
+    options: RankingOptions | None = None,
+    feature_distances: FeatureDistances = torch.cdist,
+) -> Distmats:
+    """Returns the distances of features, of attention and of both fused, of all pairs (Section 4).
+
+    Args:
+        model: the CASN whose `pair_classifier` looks at the pairs.
+        query: the queries, as ``model.encode`` gives them.
+        gallery: the gallery: an encoding or an index.
+        row_threshold: t, the share of a map's maximum above which a row counts as attended.
+        options: how distances become one ranking. With normalization "unit" features and
+            profiles are of unit length.
+        feature_distances: gives the distances of features; by default l2.
+
+    Raises:
+        TypeError: as :func:`attention_distmat`.
+        ValueError: as :func:`attention_distmat`.
+
+    Example:
+        >>> model = nn.Module()
+        >>> model.pair_classifier = nn.Linear(4, 2)
+        >>> images = Encoding(torch.rand(3, 4), basis=torch.rand(3, 4, 6, 2))
+        >>> fused_distmats(model, images[:1], images).fused.shape
+        torch.Size([1, 3])
+    """
+    options = RankingOptions() if options is None else options
+    unit = options.normalization == "unit"
+    attention = attention_distmat(
+        model,
+        query,
+        gallery,
+        row_threshold=row_threshold,
+        unit=unit,
+        shortlist=options.shortlist,
+        compute=options.compute,
+    )
+    qf, gf = query.features, gallery.features_of(slice(0, len(gallery)))
+    if unit:
+        qf, gf = F.normalize(qf, dim=1), F.normalize(gf, dim=1)
+    features = feature_distances(qf, gf)
+    fused = fuse_distmats(
+        features,
+        attention,
+        normalization=options.normalization,
+        attention_weight=options.attention_weight,
+    )
+    return Distmats(features, attention, fused)
 
 
 class _OtherProcessError(RuntimeError):
@@ -538,23 +668,17 @@ class _Ranker:
         model: nn.Module,
         query: Encoding,
         gallery: Encodings,
-        threshold: float = 0.2,
+        row_threshold: float = ROW_THRESHOLD,
         unit: bool = False,
-        precision: torch.dtype | None = None,
-        max_memory: int | None = None,
-        distributed: bool = False,
-        progress: bool = False,
+        compute: Compute | None = None,
     ) -> None:
-        if not 0 <= threshold < 1:
-            raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
-        if precision not in (None, torch.float16, torch.bfloat16):
-            raise TypeError(f"precision must be torch.float16 or torch.bfloat16, got {precision}")
-        if distributed and not (dist.is_available() and dist.is_initialized()):
-            raise ValueError("distributed ranking needs torch.distributed.init_process_group()")
+        compute = Compute() if compute is None else compute
+        precision, max_memory = compute.precision, compute.max_memory
+        check_share("row_threshold", row_threshold)
         self.pair_classifier, self.device = _pair_classifier(model, query, gallery)
         self.query, self.gallery = query, gallery
-        self.threshold, self.unit, self.precision = threshold, unit, precision
-        self.distributed, self.progress = distributed, progress
+        self.row_threshold, self.unit, self.precision = row_threshold, unit, precision
+        self.distributed, self.progress = compute.distributed, compute.progress
         features = query.features
         cuda = self.device.type == "cuda"
         self.dtype = precision if precision is not None and cuda else features.dtype
@@ -575,7 +699,7 @@ class _Ranker:
     def _set_grid(self, max_memory: int | None) -> None:
         if max_memory is None:
             max_memory = 2**32 if self.device.type == "cuda" else 2**28
-        max_memory = min(_at_least_one("max_memory", max_memory), 2**60)
+        max_memory = min(max_memory, 2**60)
         features, maps = self.query.features, self.query.maps
         dim, channels = features.shape[1], maps.shape[1]
         positions = maps.shape[2] * maps.shape[3]
@@ -724,7 +848,7 @@ class _Ranker:
 
     def distance(self, first: Tensor, second: Tensor) -> Tensor:
         """Returns the distances of row profiles."""
-        return attention_distance(first, second, threshold=self.threshold, unit=self.unit)
+        return attention_distance(first, second, row_threshold=self.row_threshold, unit=self.unit)
 
     def same_identity(self, first: _Images, second: _Images, _: _Indicator) -> Tensor:
         """Returns z1 − z0 of a tile."""
@@ -734,8 +858,8 @@ class _Ranker:
             scores: Tensor = hidden @ (last.weight[1] - last.weight[0]).to(hidden.dtype)
             return scores if last.bias is None else scores + (last.bias[1] - last.bias[0])
         differences = first.features[:, None] - second.features[None]
-        weight = next(self.pair_classifier.parameters(), differences)
-        scores = self.pair_classifier(differences.flatten(0, 1).to(weight.dtype))
+        dtype = place_of(self.pair_classifier, differences).dtype
+        scores = self.pair_classifier(differences.flatten(0, 1).to(dtype))
         scores = scores.to(differences.dtype)
         return (scores[:, 1] - scores[:, 0]).view(len(first), len(second))
 
@@ -746,7 +870,7 @@ class _Ranker:
 
         def aligned(images: _Images) -> Tensor:
             profiles = images.profiles_of(alpha.expand(len(images), 1, -1))[:, 0]
-            profiles = align_profiles(profiles, self.threshold)
+            profiles = align_profiles(profiles, self.row_threshold)
             return F.normalize(profiles, dim=-1) if self.unit else profiles
 
         first = torch.cat(
@@ -929,6 +1053,18 @@ def _rounded(operand: Tensor, dtype: torch.dtype, precision: torch.dtype | None)
     return operand if operand.device.type == "cuda" else operand.to(dtype)
 
 
+def _check_normalization(normalization: str) -> None:
+    if normalization not in ("unit", "query", "global"):
+        raise ValueError(
+            f"normalization must be 'unit', 'query' or 'global', got {normalization!r}"
+        )
+
+
+def _check_weight(attention_weight: float) -> None:
+    if not 0 <= attention_weight < float("inf"):
+        raise ValueError(f"attention_weight must be >= 0 and finite, got {attention_weight}")
+
+
 def _at_least_one(name: str, value: int) -> int:
     """Returns a count, or raises ValueError."""
     if value < 1:
@@ -964,8 +1100,7 @@ def _pair_classifier(
             "query and gallery must have features of one dtype, float32 or wider, got "
             f"{query.features.dtype} and {gallery.features.dtype}"
         )
-    first = next(iter(pair_classifier.parameters()), query.features)
-    return pair_classifier, first.device
+    return pair_classifier, place_of(pair_classifier, query.features).device
 
 
 def _layers(pair_classifier: PairScorer) -> list[nn.Module]:

@@ -150,7 +150,7 @@ def html_report(
             table=_table(results),
             cmc=_cmc(results),
             key=_colour_key(),
-            threshold=f"{explained.threshold:.0%}",
+            row_threshold=f"{explained.row_threshold:.0%}",
             worst=cards(worst, "worst"),
             best=cards(best, "best"),
             tick=html.escape(verdict(True)),
@@ -370,8 +370,8 @@ broken red frame is wrong. A match behind a line is the right one, standing furt
 attention.</li>
 <li><strong>Same person</strong> is the pair classifier's probability. <strong>Features
 differ</strong> by at most 2. <strong>Attention differs</strong> by 0 where the model looked at the
-same rows of both, once the rows above and below those that reach {threshold} of the strongest are
-cut off.</li>
+same rows of both, once the rows above and below those that reach {row_threshold} of the strongest
+are cut off.</li>
 </ul>
 <div class="bar"><button type="button" id="toggle" aria-pressed="true" hidden>Show
 attention</button></div>

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float
 from torch import Tensor
@@ -27,28 +26,10 @@ from casn_plugin.attention import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 COLOURS = {"features": "#0072B2", "attention": "#E69F00", "fused": "#CC79A7"}  # Okabe and Ito's
 PAIR_COLOURS = ("#0072B2", "#E69F00")  # of the first and the second image of a pair
 # the field's green and red, of unlike lightness; never the only sign: words and broken lines too
 RIGHT, WRONG = "#00875A", "#D7301F"
-
-
-def denormalize(
-    imgs: Float[Tensor, "batch 3 rows columns"],
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-) -> Float[np.ndarray, "batch rows columns 3"]:
-    """Returns normalised images as RGB pictures in [0, 1], channels last.
-
-    Example:
-        >>> denormalize(torch.zeros(1, 3, 2, 2))[0, 0, 0].round(3).tolist()
-        [0.485, 0.456, 0.406]
-    """
-    rgb = imgs.detach().float().cpu() * torch.tensor(std)[:, None, None]
-    rgb = (rgb + torch.tensor(mean)[:, None, None]).clamp(0, 1)
-    return np.asarray(rgb.permute(0, 2, 3, 1).numpy(), dtype=np.float64)
 
 
 def overlay(
@@ -138,7 +119,7 @@ def plot_pair(
     headline: str = "",
     details: str = "",
     names: tuple[str, str] = ("first picture", "second picture"),
-    threshold: float = 0.2,
+    row_threshold: float = 0.2,
 ) -> "Figure":
     """Returns a figure that explains one pair to a reader who does not know the paper.
 
@@ -153,7 +134,7 @@ def plot_pair(
         headline: what the model says.
         details: a line below it.
         names: what to call the two pictures.
-        threshold: t, the share of a map's maximum above which a row counts as attended.
+        row_threshold: t, the share of a map's maximum above which a row counts as attended.
 
     Example:
         >>> figure = plot_pair(np.zeros((8, 4, 3)), np.zeros((8, 4, 3)), torch.eye(4), torch.eye(4))
@@ -174,7 +155,7 @@ def plot_pair(
     for side, (colour, name) in enumerate(zip(PAIR_COLOURS, names, strict=True)):
         shown, looked, strength = [axes[i] for i in ((0, 1, 2), (6, 5, 4))[side]]
         height = len(profiles[side])
-        first, last = (int(row) for row in attended_span(profiles[side], threshold))
+        first, last = (int(row) for row in attended_span(profiles[side], row_threshold))
         extent = (0, height * columns / rows, height, 0)
         covered = overlay(pictures[side][None], maps[side][None])[0]
         for axis, picture in ((shown, pictures[side]), (looked, covered)):
@@ -186,17 +167,17 @@ def plot_pair(
         for edge in (first, last + 1):
             looked.axhline(edge, color="white", linewidth=2.4)
             looked.axhline(edge, color=colour, linewidth=1.4, linestyle="--")
-        _plot_profile(strength, profiles[side], colour, threshold)
+        _plot_profile(strength, profiles[side], colour, row_threshold)
         strength.axhspan(first, last + 1, color=colour, alpha=0.13, linewidth=0)
         strength.set_title("how strongly", fontsize=9)
         strength.set_xlabel(f"rows {first + 1} to {last + 1} of {height}\ncount", fontsize=8)
         if side:
             strength.invert_xaxis()  # both grow towards the middle
-    _plot_aligned(axes[3], profiles, threshold, names)
+    _plot_aligned(axes[3], profiles, row_threshold, names)
     axes[3].set_title("the rows that count,\nstretched to one length", fontsize=9)
     figure.supxlabel(
         f"{details}\nBright: what speaks for the same person. t: rows that reach more than "
-        f"{threshold:.0%} of the strongest count. Grey: what differs.".strip(),
+        f"{row_threshold:.0%} of the strongest count. Grey: what differs.".strip(),
         fontsize=8,
     )
     return figure
@@ -210,7 +191,7 @@ def plot_pairs(
     same: Sequence[bool],
     *,
     titles: Sequence[str] | None = None,
-    threshold: float = 0.2,
+    row_threshold: float = 0.2,
 ) -> "Figure":
     """Returns a figure of pairs: pictures, attention, and row profiles before alignment.
 
@@ -225,7 +206,7 @@ def plot_pairs(
         gallery_maps: that of the second images.
         same: whether each pair shows one identity.
         titles: a line above each pair.
-        threshold: t, marked in the profiles.
+        row_threshold: t, marked in the profiles.
     """
     from matplotlib.figure import Figure
 
@@ -254,12 +235,12 @@ def plot_pairs(
             for name, profile, colour, at in zip(
                 ("query", "gallery"), profiles, PAIR_COLOURS, (1.06, 1.14), strict=True
             ):
-                first, last = (int(row) for row in attended_span(profile, threshold))
-                _plot_profile(axis, profile, colour, threshold, label=name)
+                first, last = (int(row) for row in attended_span(profile, row_threshold))
+                _plot_profile(axis, profile, colour, row_threshold, label=name)
                 axis.plot([at, at], [first, last + 1], color=colour, linewidth=3,
                           solid_capstyle="butt")  # fmt: skip
             axis.set_xlim(-0.03, 1.22)
-            distance = float(attention_distance(*profiles, threshold=threshold))
+            distance = float(attention_distance(*profiles, row_threshold=row_threshold))
             axis.set_xlabel(f"row maxima; distance {distance:.2f}", fontsize=8)
             if i == 0:
                 axis.legend(fontsize=7, frameon=False, loc="lower center",
@@ -374,25 +355,25 @@ def _show(axis: Any, picture: np.ndarray, right: bool | None = None) -> None:
 
 
 def _plot_profile(
-    axis: Any, profile: Tensor, colour: str, threshold: float, *, label: str = ""
+    axis: Any, profile: Tensor, colour: str, row_threshold: float, *, label: str = ""
 ) -> None:
-    """Draws a row profile down the rows of its picture, with the threshold t."""
-    axis.axvline(threshold, color="0.6", linewidth=0.8, linestyle=":")
+    """Draws a row profile down the rows of its picture, with the row_threshold t."""
+    axis.axvline(row_threshold, color="0.6", linewidth=0.8, linestyle=":")
     axis.plot(profile, np.arange(len(profile)) + 0.5, color=colour, marker="o", markersize=2.5,
               linewidth=1.2, label=label)  # fmt: skip
     axis.set_ylim(len(profile), 0)
     axis.set_xlim(-0.03, 1.06)
-    axis.set_xticks([0, threshold, 1], ["0", "t", "1"], fontsize=7)
+    axis.set_xticks([0, row_threshold, 1], ["0", "t", "1"], fontsize=7)
     axis.set_yticks([])
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
 
 
 def _plot_aligned(
-    axis: Any, profiles: Sequence[Tensor], threshold: float, names: Sequence[str]
+    axis: Any, profiles: Sequence[Tensor], row_threshold: float, names: Sequence[str]
 ) -> None:
     """Draws two aligned profiles M*_m over each other, and what differs between them."""
-    aligned = [align_profiles(profile, threshold).numpy() for profile in profiles]
+    aligned = [align_profiles(profile, row_threshold).numpy() for profile in profiles]
     at = np.arange(len(aligned[0])) + 0.5
     axis.fill_betweenx(at, *aligned, color="0.85", linewidth=0)
     for profile, colour, name, style in zip(aligned, PAIR_COLOURS, names, ("-", "--"), strict=True):

@@ -1,0 +1,163 @@
+"""Checkpoints: saved whole or not at all, read without running anything, with the random state."""
+
+import contextlib
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from casn_plugin.files import replacing
+
+# torchreid's own checkpoints hold their rank-1 as a NumPy scalar
+_SCALARS: list[Any] = [
+    type(np.float32(0)).__reduce__(np.float32(0))[0],
+    np.dtype,
+    type(np.dtype("float32")),
+    type(np.dtype("float64")),
+]
+
+
+def save_checkpoint(
+    state: dict[str, Any], folder: str | os.PathLike[str], *, is_best: bool = False
+) -> Path:
+    """Returns the path of a saved checkpoint, named after its epoch as torchreid names it.
+
+    Args:
+        state: what is saved; `epoch` is the number of epochs that were trained.
+        folder: made if need be.
+        is_best: keep it as ``model-best.pth.tar`` too.
+
+    Raises:
+        OSError: a folder that can't be made or written; what was there before is left as it was.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     path = save_checkpoint({"epoch": 3}, folder)
+        ...     path.name, load_checkpoint(path)
+        ('model.pth.tar-3', {'epoch': 3})
+    """
+    path = Path(folder, f"model.pth.tar-{state['epoch']}")
+    with replacing(path) as file:
+        torch.save(state, file)
+    if is_best:
+        with replacing(path.with_name("model-best.pth.tar")) as file:
+            shutil.copyfile(path, file)
+    return path
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns what a checkpoint holds, on the CPU; nothing in it is run.
+
+    Checkpoints of torchreid's own engines are read too.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no checkpoint, a damaged one, or one that holds more than tensors and plain
+            values.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"there is no checkpoint {os.fspath(path)}")
+    try:
+        with torch.serialization.safe_globals(_SCALARS):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch, pickle and zip fail in their own ways
+        raise ValueError(f"{os.fspath(path)} can't be read as a checkpoint: {error}") from error
+    if not isinstance(state, dict):
+        raise ValueError(
+            f"{os.fspath(path)} is no checkpoint: it holds {type(state).__name__}, no dictionary"
+        )
+    return state
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
+    """Returns the names of the tensors that a model took from a file: all that fit.
+
+    Args:
+        model: a CASN, or any network.
+        path: a checkpoint, or a state dictionary, of the network or of its backbone alone.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: as :func:`load_checkpoint`; or a file of another network: less than half of
+            the model's tensors are in it with the same name and shape.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     torch.save(nn.Linear(2, 2).state_dict(), f"{folder}/weights.pth")
+        ...     load_weights(nn.Linear(2, 2), f"{folder}/weights.pth")
+        ['weight', 'bias']
+    """
+    state = load_checkpoint(path)
+    own = model.state_dict()
+    fitting = {
+        name.removeprefix("module."): value
+        for name, value in state.get("state_dict", state).items()
+        if isinstance(value, Tensor)
+        and own.get(name.removeprefix("module."), torch.empty(0)).shape == value.shape
+    }
+    if len(fitting) < len(own) / 2:
+        raise ValueError(
+            f"{os.fspath(path)} is of another network: {len(fitting)} of {len(own)} tensors are in "
+            "it with the same name and shape"
+        )
+    model.load_state_dict(fitting, strict=False)
+    return list(fitting)
+
+
+def random_state() -> dict[str, Any]:
+    """Returns the state of every generator that training draws from, safe to load.
+
+    Example:
+        >>> state = random_state()
+        >>> first = torch.rand(1)
+        >>> set_random_state(state)
+        >>> torch.equal(torch.rand(1), first)
+        True
+    """
+    version, internal, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Takes over what :func:`random_state` has returned."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state(
+        ("MT19937", keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached)
+    )
+    torch.set_rng_state(state["torch"].cpu())
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])
+
+
+@contextlib.contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Leaves every generator as it was found.
+
+    Example:
+        >>> before = torch.get_rng_state()
+        >>> with preserved_random_state():
+        ...     _ = torch.rand(3)
+        >>> torch.equal(torch.get_rng_state(), before)
+        True
+    """
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)

@@ -1,0 +1,273 @@
+"""Pictures, folders and loaders in, encodings out: the one place where batches are read."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from casn_plugin.encoding import Encoding
+from casn_plugin.hooks import place_of
+from casn_plugin.model import CASN
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Image = Tensor | PIL.Image.Image | str | os.PathLike[str]
+"""A normalised (3, rows, columns) tensor as the model takes it, a picture, or its path."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How pictures become what the model takes, and how that becomes a picture again.
+
+    Attributes:
+        size: (rows, columns) that pictures and paths are brought to; None: the model's
+            `input_size`. Tensors are taken as they are.
+        mean: what pictures are normalised with, and tensors were: by default ImageNet's.
+        std: likewise, positive.
+
+    Raises:
+        ValueError: mean or std that are not three numbers, a std that is not positive.
+
+    Example:
+        >>> Preprocessing((4, 2)).load(PIL.Image.new("RGB", (8, 8))).shape
+        torch.Size([3, 4, 2])
+    """
+
+    size: tuple[int, int] | None = None
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a mean or std that can't be."""
+        if len(self.mean) != 3 or len(self.std) != 3 or not min(self.std) > 0:
+            raise ValueError(
+                f"mean and std must be three numbers, std positive, got {self.mean} and {self.std}"
+            )
+
+    @classmethod
+    def of(cls, datamanager: Any) -> "Preprocessing":
+        """Returns how a torchreid data manager prepares test images.
+
+        The colours are ImageNet's where it does not say.
+        """
+        prepared = getattr(datamanager, "transform_te", None)
+        size = datamanager.height, datamanager.width
+        for transform in reversed(getattr(prepared, "transforms", [prepared])):
+            if hasattr(transform, "mean") and hasattr(transform, "std"):
+                return cls(size, transform.mean, transform.std)
+        return cls(size)
+
+    def for_model(self, model: CASN) -> "Preprocessing":
+        """Returns the same, with the model's `input_size` where no size is given."""
+        return Preprocessing(self.size or model.input_size, self.mean, self.std)
+
+    def load(self, image: Image) -> Float[Tensor, "3 rows columns"]:
+        """Returns a normalised image, upright, and otherwise as torchreid prepares test images.
+
+        Raises:
+            TypeError: an image of none of the kinds.
+            ValueError: a tensor of another shape, or a picture where no size is known.
+            OSError: a path that is no picture.
+        """
+        from torchvision.transforms import functional as transforms
+
+        if isinstance(image, Tensor):
+            if image.ndim != 3 or len(image) != 3 or not image.is_floating_point():
+                raise ValueError(
+                    "an image must be a float tensor (3, rows, columns), got "
+                    f"{tuple(image.shape)} of {image.dtype}"
+                )
+            return image
+        if isinstance(image, str | os.PathLike):
+            with PIL.Image.open(image) as opened:
+                return self.load(opened)
+        if not isinstance(image, PIL.Image.Image):
+            raise TypeError(
+                f"an image must be a tensor, a PIL image or a path, got {type(image).__name__}"
+            )
+        if self.size is None:
+            raise ValueError("pictures need a size (rows, columns) that they are brought to")
+        upright = PIL.ImageOps.exif_transpose(image).convert("RGB")
+        resized = transforms.to_tensor(transforms.resize(upright, list(self.size)))
+        normalised: Tensor = transforms.normalize(resized, list(self.mean), list(self.std))
+        return normalised
+
+    def pictures(
+        self, imgs: Float[Tensor, "images 3 rows columns"]
+    ) -> Float[np.ndarray, "images rows columns 3"]:
+        """Returns normalised images as RGB pictures in [0, 1], channels last.
+
+        Example:
+            >>> Preprocessing().pictures(torch.zeros(1, 3, 2, 2))[0, 0, 0].round(3).tolist()
+            [0.485, 0.456, 0.406]
+        """
+        rgb = imgs.detach().float().cpu() * torch.tensor(self.std)[:, None, None]
+        rgb = (rgb + torch.tensor(self.mean)[:, None, None]).clamp(0, 1)
+        return np.asarray(rgb.permute(0, 2, 3, 1).numpy(), dtype=np.float64)
+
+
+class Batch(NamedTuple):
+    """A batch of images and what is known of them; None where a loader does not say.
+
+    Attributes:
+        imgs: (B, 3, rows, columns), normalised.
+        names: their names, such as torchreid's image paths.
+        pids: their identities.
+        camids: their cameras.
+    """
+
+    imgs: Tensor
+    names: list[str] | None = None
+    pids: list[int] | None = None
+    camids: list[int] | None = None
+
+
+def read_batch(data: Any) -> Batch:
+    """Returns what a loader has given.
+
+    Args:
+        data: images (B, 3, rows, columns); a tuple or list of them and, where there are, pids and
+            camids; or torchreid's dictionary of "img" and, where there are, "impath", "pid" and
+            "camid".
+
+    Raises:
+        TypeError: anything else.
+
+    Example:
+        >>> read_batch((torch.rand(2, 3, 8, 4), torch.tensor([7, 9]))).pids
+        [7, 9]
+    """
+    if isinstance(data, Mapping):
+        imgs, *labels = (data.get(key) for key in ("img", "impath", "pid", "camid"))
+    else:
+        imgs, pids, camids, *more = (
+            (*data, None, None, None)[: max(len(data), 3)]
+            if isinstance(data, (tuple, list)) and data
+            else (data, None, None)
+        )
+        if more:
+            raise TypeError(
+                "a batch must be images, images and pids, or images, pids and camids, got a "
+                f"{type(data).__name__} of {len(data)}"
+            )
+        labels = [None, pids, camids]
+    if not isinstance(imgs, Tensor) or imgs.ndim != 4:
+        raise TypeError(
+            "the loader must give batches of images (B, 3, H, W), or dictionaries with them as "
+            f"'img', got {type(data).__name__}"
+        )
+    names, pids, camids = (
+        each.tolist() if isinstance(each, Tensor | np.ndarray) else each for each in labels
+    )
+    return Batch(imgs, names, pids, camids)
+
+
+class Encoded(NamedTuple):
+    """The encodings of all images of a loader, on the CPU, and whom they show.
+
+    Attributes:
+        encoding: what ranking needs of the images.
+        pids: their identities.
+        camids: their cameras.
+    """
+
+    encoding: Encoding
+    pids: Int64[np.ndarray, " images"]
+    camids: Int64[np.ndarray, " images"]
+
+
+def encode_images(model: CASN, imgs: Float[Tensor, "images 3 rows columns"]) -> Encoding:
+    """Returns the encoding of images on the CPU; they are encoded where the model is.
+
+    Raises:
+        TypeError, ValueError: as :meth:`CASN.encode`.
+    """
+    return model.encode(imgs.to(*place_of(model))).to("cpu")
+
+
+def encode_loader(model: CASN, batches: Iterable[Any]) -> Encoded:
+    """Returns the encodings of all batches, and whom the images show.
+
+    Raises:
+        TypeError: batches that :func:`read_batch` does not know, or without pids and camids.
+        ValueError: no batch at all; otherwise as :meth:`CASN.encode`.
+    """
+    encodings: list[Encoding] = []
+    every_pid: list[int] = []
+    every_camid: list[int] = []
+    for data in batches:
+        imgs, _, pids, camids = read_batch(data)
+        if pids is None or camids is None:
+            raise TypeError("ranking needs the pids and the camids of all images, got none")
+        encodings.append(encode_images(model, imgs))
+        every_pid.extend(int(pid) for pid in pids)
+        every_camid.extend(int(camid) for camid in camids)
+    return Encoded(Encoding.cat(encodings), np.asarray(every_pid), np.asarray(every_camid))
+
+
+class _Labelled(Dataset[dict[str, Any]]):
+    """A sequence of (image, pid, camid) as a data set of dictionaries, as torchreid's are."""
+
+    def __init__(self, data: Sequence[Any], preprocessing: Preprocessing) -> None:
+        self.data = data
+        self.preprocessing = preprocessing
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        image, pid, camid, *_ = self.data[row]
+        return {"img": self.preprocessing.load(image), "pid": int(pid), "camid": int(camid)}
+
+
+def image_loader(name: str, data: Any, preprocessing: Preprocessing) -> DataLoader[Any]:
+    """Returns a loader of dictionaries with "img", "pid" and "camid", in the order of the data.
+
+    Args:
+        name: what the data are called in errors.
+        data: a loader, whose data set is gone through in its own order; or a sequence of
+            (image, pid, camid), where images may be all that :meth:`Preprocessing.load` takes.
+        preprocessing: with a size.
+
+    Raises:
+        TypeError: data of another form.
+        ValueError: no data, or images of unlike sizes.
+
+    Example:
+        >>> loader = image_loader("query", [(torch.rand(3, 8, 4), 7, 0)], Preprocessing((8, 4)))
+        >>> [batch["pid"].tolist() for batch in loader]
+        [[7]]
+    """
+    if isinstance(data, DataLoader):
+        loader = DataLoader[Any](  # in the order of the data set, whatever its own sampler draws
+            data.dataset,
+            batch_size=data.batch_size or 32,
+            num_workers=data.num_workers,
+            collate_fn=data.collate_fn,
+        )
+    else:
+        if not isinstance(data, Sequence) or isinstance(data, str):
+            raise TypeError(
+                f"{name} must be a DataLoader or a sequence of (image, pid, camid), got "
+                f"{type(data).__name__}"
+            )
+        for entry in data:
+            if not isinstance(entry, Sequence) or isinstance(entry, str) or len(entry) < 3:
+                raise TypeError(f"{name} must hold (image, pid, camid), got {entry!r:.80}")
+        given = preprocessing.size
+        sizes = {tuple(e[0].shape[1:]) if isinstance(e[0], Tensor) else given for e in data}
+        if len(sizes) > 1:
+            raise ValueError(f"images of {name} must be of one size, got {sorted(map(str, sizes))}")
+        loader = DataLoader(_Labelled(data, preprocessing), batch_size=32)
+    if not len(loader.dataset):  # type: ignore[arg-type]
+        raise ValueError(f"{name} is empty")
+    return loader
