@@ -130,7 +130,10 @@ def test_foreign_checkpoints_are_refused(market_root, tmp_path):
     with pytest.raises(FileNotFoundError):
         engine.resume(str(tmp_path / "nothing"))
     torch.save({"state_dict": {}, "epoch": 1}, tmp_path / "foreign")
-    with pytest.raises(ValueError, match=r"lacks \['history', 'optimizer'"):
+    with pytest.raises(
+        ValueError,
+        match=r"foreign is no .*: it lacks \['optimizer', 'random_state'",
+    ):
         engine.resume(str(tmp_path / "foreign"))
     engine.run(save_dir=str(tmp_path), max_epoch=1)
     path = tmp_path / "model" / "model.pth.tar-1"
