@@ -195,8 +195,8 @@ def build_engine(
         _multiply_gradients(model.pair_classifier, args.pair_lr_mult)
     datamanager = PairSampler.install(datamanager, cross_camera=not args.any_camera, seed=args.seed)
     optimizer = torchreid.optim.build_optimizer(
-        model, optim=args.optim, lr=args.lr, staged_lr=True, base_lr_mult=args.base_lr_mult,
-        new_layers=["classifier", "conv5", "pair_classifier"],
+        model, optim=args.optim, lr=args.lr, staged_lr=args.base_lr_mult != 1,
+        base_lr_mult=args.base_lr_mult, new_layers=["classifier", "conv5", "pair_classifier"],
     )  # fmt: skip
     scheduler = torchreid.optim.build_lr_scheduler(optimizer, "single_step", args.stepsize)
     by_range = args.map_scale == "range"

@@ -130,7 +130,7 @@ def provenance() -> dict[str, Any]:
     """Returns what code is running: commit, whether it differs from the commit, and versions.
 
     It differs ("dirty") where ``casn_plugin/`` or ``examples/`` have changes, or where the package
-    that runs is another one than the checkout's. Outside of git the commit is "unknown".
+    that runs is another one than the checkout's. Outside of a checkout the commit is "unknown".
     """
     packages = ("torch", "torchvision", "torchreid", "numpy")
     versions = {
@@ -138,8 +138,8 @@ def provenance() -> dict[str, Any]:
         "casn_plugin": casn_plugin.__version__,
         **{name: importlib.metadata.version(name) for name in packages},
     }
-    commit = _git("rev-parse", "HEAD")
-    if commit is None:
+    commit, top = _git("rev-parse", "HEAD"), _git("rev-parse", "--show-toplevel")
+    if commit is None or top is None or not ROOT.samefile(top):
         return {"commit": "unknown", "dirty": None, "versions": versions}
     changes = _git("status", "--porcelain", "--", "casn_plugin", "examples")
     own = Path(casn_plugin.__file__).parent == ROOT / "casn_plugin"
