@@ -53,7 +53,8 @@ def plot_table(rows: Mapping[str, Mapping[str, list[list[float]]]]) -> Figure:
                 axis.plot([at + shift - 0.1] * len(values), values, "o", color=COLOURS[kind],
                           alpha=0.6, markersize=4, markeredgewidth=0)  # fmt: skip
                 axis.errorbar(at + shift, np.mean(values), _deviation(values), fmt="_", capsize=3,
-                              color=COLOURS[kind], label=kind if at == 0 else None)  # fmt: skip
+                              color=COLOURS[kind])  # fmt: skip
+            axis.plot([], "o-", color=COLOURS[kind], markersize=4, label=kind)
         axis.set_xticks(range(len(rows)), list(rows), rotation=30, ha="right")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)

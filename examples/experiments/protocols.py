@@ -128,6 +128,7 @@ class FirstIdentities(torchreid.data.ImageDataManager):  # type: ignore[misc]
     """
 
     def __init__(self, identities: int, **kwargs: Any) -> None:
+        self.identities = identities
         super().__init__(**kwargs)
         if identities > super().num_train_pids:
             raise SystemExit(
@@ -136,7 +137,6 @@ class FirstIdentities(torchreid.data.ImageDataManager):  # type: ignore[misc]
             )
         images = self.train_loader.dataset
         images.train = images.data = [row for row in images.train if row[1] < identities]
-        self.identities = identities
         print(f"Trains on {len(images.train)} images of the first {identities} identities")
 
     @property
