@@ -21,11 +21,11 @@ ROOMS = (
         "processes", "closed_form", "tiles", "sides", "distances", "search", "fused", "shards",
         "index",
     )),
-    "ranking",
+    "ranking", "retrieval",
     *(f"explanation.{name}" for name in (
         "pictures", "figures", "curves", "pair", "lists", "report",
     )),
-    "explanation", "checkpoint",
+    "explanation", "checkpoint", "checks", "training",
     *(f"pedestrians.{name}" for name in (
         "looks", "cameras", "body", "street", "picture", "dataset",
     )),
