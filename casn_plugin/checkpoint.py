@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from casn_plugin.files import replacing
+from casn_plugin.sampler import PairSampler
 
 # torchreid's own checkpoints hold their rank-1 as a NumPy scalar
 _SCALARS: list[Any] = [
@@ -74,6 +75,98 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{os.fspath(path)} is no checkpoint: it holds {type(state).__name__}, no dictionary"
         )
     return state
+
+
+class TrainingState:
+    """All that training goes on from: weights, optimizer, scheduler, scaler, pairs, random state.
+
+    Args:
+        model: what is trained.
+        optimizer: of its parameters.
+        scheduler: of the learning rate, if any.
+        scaler: of the gradients, if any.
+        sampler: of the training images; where it is a PairSampler, the pairs go on too.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> training = TrainingState(net, torch.optim.SGD(net.parameters(), 0.1))
+        >>> training.restore(training.state(epoch=3))
+        3
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any = None,
+        scaler: torch.amp.GradScaler | None = None,
+        sampler: Any = None,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.scaler = scaler
+        self.sampler = sampler if isinstance(sampler, PairSampler) else None
+
+    def state(self, epoch: int) -> dict[str, Any]:
+        """Returns what :func:`save_checkpoint` saves, after so many epochs."""
+        state = {
+            "state_dict": self.model.state_dict(),
+            "epoch": epoch,
+            "optimizer": self.optimizer.state_dict(),
+            "random_state": random_state(),
+        }
+        if self.scheduler is not None:
+            state["scheduler"] = self.scheduler.state_dict()
+        if self.scaler is not None:
+            state["scaler"] = self.scaler.state_dict()
+        if self.sampler is not None:
+            state["sampler_epoch"] = self.sampler.epoch
+        return state
+
+    def restore(
+        self, checkpoint: dict[str, Any], source: str | os.PathLike[str] = "checkpoint"
+    ) -> int:
+        """Returns how many epochs were trained, having taken over a :meth:`state`.
+
+        Args:
+            checkpoint: as :func:`load_checkpoint` gives it.
+            source: the file it is of, for errors.
+
+        Raises:
+            ValueError: a checkpoint of something else, or of another model, optimizer or precision.
+        """
+        name = os.fspath(source)
+        wanted = {"state_dict", "epoch", "optimizer", "random_state"}
+        wanted |= {"scaler"} if self.scaler is not None else set()
+        missing = wanted - set(checkpoint)
+        if missing:
+            raise ValueError(
+                f"{name} is no checkpoint to go on from: it lacks {sorted(missing)}; the weights "
+                "alone can be loaded with casn_plugin.checkpoint.load_weights"
+            )
+        saved, own = (
+            {name for group in groups for name in group}
+            for groups in (checkpoint["optimizer"]["param_groups"], self.optimizer.param_groups)
+        )
+        try:
+            if not own - {"initial_lr"} <= saved:
+                raise ValueError(f"its optimizer lacks {sorted(own - saved)}")
+            if self.scaler is not None:
+                self.scaler.load_state_dict(checkpoint["scaler"])
+            self.model.load_state_dict(checkpoint["state_dict"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{name} is of another model, optimizer or precision: {error}"
+            ) from error
+        if self.scheduler is not None and "scheduler" in checkpoint:
+            self.scheduler.load_state_dict(checkpoint["scheduler"])
+        set_random_state(checkpoint["random_state"])
+        epoch = int(checkpoint["epoch"])
+        if self.sampler is not None:
+            self.sampler.set_epoch(int(checkpoint.get("sampler_epoch", epoch)))
+        return epoch
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:

@@ -22,11 +22,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from casn_plugin.checkpoint import (
+    TrainingState,
     load_checkpoint,
     preserved_random_state,
-    random_state,
     save_checkpoint,
-    set_random_state,
 )
 from casn_plugin.data import load_pedestrians
 from casn_plugin.encoding import Encoding, Encodings
@@ -149,6 +148,11 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
     @property
     def _device(self) -> torch.device:
         return torch.device("cuda" if self.use_gpu else "cpu")
+
+    @property
+    def _training(self) -> TrainingState:
+        sampler = self.datamanager.train_loader.sampler
+        return TrainingState(self.casn, self.optimizer, self.scheduler, self.scaler, sampler)
 
     def train(
         self,
@@ -403,20 +407,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
 
         It holds nothing that torch's safe loading rejects, and :meth:`resume` goes on from it.
         """
-        state = {
-            "state_dict": self.casn.state_dict(),
-            "epoch": epoch + 1,
-            "rank1": float(rank1),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "random_state": random_state(),
-            "history": self.history,
-        }
-        sampler = self.datamanager.train_loader.sampler
-        if isinstance(sampler, PairSampler):
-            state["sampler_epoch"] = sampler.epoch
-        if self.scheduler is not None:
-            state["scheduler"] = self.scheduler.state_dict()
+        state = {"rank1": float(rank1), "history": self.history, **self._training.state(epoch + 1)}
         path = save_checkpoint(state, osp.join(save_dir, "model"), is_best=is_best)
         print(f'Checkpoint saved to "{path}"')
 
@@ -430,35 +421,8 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             ValueError: no checkpoint, or one of another engine or another model.
         """
         checkpoint = load_checkpoint(fpath)
-        wanted = {"state_dict", "epoch", "optimizer", "scaler", "random_state", "history"}
-        missing = wanted - set(checkpoint)
-        if missing:
-            raise ValueError(
-                f"{fpath} is no checkpoint of ImageCASNEngine: it lacks {sorted(missing)}; the "
-                "weights alone can be loaded with casn_plugin.checkpoint.load_weights"
-            )
-        saved, own = (
-            {name for group in groups for name in group}
-            for groups in (checkpoint["optimizer"]["param_groups"], self.optimizer.param_groups)
-        )
-        try:
-            if not own - {"initial_lr"} <= saved:
-                raise ValueError(f"its optimizer lacks {sorted(own - saved)}")
-            self.scaler.load_state_dict(checkpoint["scaler"])
-            self.casn.load_state_dict(checkpoint["state_dict"])
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(
-                f"{fpath} is of another model, optimizer or precision: {error}"
-            ) from error
-        if self.scheduler is not None and "scheduler" in checkpoint:
-            self.scheduler.load_state_dict(checkpoint["scheduler"])
-        set_random_state(checkpoint["random_state"])
-        self.history = list(checkpoint["history"])
-        epoch = int(checkpoint["epoch"])
-        sampler = self.datamanager.train_loader.sampler
-        if isinstance(sampler, PairSampler):
-            sampler.set_epoch(int(checkpoint.get("sampler_epoch", epoch)))
+        epoch = self._training.restore(checkpoint, fpath)
+        self.history = list(checkpoint.get("history", []))
         return epoch
 
 

@@ -1,10 +1,13 @@
 """Shape checking of the whole package, small models, and the data that the tests run on."""
 
+import copy
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from jaxtyping import config, install_import_hook
@@ -14,11 +17,13 @@ install_import_hook("casn_plugin", "beartype.beartype")
 
 import cv2  # noqa: E402
 import torch  # noqa: E402
+import torchreid  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
+PROGRAMS = Path(__file__).parent / "programs"
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPT = EXAMPLES / "train_casn_pcb.py"
 SHARED = Path(__file__).parents[2] / "shared"
@@ -57,6 +62,26 @@ class TinyBackbone(nn.Module):
 def tiny_forward(backbone: TinyBackbone, imgs: Tensor) -> tuple[Tensor, Tensor]:
     features = backbone.embed(backbone.relu(backbone.features(imgs)).mean((2, 3)))
     return backbone.classifier(features), features
+
+
+PIDS = torch.tensor([0, 0, 3, 4])
+
+
+def build_backbone(name: str, **kwargs: Any) -> nn.Module:
+    """A backbone of torchreid's factory, untrained."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torchreid.models.build_model(name, 5, pretrained=False, use_gpu=False, **kwargs)
+
+
+def state_of(module: nn.Module) -> Any:
+    """Modes and hooks of every layer, which must be left as found."""
+    modes = {name: layer.training for name, layer in module.named_modules()}
+    hooks = {
+        name: (len(layer._forward_hooks), len(layer._forward_pre_hooks), len(layer._backward_hooks))
+        for name, layer in module.named_modules()
+    }
+    return modes, hooks, copy.deepcopy(module.__dict__.get("loss"))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,68 @@
+"""Pictures and batches of every form, read in one place."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import TinyBackbone, tiny_forward
+
+from casn_plugin import CASN, Preprocessing
+from casn_plugin.loading import encode_loader, image_loader, read_batch
+
+
+def test_batches_are_encoded_one_after_the_other():
+    model = CASN(TinyBackbone(), forward=tiny_forward, input_size=(48, 24))
+    imgs = torch.rand(5, 3, 64, 32)
+    batches = [(imgs[:3], torch.tensor([1, 2, 3]), [0, 1, 0]), (imgs[3:], [7, 8], np.array([2, 2]))]
+    encoding, pids, camids = encode_loader(model, batches)
+    assert pids.tolist() == [1, 2, 3, 7, 8] and camids.tolist() == [0, 1, 0, 2, 2]
+    whole = model.encode(imgs)
+    torch.testing.assert_close(encoding.features, whole.features)
+    torch.testing.assert_close(encoding.maps, whole.maps)
+    with pytest.raises(TypeError, match="pids and the camids"):
+        encode_loader(model, [imgs])
+    with pytest.raises(ValueError, match="at least one encoding"):
+        encode_loader(model, [])
+
+
+def test_batches_are_read_whatever_their_form():
+    imgs, pids, camids = torch.rand(2, 3, 8, 4), torch.tensor([7, 9]), np.array([0, 1])
+    whole = {"img": imgs, "impath": ["a", "b"], "pid": pids, "camid": camids, "dsetid": pids}
+    assert read_batch(whole)[1:] == (["a", "b"], [7, 9], [0, 1])
+    assert read_batch({"img": imgs})[1:] == (None, None, None)
+    assert read_batch(imgs)[1:] == read_batch((imgs,))[1:] == (None, None, None)
+    assert read_batch([imgs, pids])[1:] == (None, [7, 9], None)
+    assert read_batch((imgs, pids, camids))[1:] == (None, [7, 9], [0, 1])
+    assert all(read_batch(each).imgs is imgs for each in (whole, imgs, [imgs, pids]))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (torch.rand(3, 8, 4), "must give batches of images .* got Tensor"),
+        ({"image": torch.rand(2, 3, 8, 4)}, "got dict"),
+        ([], "got list"),
+        ((torch.rand(2, 3, 8, 4), [1, 2], [0, 0], ["a", "b"]), "got a tuple of 4"),
+    ],
+)
+def test_batches_of_another_form_are_refused(data, message):
+    with pytest.raises(TypeError, match=message):
+        read_batch(data)
+
+
+def test_a_preprocessing_is_of_the_model_or_of_the_data_manager():
+    model = CASN(TinyBackbone(), forward=tiny_forward, input_size=(48, 24))
+    assert Preprocessing().for_model(model).size == (48, 24)
+    assert Preprocessing((8, 4)).for_model(model).size == (8, 4)
+    with pytest.raises(ValueError, match="std positive, got"):
+        Preprocessing(std=(1.0, 0.0, 1.0))
+    with pytest.raises(ValueError, match="must be three numbers"):
+        Preprocessing(mean=(1.0, 0.0))
+
+
+def test_a_loader_goes_through_its_data_in_order():
+    people = [(torch.rand(3, 8, 4), pid, 0) for pid in range(40)]
+    inner = image_loader("query", people, Preprocessing((8, 4)))
+    shuffled = torch.utils.data.DataLoader(inner.dataset, batch_size=7, shuffle=True)
+    again = image_loader("query", shuffled, Preprocessing((8, 4)))
+    for loader in (inner, again):
+        assert [pid for batch in loader for pid in batch["pid"].tolist()] == list(range(40))
