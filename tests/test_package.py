@@ -23,7 +23,7 @@ ROOMS = (
     )),
     "ranking",
     *(f"explanation.{name}" for name in (
-        "pictures", "figures", "curves", "pair", "lists", "report",
+        "pictures", "figures", "curves", "pair", "lists", "fixed_pairs", "report",
     )),
     "explanation", "checkpoint",
     *(f"pedestrians.{name}" for name in (

@@ -165,7 +165,7 @@ def _show(axis: Any, picture: np.ndarray, right: bool | None = None) -> None:
         spine.set_capstyle("butt")
 
 
-def _plot_side(axes: Sequence[Any], image: AttendedImage, colour: str, name: str) -> None:
+def _plot_side(axes: Any, image: AttendedImage, colour: str, name: str) -> None:
     """Draws one image of a pair: the picture, where it was looked at, how strongly in each row."""
     shown, looked, strength = axes
     height = len(image.attention)
