@@ -48,7 +48,7 @@ class PairExplanation(Drawn):
 
     @property
     def attention_distance(self) -> float:
-        """‖M*_m1 − M*_m2‖₂ (paper, Eq. 5): 0 where both were looked at alike, at most √H."""
+        """‖M*_m1 − M*_m2‖₂ (paper, Eq. 5), 0 where both were looked at alike, at most √H."""
         profiles = self.first.profile, self.second.profile
         return float(attention_distance(*profiles, row_threshold=self.row_threshold))
 

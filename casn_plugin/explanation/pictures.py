@@ -93,7 +93,7 @@ class AttendedImage:
 
     @property
     def aligned(self) -> Float[Tensor, " height"]:
-        """M*_m: the attended rows, stretched to the map's height (paper, Eq. 5)."""
+        """The attended rows M*_m, stretched to the map's height (paper, Eq. 5)."""
         return align_profiles(self.profile, self.row_threshold)
 
     @property
