@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Float64, Int64, Integer
+from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 from tqdm import tqdm
+
+from casn_plugin.identities import UNKNOWN, Ids, as_ids
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,13 @@ class Evaluation:
 
 def evaluate_rank(
     distmat: Float[Tensor, "queries galleries"],
-    q_pids: Integer[np.ndarray, "queries"] | Integer[Tensor, "queries"],
-    g_pids: Integer[np.ndarray, "galleries"] | Integer[Tensor, "galleries"],
-    q_camids: Integer[np.ndarray, "queries"] | Integer[Tensor, "queries"],
-    g_camids: Integer[np.ndarray, "galleries"] | Integer[Tensor, "galleries"],
+    q_pids: Ids,
+    g_pids: Ids,
+    q_camids: Ids | None = None,
+    g_camids: Ids | None = None,
     *,
+    cross_camera: bool = True,
+    junk_pids: Sequence[int] = (),
     max_rank: int = 50,
     max_memory: int = 256 * 2**20,
     progress: bool = False,
@@ -53,19 +57,28 @@ def evaluate_rank(
     other entry of its pid does not count. Where a match ties with another person's entry, the
     order is that of ``np.argsort``, as in torchreid (in float32 for dtypes that NumPy lacks).
 
+    What is unknown (-1 or None) is the same as nothing else: a query of unknown identity does not
+    count, a gallery entry of unknown identity is somebody else, and an unknown camera is no
+    query's own.
+
     Args:
         distmat: distances of any float dtype on any device, where the work is done.
         q_pids: identities of the queries.
         g_pids: identities of the gallery.
-        q_camids: cameras of the queries.
-        g_camids: cameras of the gallery.
+        q_camids: cameras of the queries; None: all unknown.
+        g_camids: cameras of the gallery; None: all unknown.
+        cross_camera: entries of the query's own camera are no matches. False: they are, as where
+            there is one camera; the query itself must then not be in the gallery.
+        junk_pids: gallery entries of these identities are left out of every ranking; Market-1501
+            marks so its boxes with too little of a person, as -1.
         max_rank: length of the CMC, cut to the size of the gallery.
         max_memory: bytes that the tensors of a block of queries may take.
         progress: show a progress bar on a terminal.
 
     Raises:
         TypeError: distances that are no float tensor, pids or camids that are no integers.
-        ValueError: unlike shapes, `max_rank` or `max_memory` below 1, or no query with a match.
+        ValueError: unlike shapes, NaN in distances, pids or camids below -1, `max_rank` or
+            `max_memory` below 1, or no query with a match.
 
     Example:
         >>> distmat, camids = torch.tensor([[0.0, 0.1, 0.2]]), np.array([1, 1, 2])
@@ -73,19 +86,25 @@ def evaluate_rank(
         >>> found.cmc.tolist(), found.mean_ap, found.mean_inp
         ([0.0, 1.0, 1.0], 0.5, 0.5)
     """
-    _check_float("distmat", distmat)
-    if distmat.ndim != 2:
-        raise ValueError(f"distmat must be (queries, galleries), got {tuple(distmat.shape)}")
+    _check_distmat("distmat", distmat)
     for name, value in (("max_rank", max_rank), ("max_memory", max_memory)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     distmat, (queries, galleries) = distmat.detach(), distmat.shape
-    q_pids, q_camids = _ids("q_pids", q_pids, queries), _ids("q_camids", q_camids, queries)
-    g_pids, g_camids = _ids("g_pids", g_pids, galleries), _ids("g_camids", g_camids, galleries)
+    q_pids, q_camids = as_ids("q_pids", q_pids, queries), as_ids("q_camids", q_camids, queries)
+    g_pids, g_camids = as_ids("g_pids", g_pids, galleries), as_ids("g_camids", g_camids, galleries)
+    kept = np.flatnonzero(~np.isin(g_pids, list(junk_pids)))
+    g_pids, g_camids = g_pids[kept], g_camids[kept]
+    columns = None if len(kept) == galleries else torch.from_numpy(kept).to(distmat.device)
+    galleries = len(kept)
+    # a query's own camera is one that no gallery entry has, where cameras do not matter
+    own = q_camids if cross_camera else np.full_like(q_camids, UNKNOWN)
+    own = np.where(own == UNKNOWN, UNKNOWN - 1, own)
 
     by_pid = g_pids.argsort(kind="stable")
     start = np.searchsorted(g_pids, q_pids, "left", by_pid)
     end = np.searchsorted(g_pids, q_pids, "right", by_pid)
+    end = np.where(q_pids == UNKNOWN, start, end)
     slots = np.arange((end - start).max(initial=0))  # a query's entries of its pid, padded
     ap, inp = np.full(queries, np.nan), np.full(queries, np.nan)
     first_match = np.full(queries, -1)
@@ -101,13 +120,14 @@ def evaluate_rank(
             at = start[rows, None] + slots
             present = at < end[rows, None]
             same = by_pid[np.where(present, at, 0)]
-            match = present & (g_camids[same] != q_camids[rows, None])
-            positions, unsure = _positions(distmat[rows], same, present, match)
+            match = present & (g_camids[same] != own[rows, None])
+            block = distmat[rows] if columns is None else distmat[rows].index_select(1, columns)
+            positions, unsure = _positions(block, same, present, match)
             numbers = match.sum(1)
             for row in unsure.nonzero()[0]:
                 query = top + row
-                junk = (g_pids == q_pids[query]) & (g_camids == q_camids[query])
-                place = _sorted_positions(distmat[query], g_pids == q_pids[query], junk)
+                junk = (g_pids == q_pids[query]) & (g_camids == own[query])
+                place = _sorted_positions(block[row], g_pids == q_pids[query], junk)
                 positions[row, : len(place)] = place
             valid = numbers.nonzero()[0]
             numbers, positions = numbers[valid], positions[valid]
@@ -120,8 +140,8 @@ def evaluate_rank(
     found = first_match[first_match >= 0]
     if not len(found):
         raise ValueError(
-            f"none of the {queries} queries has a match: expected a gallery entry of its pid from "
-            "another camera"
+            f"none of the {queries} queries has a match: expected a gallery entry of its pid"
+            + (" from another camera" if cross_camera else "")
         )
     max_rank = min(max_rank, galleries)
     hits = np.bincount(found, minlength=max_rank)[:max_rank].cumsum()
@@ -181,24 +201,29 @@ class RankedLists:
 def ranked_lists(
     feature_distmat: Float[Tensor, "queries galleries"],
     fused_distmat: Float[Tensor, "queries galleries"],
-    q_pids: Integer[np.ndarray, "queries"] | Integer[Tensor, "queries"],
-    g_pids: Integer[np.ndarray, "galleries"] | Integer[Tensor, "galleries"],
-    q_camids: Integer[np.ndarray, "queries"] | Integer[Tensor, "queries"],
-    g_camids: Integer[np.ndarray, "galleries"] | Integer[Tensor, "galleries"],
+    q_pids: Ids,
+    g_pids: Ids,
+    q_camids: Ids | None = None,
+    g_camids: Ids | None = None,
     *,
+    cross_camera: bool = True,
+    junk_pids: Sequence[int] = (),
     topk: int = 10,
 ) -> RankedLists:
     """Returns each query's nearest entries, where features alone put them, and the truth.
 
-    Entries at one distance come in the order of ``np.argsort``, as in torchreid.
+    Entries at one distance come in the order of ``np.argsort``, as in torchreid. A query of unknown
+    identity has a list too, of which nothing is known to be right.
 
     Args:
         feature_distmat: distances of the features alone.
         fused_distmat: distances of features and attention, of the same pairs.
         q_pids: identities of the queries.
         g_pids: identities of the gallery.
-        q_camids: cameras of the queries.
-        g_camids: cameras of the gallery.
+        q_camids: cameras of the queries; None: all unknown.
+        g_camids: cameras of the gallery; None: all unknown.
+        cross_camera: as in :func:`evaluate_rank`.
+        junk_pids: as in :func:`evaluate_rank`.
         topk: entries to keep for each query, at most as many as the gallery has.
 
     Raises:
@@ -214,23 +239,25 @@ def ranked_lists(
     """
     if topk < 1:
         raise ValueError(f"topk must be at least 1, got {topk}")
-    _check_float("feature_distmat", feature_distmat)
-    ap = evaluate_rank(fused_distmat, q_pids, g_pids, q_camids, g_camids).ap
+    _check_distmat("feature_distmat", feature_distmat)
+    options: Any = {"cross_camera": cross_camera, "junk_pids": junk_pids}
+    ap = evaluate_rank(fused_distmat, q_pids, g_pids, q_camids, g_camids, **options).ap
     if feature_distmat.shape != fused_distmat.shape:
         raise ValueError(
             "expected two matrices of one shape, got "
             f"{tuple(feature_distmat.shape)} and {tuple(fused_distmat.shape)}"
         )
     queries, galleries = fused_distmat.shape
-    q_pids, q_camids = _ids("q_pids", q_pids, queries), _ids("q_camids", q_camids, queries)
-    g_pids, g_camids = _ids("g_pids", g_pids, galleries), _ids("g_camids", g_camids, galleries)
+    q_pids, q_camids = as_ids("q_pids", q_pids, queries), as_ids("q_camids", q_camids, queries)
+    g_pids, g_camids = as_ids("g_pids", g_pids, galleries), as_ids("g_camids", g_camids, galleries)
+    left_out, unknown = np.isin(g_pids, list(junk_pids)), g_camids == UNKNOWN
     topk = min(topk, galleries)
     nearest, feature_ranks = np.full((queries, topk), -1), np.zeros((queries, topk), np.int64)
     right = np.zeros((queries, topk), bool)
     truth, (truth_rank, truth_feature_rank) = np.full(queries, -1), np.zeros((2, queries), np.int64)
     for query in range(queries):
-        same = g_pids == q_pids[query]
-        junk = same & (g_camids == q_camids[query])
+        same = (g_pids == q_pids[query]) & (g_pids != UNKNOWN)
+        junk = left_out | (same & (g_camids == q_camids[query]) & ~unknown & cross_camera)
         order, by_features = (_order(d[query], junk) for d in (fused_distmat, feature_distmat))
         ranks = np.zeros(galleries, np.int64)
         ranks[by_features] = np.arange(1, len(by_features) + 1)
@@ -252,10 +279,19 @@ def verification_auc(
 
     It is NaN where positives or negatives are missing. Ties count half.
 
+    Raises:
+        ValueError: unlike shapes, or NaN in the scores.
+
     Example:
         >>> verification_auc(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([[True, False, False]]))
         1.0
     """
+    if scores.shape != same.shape or same.dtype != torch.bool:
+        raise ValueError(
+            "expected scores and whether each pair shows one identity (bool), of one shape, got "
+            f"{tuple(scores.shape)} and {tuple(same.shape)} of {same.dtype}"
+        )
+    _check_nan("scores", scores)
     positives, negatives = scores[same], _sorted(scores[~same])
     if not len(positives) or not len(negatives):
         return float("nan")
@@ -302,29 +338,27 @@ def side_by_side(results: Mapping[str, Any], ranks: Sequence[int] = (1, 5, 10, 2
 
 
 def _sorted(values: Tensor) -> Tensor:
-    """Returns values sorted along the last dimension, NaN last."""
+    """Returns values sorted along the last dimension."""
     if values.is_cuda:
         return values.sort().values
     return torch.from_numpy(np.sort(values))  # several times faster than PyTorch on the CPU
 
 
-def _check_float(name: str, distmat: Tensor) -> None:
-    """Raises TypeError unless distances are a float tensor."""
+def _check_distmat(name: str, distmat: Tensor) -> None:
+    """Raises TypeError or ValueError unless distances are a float matrix without NaN."""
     if not isinstance(distmat, Tensor) or not distmat.is_floating_point():
         got = distmat.dtype if isinstance(distmat, Tensor) else type(distmat).__name__
         raise TypeError(f"{name} must be a float tensor, got {got}")
+    if distmat.ndim != 2:
+        raise ValueError(f"{name} must be (queries, galleries), got {tuple(distmat.shape)}")
+    _check_nan(name, distmat)
 
 
-def _ids(name: str, ids: np.ndarray | Tensor, length: int) -> Int64[np.ndarray, "images"]:
-    """Returns pids or camids as an array of int64, or raises TypeError or ValueError."""
-    array = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"{name} must be integers, got {array.dtype}")
-    if array.shape != (length,):
-        raise ValueError(
-            f"{name} must be of shape ({length},) to fit distmat, got shape {array.shape}"
-        )
-    return array.astype(np.int64)
+def _check_nan(name: str, values: Tensor) -> None:
+    """Raises ValueError where there is a NaN; the least value is one where any is."""
+    if values.numel() and bool(values.detach().amin().isnan()):
+        number = int(values.isnan().sum())
+        raise ValueError(f"{name} must not be NaN, but {number} of {values.numel()} are")
 
 
 def _positions(
@@ -335,7 +369,7 @@ def _positions(
 ) -> tuple[Int64[np.ndarray, "queries slots"], Bool[np.ndarray, "queries"]]:
     """Returns the positions of each query's matches, from 1, and for which queries to sort instead.
 
-    Those are the queries with a match that ties with a non-match, or is infinite or NaN.
+    Those are the queries with a match that ties with a non-match, or is infinite.
 
     Args:
         distmat: the distances.
@@ -347,13 +381,12 @@ def _positions(
     real, matching = (torch.from_numpy(mask).to(device) for mask in (present, match))
     distmat = (distmat if distmat.element_size() >= 4 else distmat.float()).contiguous()
     near = distmat.gather(1, torch.from_numpy(same).to(device))
-    near = near.where(real & (near < torch.inf), torch.inf)  # NaN becomes inf too
+    near = near.where(real, torch.inf)
     matches = near.where(matching, torch.inf)
     unsure = (matching & (matches == torch.inf)).any(1)
     near, matches = near.sort(1).values, matches.sort(1).values
 
     ordered = _sorted(distmat)
-    ordered = ordered.where(~ordered.isnan(), torch.inf)
     below = torch.searchsorted(ordered, matches)
     upto = torch.searchsorted(ordered, matches, right=True)
     same_below = torch.searchsorted(near, matches)

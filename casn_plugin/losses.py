@@ -21,7 +21,12 @@ from casn_plugin.attention import (
     soft_mask,
     split_pairs,
 )
-from casn_plugin.hooks import constant_parameters, frozen_batchnorm
+from casn_plugin.hooks import (
+    constant_parameters,
+    frozen_batchnorm,
+    never_computed_again,
+    twin,
+)
 
 Logits = Tensor | Sequence[Tensor]
 """(B, classes) scores y, or one such tensor for each part classifier (PCB) or branch (HACNN)."""
@@ -262,8 +267,10 @@ class IdentificationAttentionLoss(nn.Module):
         network: nn.Module | None = None,
     ) -> Float[Tensor, " batch"]:
         """Returns y_c of each masked image; the arguments are those of the loss."""
-        if network is None and isinstance(classify, nn.Module):
-            network = classify
+        if isinstance(classify, nn.Module) and network in (None, classify):
+            return self.scores_of(
+                lambda net, masked: net(masked), classify, imgs, pids, logits, activations
+            )
         if network is None and self.trains == "attention":
             raise TypeError(
                 "training attention alone needs the module that classify runs: name it, "
@@ -271,11 +278,31 @@ class IdentificationAttentionLoss(nn.Module):
                 "trains='network'"
             )
         masked = self.mask(imgs, pids, logits, activations)
-        with nullcontext() if network is None else self._masked_pass(network):
+        if network is None:
+            return identity_scores(classify(masked), pids, self.score)
+        with self._kept_from(network), never_computed_again(network):
             return identity_scores(classify(masked), pids, self.score)
 
+    def scores_of(
+        self,
+        run: Callable[[nn.Module, Tensor], Logits],
+        network: nn.Module,
+        imgs: Float[Tensor, "batch channels rows columns"],
+        pids: Int[Tensor, " batch"],
+        logits: Logits,
+        activations: Float[Tensor, "batch maps height width"],
+    ) -> Float[Tensor, " batch"]:
+        """Returns y_c of each masked image, where `run` gives the logits of a network and images.
+
+        What is run is a twin of the network, which stays as the masked pass needs it: so gradient
+        checkpointing computes the same again.
+        """
+        masked = self.mask(imgs, pids, logits, activations)
+        with self._kept_from(network):
+            return identity_scores(run(twin(network), masked), pids, self.score)
+
     @contextmanager
-    def _masked_pass(self, network: nn.Module) -> Iterator[None]:
+    def _kept_from(self, network: nn.Module) -> Iterator[None]:
         """Keeps from a network what it must not learn of masked images, as the settings say."""
         constant = constant_parameters if self.trains == "attention" else nullcontext
         with frozen_batchnorm(network, self.statistics), constant(network):
@@ -305,7 +332,7 @@ class IdentificationAttentionLoss(nn.Module):
         Raises:
             TypeError: no module in either, where attention alone is trained.
             ValueError: logits that do not depend on the activations, identities outside of the
-                classes.
+                classes, or gradient checkpointing in what a function runs.
         """
         return identification_attention_loss(
             self.scores(classify, imgs, pids, logits, activations, network)

@@ -10,6 +10,7 @@ import reference
 import torch
 from conftest import PROGRAMS, TinyBackbone, tiny_forward
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from casn_plugin import IdentificationAttentionLoss, PairClassifier, SiameseAttentionLoss
 from casn_plugin.attention import grad_cam
@@ -211,6 +212,27 @@ def test_losses_under_autocast(dtype):
     loss.backward()
     assert all(p.grad.isfinite().all() for p in backbone.parameters() if p.grad is not None)
     assert backbone.features[0].weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_function_with_checkpointing_inside_is_refused_and_a_module_is_not(reentrant):
+    class Lean(TinyBackbone):
+        def forward(self, imgs):
+            maps = checkpoint(self.features, imgs, use_reentrant=reentrant)
+            return self.classifier(self.embed(self.relu(maps).mean((2, 3))))
+
+    net, imgs = Lean(), torch.rand(4, 3, 48, 24)
+    norm = net.features[1]
+    with capture(net.features) as captured:
+        logits, _ = tiny_forward(net, imgs)
+    arguments = imgs, PIDS, logits, captured.require()
+    loss = IdentificationAttentionLoss()
+    message = "gradient checkpointing .* give the network itself as classify"
+    with pytest.raises(ValueError, match=message):
+        loss(lambda masked: net(masked), *arguments, net)
+    assert not net.features._forward_pre_hooks
+    loss(net, *arguments).backward()
+    assert norm.num_batches_tracked == 1 and net.features[0].weight.grad.abs().max() > 0
 
 
 def test_a_training_loop_of_ones_own_without_torchreid():

@@ -2,13 +2,16 @@
 
 import copy
 import io
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 import torchreid
 from conftest import PIDS, TinyBackbone, build_backbone, state_of, tiny_forward
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from casn_plugin import (
     CASN,
@@ -20,6 +23,7 @@ from casn_plugin import (
 )
 from casn_plugin.hooks import capture
 from casn_plugin.losses import siamese_attention_loss
+from casn_plugin.model import as_casn
 
 LOSSES = {"identification": IdentificationAttentionLoss(), "siamese": SiameseAttentionLoss()}
 
@@ -164,6 +168,182 @@ def test_a_backbone_with_a_child_named_backbone():
     loaded = other.load_state_dict(Wrapped().state_dict(), strict=False)
     assert all(name.startswith("pair_classifier.") for name in loaded.missing_keys)
     assert not loaded.unexpected_keys
+
+
+def names_agree(model: CASN) -> bool:
+    """Every tool that walks a module finds the same names, and the checkpoint loads back."""
+    listed = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+    layers = {name for name, _ in model.named_modules()}
+    assert {name.rpartition(".")[0] for name in listed} <= layers
+    assert {name for name, _ in model.named_children()} <= layers
+    state = model.state_dict()
+    assert len(state) == len({value.data_ptr() for value in state.values()})
+    model.load_state_dict(state)
+    return listed == set(state)
+
+
+def test_names_are_the_same_wherever_they_are_asked_for():
+    assert names_agree(tiny()) and names_agree(
+        CASN(build_backbone("resnet18"), input_size=(64, 32))
+    )
+    net = Wrapped()
+    model = CASN(net, forward=wrapped_forward, input_size=(48, 24))
+    assert names_agree(model) and len(list(model.modules())) == len(list(net.modules())) + 5
+    assert set(model.get_parameter("weight").shape) == {8}
+
+
+@pytest.mark.parametrize("through", ["attribute", "backbone", "add_module", "_modules"])
+def test_a_layer_that_is_set_is_trained_saved_and_loaded(through):
+    model, new = tiny(), nn.Linear(6, 7)
+    if through == "attribute":
+        model.classifier = new
+    elif through == "backbone":
+        model.backbone.classifier = new
+    elif through == "add_module":
+        model.add_module("classifier", new)
+    else:  # as torch's own quantization sets layers
+        model._modules["classifier"] = new
+    before = new.weight.detach().clone()
+    assert model.classifier is model.backbone.classifier is new
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    nn.functional.cross_entropy(model(torch.rand(4, 3, 48, 24)).logits, PIDS).backward()
+    optimizer.step()
+    assert not torch.equal(new.weight, before)
+    assert torch.equal(model.state_dict()["classifier.weight"], new.weight)
+    assert names_agree(model)
+
+
+def test_parameters_buffers_and_settings_are_set_where_they_were():
+    model = CASN(Wrapped(), forward=wrapped_forward, input_size=(48, 24))
+    model.weight = nn.Parameter(torch.zeros(8))
+    assert model.backbone.weight is model.weight and names_agree(model)
+    backbone = build_backbone("resnet18")
+    model = CASN(backbone, input_size=(64, 32), hidden_dim=16)
+    model.loss, model.bn1.running_mean = "triplet", torch.ones(64)
+    assert backbone.loss == "triplet" and backbone.bn1.running_mean.sum() == 64
+    model.fc = nn.Linear(2, 2)  # torchreid's ResNet has one, None
+    assert backbone.fc is model.fc and "fc" not in model._modules
+    del model.fc
+    assert not hasattr(backbone, "fc") and names_agree(model)
+    backbone.fc = None
+    model.note = "mine"  # what the backbone does not have is the wrapper's
+    assert not hasattr(backbone, "note")
+    model.input_size = (96, 48)
+    assert model.input_size == (96, 48) and not hasattr(backbone, "input_size")
+    model.pair_classifier = PairClassifier(512, 4)
+    assert model(torch.rand(2, 3, 64, 32), siamese=LOSSES["siamese"]).pair_scores.shape == (2, 2)
+
+
+def test_dynamic_quantization_reaches_the_backbone():
+    model = tiny().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        small = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    for layer in (small.backbone.classifier, small.pair_classifier[0]):
+        assert type(layer) is torch.ao.nn.quantized.dynamic.Linear
+    assert set(small._modules) == {"backbone", "pair_classifier"}
+    imgs = torch.rand(3, 3, 48, 24)
+    torch.testing.assert_close(small(imgs), model(imgs), rtol=0.1, atol=0.05)
+
+
+class Checkpointed(TinyBackbone):
+    """Computes its convolutions again in the backward pass."""
+
+    on, reentrant = True, False
+
+    def __init__(self):
+        super().__init__()
+        self.global_avgpool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, imgs):
+        run = partial(checkpoint, self.features, use_reentrant=self.reentrant)
+        maps = run(imgs) if self.on and self.training else self.features(imgs)
+        features = self.embed(self.global_avgpool(self.relu(maps)).flatten(1))
+        return self.classifier(features), features
+
+
+@pytest.mark.parametrize("trains", ["attention", "network"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(trains, reentrant):
+    imgs = torch.rand(4, 3, 48, 24)
+    found = []
+    for on in (False, True):
+        torch.manual_seed(1)
+        net = Checkpointed()
+        net.on, net.reentrant = on, reentrant
+        model = CASN(net, forward=Checkpointed.forward, input_size=(48, 24))
+        norm = net.features[1]
+        before = norm.num_batches_tracked.item()
+        output = model(
+            imgs.clone().requires_grad_(), PIDS, IdentificationAttentionLoss(trains=trains)
+        )
+        loss = output.logits.logsumexp(1).mean() + 9 * output.masked_scores.mean()
+        loss.backward()
+        found.append([p.grad for p in net.parameters()])
+        # torch's checkpointing shows a BatchNorm its batch twice; never the masked one
+        assert norm.num_batches_tracked.item() - before == (2 if on else 1)
+    torch.testing.assert_close(found[1], found[0])
+    assert found[0][0].abs().max() > 0
+
+
+def test_a_map_inside_of_reentrant_checkpointing_is_refused():
+    net = Checkpointed()
+    options = {"forward": Checkpointed.forward, "input_size": (48, 24), "target_layer": "features"}
+    model = CASN(net, **options)
+    imgs = torch.rand(4, 3, 48, 24).requires_grad_()
+    assert model(imgs, PIDS, **LOSSES).masked_scores.isfinite().all()
+    net.reentrant = True
+    with pytest.raises(ValueError, match=r"'features' ran without gradients.*use_reentrant=False"):
+        model(imgs, PIDS, **LOSSES)
+    with torch.no_grad():
+        assert model(imgs).activations.shape == (4, 8, 6, 3)
+
+
+def test_threads_encode_with_one_model_in_any_mode():
+    model = tiny()
+    model.backbone.features[1].momentum = None
+    imgs = torch.rand(16, 2, 3, 48, 24)
+    expected = [copy.deepcopy(model).eval().encode(each).features for each in imgs]
+    before, statistics = state_of(model), copy.deepcopy(dict(model.named_buffers()))
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(10):
+            found = list(pool.map(model.encode, imgs))
+            for one, other in zip(found, expected, strict=True):
+                torch.testing.assert_close(one.features, other, rtol=1e-4, atol=1e-5)
+    assert state_of(model) == before
+    torch.testing.assert_close(dict(model.named_buffers()), statistics, rtol=0, atol=0)
+
+
+def test_the_model_traces_and_exports_as_the_backbone_does(tmp_path):
+    model = CASN(build_backbone("osnet_x0_25"), input_size=(64, 32), hidden_dim=16).eval()
+    imgs, others = torch.rand(2, 3, 64, 32), torch.rand(2, 3, 64, 32)
+    with torch.no_grad():
+        expected = model(others)
+    traced = torch.jit.trace(model, imgs)
+    torch.testing.assert_close(traced(others), expected)
+    traced.save(str(tmp_path / "traced.pt"))
+    torch.testing.assert_close(torch.jit.load(str(tmp_path / "traced.pt"))(others), expected)
+    exported = torch.export.export(model, (imgs,))
+    torch.testing.assert_close(exported.module()(others), expected)
+    assert set(exported.state_dict) <= set(model.state_dict())
+    assert [name for name, _ in model.named_children()][-1] == "pair_classifier"
+
+
+def test_wrappers_of_pytorch_are_seen_through():
+    model = tiny()
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    assert as_casn(nn.DataParallel(model)) is model
+    assert as_casn(torch.compile(model, backend="eager")) is model
+    assert isinstance(as_casn(nn.DataParallel(averaged)), CASN)
+    averaged.update_parameters(model)
+    torch.testing.assert_close(
+        dict(as_casn(averaged).named_parameters()), dict(model.named_parameters())
+    )
+    with pytest.raises(TypeError, match="must be a CASN.*got TinyBackbone"):
+        as_casn(nn.DataParallel(TinyBackbone()))
+    for wrap in (nn.DataParallel, torch.compile):
+        with pytest.raises(TypeError, match=r"got it in a \w+: wrap CASN\(network\) in it instead"):
+            CASN(wrap(build_backbone("resnet18")))
 
 
 def test_conversion_to_sync_batchnorm():
