@@ -50,10 +50,10 @@ from casn_plugin.evaluation import (
     evaluate_rank,
     verification_auc,
 )
+from casn_plugin.explanation import COLOURS
 from casn_plugin.losses import identity_scores
 from casn_plugin.model import encode_batches
 from casn_plugin.ranking import pair_attention, same_identity_distmat
-from casn_plugin.visualization import COLOURS
 
 LAMBDAS = {"": (0.0, 0.0), "+IA": (0.5, 0.0), "+SA": (0.0, 0.05), "CASN": (0.5, 0.05)}
 FAMILIES = ("IDE", "PCB")

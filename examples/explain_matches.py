@@ -15,7 +15,7 @@ from typing import Any
 
 from train_casn_pcb import build_engine, parse_args
 
-from casn_plugin.report import save_report
+from casn_plugin.explanation import save_report
 
 KEPT = ("sources", "targets", "root", "backbone", "height", "width", "cuhk03_labeled")
 

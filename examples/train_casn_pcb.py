@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import matplotlib.image
 import numpy as np
 import torch
 import torchreid
@@ -33,7 +34,7 @@ from casn_plugin import (
     SiameseAttentionLoss,
 )
 from casn_plugin.engine import EMBEDDED_DATASET
-from casn_plugin.visualization import plot_curves, plot_pairs
+from casn_plugin.explanation import pair_mosaic, plot_curves
 
 # Section 4 and Eq. 1 of the paper; docs/protocols.md says what it leaves open
 PAPER: dict[str, Any] = {
@@ -378,18 +379,15 @@ def save_pairs(engine: ImageCASNEngine, name: str, path: Path, number: int = 5) 
     queries = engine.test_loader[name]["query"].dataset.data
     one_each = {row[1]: i for i, row in enumerate(queries)}
     rows = np.random.default_rng(1).permutation(list(one_each.values()))[:number].tolist()
-    shown = [explained[row] for row in rows]
-    pairs = [each.matches[0].pair for each in shown if each.matches]
-    figure = plot_pairs(
-        np.stack([pair.first_picture for pair in pairs]),
-        np.stack([pair.second_picture for pair in pairs]),
-        torch.stack([pair.first_attention for pair in pairs]),
-        torch.stack([pair.second_attention for pair in pairs]),
+    pairs = [each.matches[0].pair for each in map(explained.__getitem__, rows) if each.matches]
+    mosaic = pair_mosaic(
+        np.stack([pair.first.picture for pair in pairs]),
+        np.stack([pair.second.picture for pair in pairs]),
+        torch.stack([pair.first.attention for pair in pairs]),
+        torch.stack([pair.second.attention for pair in pairs]),
         [bool(pair.same) for pair in pairs],
-        titles=[f"person {each.pid}" for each in shown if each.matches],
-        threshold=engine.siamese.threshold,
     )
-    figure.savefig(path)
+    matplotlib.image.imsave(path, mosaic)
 
 
 def build_engine(

@@ -23,7 +23,7 @@ ROOMS = (
     )),
     "ranking", "retrieval",
     *(f"explanation.{name}" for name in (
-        "pictures", "figures", "curves", "pair", "lists", "report",
+        "pictures", "figures", "curves", "pair", "lists", "fixed_pairs", "report",
     )),
     "explanation", "checkpoint", "checks", "training",
     *(f"pedestrians.{name}" for name in (
