@@ -55,6 +55,9 @@ class Checkpoints:
         folder: made when the first one is saved.
         keep: so many of the last epochs are kept, >= 1.
 
+    Attributes:
+        last: the checkpoint that this object has saved last, if any.
+
     Raises:
         ValueError: `keep` below 1.
 
@@ -73,12 +76,8 @@ class Checkpoints:
             raise ValueError(f"keep must be at least 1, got {keep}")
         self.folder = Path(folder)
         self.keep = keep
+        self.last: Path | None = None
         self._saved: list[Path] = []
-
-    @property
-    def last(self) -> Path | None:
-        """The checkpoint that was saved last, if any."""
-        return self._saved[-1] if self._saved else None
 
     def save(self, state: dict[str, Any], *, is_best: bool = False) -> Path:
         """Returns the path of the saved checkpoint of an epoch: its number is `state["epoch"]`.
@@ -97,7 +96,7 @@ class Checkpoints:
         self._saved = [*(each for each in self._saved if each != path), path]
         for old in self._saved[: -self.keep]:
             old.unlink(missing_ok=True)
-        self._saved = self._saved[-self.keep :]
+        self._saved, self.last = self._saved[-self.keep :], path
         (self.folder / _INTERRUPTED).unlink(missing_ok=True)
         return path
 
@@ -109,7 +108,8 @@ class Checkpoints:
         Raises:
             OSError: as :func:`save_checkpoint`.
         """
-        return save_checkpoint(state, self.folder / _INTERRUPTED)
+        self.last = save_checkpoint(state, self.folder / _INTERRUPTED)
+        return self.last
 
     def newest(self) -> Path:
         """Returns the checkpoint in the folder that was written last and is whole.

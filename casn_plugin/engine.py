@@ -216,21 +216,21 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         try:
             with self._interruption.deferred():
                 super().train(print_freq, fixbase_epoch, open_layers)
-        finally:
-            self.train_loader = loader
-        if self._epoch.interrupted and self._epoch.done < len(self._epoch):
+        except Interrupted:
             if self._checkpoints is not None:
                 state = {**self._state(self.epoch), **self._epoch.interrupted_state()}
                 self._checkpoints.save_interrupted(state)
-            raise Interrupted(128 + (self._interruption.signum or 0))
+            raise
+        finally:
+            self.train_loader = loader
         means = self._epoch.means()
         if len(self._steps.skipped) > skipped:
             means["skipped"] = len(self._steps.skipped) - skipped
         self.history.append({"epoch": self.epoch + 1, **means})
         if self._checkpoints is not None and self.keep_checkpoints:
             self._checkpoints.save(self._state(self.epoch + 1))
-        if self._epoch.interrupted:
-            raise Interrupted(128 + (self._interruption.signum or 0))
+        if self._interruption.signum is not None:  # it came in the last step
+            raise Interrupted(128 + self._interruption.signum)
         if self.writer is not None and self.logged_pairs:
             self._log_attention()
 
@@ -456,7 +456,8 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         return epoch
 
     def _state(self, epoch: int) -> dict[str, Any]:
-        """Returns what a checkpoint holds after so many epochs."""
+        """Returns what a checkpoint holds after so many epochs; refuses weights that are NaN."""
+        self._steps.check_weights()
         return {**self._training.state(epoch), "history": self.history, "best": self.best}
 
     def _check_data(self, *, train: bool) -> None:

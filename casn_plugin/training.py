@@ -68,6 +68,16 @@ class FiniteSteps:
         self._in_a_row = 0
         self._before: list[tuple[Tensor, Tensor]] = []
 
+    def check_weights(self) -> None:
+        """Keeps a model from being saved whose weights are no numbers.
+
+        Raises:
+            DivergedError: a weight or statistic is NaN or infinite.
+        """
+        for name, value in self.model.state_dict().items():
+            if not bool(value.isfinite().all()):
+                raise DivergedError(f"{name} is not finite: is the learning rate too high?")
+
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Remembers the statistics that a forward pass inside of this context may move."""
@@ -155,6 +165,7 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         """Takes over the signals."""
+        self.signum = None
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGINT, signal.SIGTERM):
                 self._found[signum] = signal.signal(signum, self._handle)
@@ -188,7 +199,8 @@ class Epoch:
     Args:
         loader: the train loader; where its sampler is a PairSampler, its epoch goes on too.
         title: of the progress bar.
-        interruption: after the step in which its signal comes, there are no more batches.
+        interruption: after the step in which its signal comes, :class:`Interrupted` is raised,
+            where batches are left.
         resumed: what :meth:`interrupted_state` has given as "interrupted": the batches that were
             trained on are drawn and left out.
 
@@ -236,23 +248,22 @@ class Epoch:
             disable=None,
         )  # fmt: skip
         with bar:
-            while not self.interrupted:
+            while self.done < len(self):
+                self._stop_if_interrupted()
                 try:
                     batch = next(batches)
                 except StopIteration:
                     return
-                except RuntimeError:
-                    if self.interrupted:  # the signal has ended the loader's processes too
-                        return
+                except RuntimeError:  # the signal may have ended the loader's processes too
+                    self._stop_if_interrupted()
                     raise
                 yield batch
                 self.done += 1
                 bar.update()
 
-    @property
-    def interrupted(self) -> bool:
-        """Whether a signal has ended the epoch."""
-        return self.interruption is not None and self.interruption.signum is not None
+    def _stop_if_interrupted(self) -> None:
+        if self.interruption is not None and self.interruption.signum is not None:
+            raise Interrupted(128 + self.interruption.signum)
 
     def add(self, summary: dict[str, float]) -> None:
         """Takes the terms of a step into the means."""
