@@ -272,9 +272,7 @@ def ranked_lists(
     return RankedLists(nearest, right, feature_ranks, truth, truth_rank, truth_feature_rank, ap)
 
 
-def verification_auc(
-    scores: Float[Tensor, "queries galleries"], same: Bool[Tensor, "queries galleries"]
-) -> float:
+def verification_auc(scores: Float[Tensor, "*pairs"], same: Bool[Tensor, "*pairs"]) -> float:
     """Returns the ROC AUC of pair scores: 1 = all positives score higher, 0.5 = chance.
 
     It is NaN where positives or negatives are missing. Ties count half.

@@ -107,3 +107,34 @@ def pairs_by_identity(
     own = (q_camids[:, None] == g_camids) & (g_camids != UNKNOWN) & cross_camera
     counted = known & ~np.isin(g_pids, list(junk_pids)) & ~(same & own)
     return torch.from_numpy(same), torch.from_numpy(counted)
+
+
+def have_match(
+    q_pids: Ids,
+    g_pids: Ids,
+    q_camids: Ids | None = None,
+    g_camids: Ids | None = None,
+    *,
+    cross_camera: bool = True,
+    junk_pids: Sequence[int] = (),
+) -> Bool[np.ndarray, "_"]:
+    """Returns which queries have a match in the gallery; arguments as in ``evaluate_rank``.
+
+    Example:
+        >>> have_match([7, 8, -1], [7, 8, -1], [0, 0, 0], [1, 0, 1])
+        array([ True, False, False])
+    """
+    q_pids, g_pids = as_ids("q_pids", q_pids), as_ids("g_pids", g_pids)
+    q_camids = as_ids("q_camids", q_camids, len(q_pids))
+    g_camids = as_ids("g_camids", g_camids, len(g_pids))
+    cameras: dict[int, set[int]] = {}
+    for pid, camid in zip(g_pids.tolist(), g_camids.tolist(), strict=True):
+        if pid != UNKNOWN and pid not in junk_pids:
+            cameras.setdefault(pid, set()).add(camid)
+    return np.array(
+        [
+            bool(cameras.get(pid, set()) - ({camid} - {UNKNOWN} if cross_camera else set()))
+            for pid, camid in zip(q_pids.tolist(), q_camids.tolist(), strict=True)
+        ],
+        dtype=bool,
+    )

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from casn_plugin.encoding import Encoding
 from casn_plugin.hooks import place_of
@@ -113,6 +115,40 @@ class Preprocessing:
         rgb = imgs.detach().float().cpu() * torch.tensor(self.std)[:, None, None]
         rgb = (rgb + torch.tensor(self.mean)[:, None, None]).clamp(0, 1)
         return np.asarray(rgb.permute(0, 2, 3, 1).numpy(), dtype=np.float64)
+
+
+def check_pictures(paths: Iterable[str], *, progress: bool = False) -> None:
+    """Reads every picture once, so that a damaged one is found before hours are spent.
+
+    Args:
+        paths: of the pictures.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        ValueError: pictures that are missing or can't be read; the first ones are named.
+
+    Example:
+        >>> check_pictures([])
+    """
+
+    def damage(path: str) -> str | None:
+        try:
+            with PIL.Image.open(path) as picture:
+                picture.load()
+        except Exception as error:  # every format fails in its own way
+            return f"{path} ({error})"
+        return None
+
+    listed = list(dict.fromkeys(paths))
+    with ThreadPoolExecutor() as pool:
+        found = tqdm(
+            pool.map(damage, listed), "Checking pictures", len(listed), unit="img", leave=False,
+            disable=None if progress else True,
+        )  # fmt: skip
+        damaged = [each for each in found if each is not None]
+    if damaged:
+        shown = "; ".join(damaged[:5]) + (" ..." if len(damaged) > 5 else "")
+        raise ValueError(f"{len(damaged)} of {len(listed)} pictures can't be read: {shown}")
 
 
 class Batch(NamedTuple):

@@ -124,14 +124,11 @@ class CASN(nn.Module):
             that do), or a forward function that gives no logits and features.
 
     Example:
-        >>> class Backbone(nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.features, self.fc = nn.Conv2d(3, 8, 3, 8), nn.Linear(8, 10)
+        >>> backbone = nn.Sequential(nn.Conv2d(3, 8, 3, 8), nn.Linear(8, 10))
         >>> def forward(backbone, imgs):
-        ...     features = backbone.features(imgs).mean((2, 3))
-        ...     return backbone.fc(features), features
-        >>> model = CASN(Backbone(), forward=forward)
+        ...     features = backbone[0](imgs).mean((2, 3))
+        ...     return backbone[1](features), features
+        >>> model = CASN(backbone, forward=forward)
         >>> model(torch.rand(2, 3, 64, 32)).activations.shape
         torch.Size([2, 8, 8, 4])
         >>> model.eval()(torch.rand(2, 3, 64, 32)).shape

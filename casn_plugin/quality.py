@@ -148,5 +148,5 @@ def attention_consistency(
     return AttentionConsistency(
         same=distances[same].double().mean().item(),
         different=distances[~same].double().mean().item(),
-        auc=verification_auc(-distances.reshape(1, -1), same.reshape(1, -1)),
+        auc=verification_auc(-distances, same),
     )

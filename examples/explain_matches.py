@@ -15,7 +15,7 @@ from pathlib import Path
 
 from train_casn_pcb import build_engine, make_parser, parse_args
 
-from casn_plugin.report import save_report
+from casn_plugin.explanation import save_report
 
 KEPT = ("preset", "root", "backbone")
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from casn_plugin import CASN, ImageCASNEngine, PairSampler, RankingOptions
 from casn_plugin.checkpoint import load_weights
-from casn_plugin.visualization import plot_curves
+from casn_plugin.explanation import plot_curves
 
 # below --root; torchreid would make a folder that is missing, and try to download
 FOLDERS = {"market1501": "market1501", "cuhk03": "cuhk03", "dukemtmcreid": "dukemtmc-reid",

@@ -40,11 +40,17 @@ def manager(root: Path, pairs: bool = True, **kwargs):
     return PairSampler.install(datamanager) if pairs else datamanager
 
 
-def make_engine(root: Path, *, scheduler: bool = True, wrap=lambda model: model, **kwargs):
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+
+def make_engine(
+    root: Path, *, scheduler: bool = True, wrap=lambda model: model, optimize=sgd, **kwargs
+):
     seed_all()
     datamanager = manager(root)
     model = CASN(Backbone(datamanager.num_train_pids), input_size=SIZE, hidden_dim=16)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    optimizer = optimize(model)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2]) if scheduler else None
     return ImageCASNEngine(datamanager, wrap(model), optimizer, schedule, **kwargs)
 

@@ -42,8 +42,8 @@ def test_three_lines(market_root, tmp_path, capsys):
     assert "AUC" in printed and "loss_ia" in printed
     results = engine.results["market1501"]
     assert set(results) == {"features", "attention", "fused", "auc"}
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
-        "model.pth.tar-1", "model.pth.tar-2",
+    assert sorted(path.name for path in (tmp_path / "model").glob("model*")) == [
+        "model-best.pth.tar", "model.pth.tar-1", "model.pth.tar-2",
     ]  # fmt: skip
     assert [entry["epoch"] for entry in engine.history] == [1, 2]
 
@@ -81,7 +81,8 @@ def test_run_arguments_do_what_torchreid_documents(market_root, tmp_path, capsys
         save_dir=str(tmp_path), max_epoch=3, start_eval=2, eval_freq=1, use_metric_cuhk03=True,
         ranks=[1, 2, 500],
     )  # fmt: skip
-    assert sorted(path.name[-1] for path in (tmp_path / "model").iterdir()) == ["2", "3"]
+    saved = sorted(path.name[-1] for path in (tmp_path / "model").glob("model.*"))
+    assert saved == ["1", "2", "3"]
     printed = capsys.readouterr().out
     assert "Rank-2 " in printed and "Rank-500" not in printed
 
@@ -169,13 +170,13 @@ def test_the_pair_classifier_may_have_a_learning_rate_of_its_own(market_root):
     """As a parameter group of the optimizer; weight decay aside it is a factor on the step."""
     steps = []
     for factor in (1.0, 3.0):
-        engine = make_engine(market_root)
-        pairs, others = engine.casn.pair_classifier, engine.casn.backbone
-        groups = [
-            {"params": others.parameters()},
-            {"params": pairs.parameters(), "lr": 0.01 * factor},
-        ]
-        engine.optimizer = torch.optim.SGD(groups, lr=0.01)
+
+        def groups(model, factor=factor):
+            own = {"params": model.pair_classifier.parameters(), "lr": 0.01 * factor}
+            return torch.optim.SGD([{"params": model.backbone.parameters()}, own], lr=0.01)
+
+        engine = make_engine(market_root, optimize=groups)
+        pairs = engine.casn.pair_classifier
         before = pairs[0].weight.detach().clone()
         engine.forward_backward(next(iter(engine.train_loader)))
         steps.append(pairs[0].weight.detach() - before)
@@ -218,12 +219,11 @@ def test_bad_input_says_what_was_expected(market_root):
         ImageCASNEngine(datamanager, model, optimizer)
     ImageCASNEngine(datamanager, model, optimizer, lambda_sa=0.0)  # needs no pairs
     PairSampler.install(datamanager)
-    with pytest.raises(ValueError, match="lacks the pair classifier"):
+    with pytest.raises(ValueError, match="lacks 4 of .*, pair_classifier.0.weight among them"):
         ImageCASNEngine(datamanager, model, torch.optim.SGD(backbone.parameters(), lr=0.1))
     several = PairSampler.install(manager(market_root, pairs=False, k_tfm=2))
-    engine = ImageCASNEngine(several, model, optimizer)
-    with pytest.raises(ValueError, match="k_tfm must be 1"):
-        engine.forward_backward(next(iter(engine.train_loader)))
+    with pytest.raises(ValueError, match="k_tfm must be 1, got 2"):
+        ImageCASNEngine(several, model, optimizer)
 
 
 def test_data_parallel_without_devices_and_its_checkpoint(market_root, tmp_path):

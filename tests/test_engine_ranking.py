@@ -13,6 +13,7 @@ from engines import SIZE, Backbone, make_engine, manager, seed_all
 from torch.utils.data import DataLoader
 
 import casn_plugin.engine
+import casn_plugin.retrieval
 from casn_plugin import CASN, ImageCASNEngine
 from casn_plugin.evaluation import Evaluation, ranked_lists
 from casn_plugin.explanation import FixedPairs
@@ -103,7 +104,7 @@ def test_evaluation_is_that_of_torchreid_and_has_minp(market_root, monkeypatch, 
         cmc, mean_ap = torchreid.metrics.evaluate_rank(distmat.numpy(), *ids)
         return Evaluation(cmc, float(mean_ap), 0.0, np.zeros(1), np.zeros(1, dtype=np.int64))
 
-    monkeypatch.setattr(casn_plugin.engine, "evaluate_rank", theirs)
+    monkeypatch.setattr(casn_plugin.retrieval, "evaluate_rank", theirs)
     engine.test()
     for name in ("features", "attention", "fused"):
         cmc = engine.results["market1501"][name]["cmc"]  # torchreid's ends with the shortest row
@@ -177,7 +178,7 @@ def test_matches_are_explained_without_ranking_again(market_root, tmp_path, monk
         engine.explain()
     engine.casn.backbone.embed[0].weight.data *= 20  # features far enough apart for float32
     engine.test()
-    monkeypatch.setattr(casn_plugin.engine, "fused_distmats", None)
+    monkeypatch.setattr(casn_plugin.engine, "retrieve", None)
     explained = engine.explain(topk=3)
     results = engine.results["market1501"]
     assert len(explained) == 12
@@ -215,7 +216,7 @@ def test_matches_are_explained_without_ranking_again(market_root, tmp_path, monk
     engine.siamese.row_threshold = 0.35
     assert engine.explain()[0].matches[0].pair.row_threshold == 0.35
     monkeypatch.undo()
-    monkeypatch.setattr(casn_plugin.engine, "evaluate_rank", None)
+    monkeypatch.setattr(casn_plugin.engine, "retrieve", None)
     with pytest.raises(TypeError):
         engine.test()
     with pytest.raises(ValueError, match=r"one of \[\]"):  # nothing of an evaluation that failed

@@ -15,17 +15,17 @@ import casn_plugin
 ROOT = Path(casn_plugin.__file__).parent
 # from the bottom; a wing's own files likewise, its face above them
 ROOMS = (
-    "files", "identities", "hooks", "attention", "losses", "sampler", "encoding", "evaluation", "quality",
-    "backbones", "model", "loading",
+    "files", "identities", "hooks", "attention", "losses", "sampler", "encoding", "evaluation",
+    "quality", "backbones", "model", "loading",
     *(f"ranking.{name}" for name in (
         "processes", "closed_form", "tiles", "sides", "distances", "search", "fused", "shards",
         "index",
     )),
-    "ranking",
+    "ranking", "retrieval",
     *(f"explanation.{name}" for name in (
-        "pictures", "figures", "curves", "pair", "lists", "report",
+        "pictures", "figures", "curves", "pair", "lists", "fixed_pairs", "report",
     )),
-    "explanation", "checkpoint",
+    "explanation", "checkpoint", "checks", "training",
     *(f"pedestrians.{name}" for name in (
         "looks", "cameras", "body", "street", "picture", "dataset",
     )),

@@ -37,8 +37,8 @@ from results import ROOT, Run, Study, provenance, rounded
 from studies import FAMILIES, PROTOCOLS, file_of, names_of, runs_of
 from tqdm import tqdm
 
-from casn_plugin import ImageCASNEngine
 from casn_plugin.engine import EMBEDDED_DATASET
+from casn_plugin.training import DivergedError
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -101,7 +101,10 @@ def _runs(args: argparse.Namespace) -> list[Run]:
 
 
 class Trainer(protocols.LabEngine):
-    """The engine without torchreid's test and checkpoint at the end: ``measure`` does more."""
+    """The engine without checkpoints, and without a test at the end: ``measure`` does more."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, keep_checkpoints=0, **kwargs)
 
     def test(self, *args: Any, **kwargs: Any) -> float:
         """Does nothing."""
@@ -126,10 +129,15 @@ def run_one(run: Run, study: Study, log: Path) -> None:
         engine = protocols.build_engine(options, Trainer)
         if options.device == "cpu" and "mobilenet" in options.backbone:
             engine.casn.features.to(memory_format=torch.channels_last)  # a third faster
-        engine.run(save_dir=folder, max_epoch=options.max_epoch, print_freq=20)
+        diverged = False
+        try:
+            engine.run(save_dir=folder, max_epoch=options.max_epoch, print_freq=20)
+        except DivergedError as error:
+            diverged = True
+            print(error)
         trained = time.perf_counter()
         (name,) = engine.test_loader
-        results = measure(engine, name) if _finite(engine) else None
+        results = None if diverged else measure(engine, name)
     done = {
         **{key: run[key] for key in ("study", "data", "name", "value", "family", "seed")},
         "settings": protocols.settings_of(options),
@@ -165,10 +173,6 @@ def is_done(study: Study, run: Run) -> bool:
             f"{'; '.join(unlike)}: move it away, or name other --results or another --name"
         )
     return True
-
-
-def _finite(engine: ImageCASNEngine) -> bool:
-    return all(bool(value.isfinite().all()) for value in engine.casn.state_dict().values())
 
 
 def log_of(folder: Path, study: Study, run: Run) -> Path:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from studies import FAMILIES, LAMBDAS, name_of
 
-from casn_plugin.visualization import COLOURS
+from casn_plugin.explanation import COLOURS
 
 
 def save_small(picture: Figure | np.ndarray | Image.Image, path: Path) -> None:

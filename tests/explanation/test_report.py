@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -16,9 +15,7 @@ import torch
 from conftest import TinyBackbone, tiny_forward
 
 from casn_plugin import CASN, explain_ranking
-from casn_plugin.explanation import ExplainedRankings
-from casn_plugin.report import html_report, save_report
-from casn_plugin.visualization import overlay
+from casn_plugin.explanation import ExplainedRankings, html_report, overlay, save_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -117,7 +114,7 @@ def test_tables_hold_the_figures(page, explained):
     ):
         assert expected in rows
     assert "features: rank 1 25.0%, mAP 12.3%; fused: rank 1 50.0%, mAP 43.2%" in page
-    assert f"those that reach {explained.threshold:.0%} of" in " ".join(page.split())
+    assert f"those that reach {explained.row_threshold:.0%} of" in " ".join(page.split())
 
 
 def pictures_of(page: str) -> list[np.ndarray]:
@@ -142,8 +139,8 @@ def test_each_match_is_shown_with_and_without_attention(page, explained, section
     assert len(pictures) == 4 * len(shown)
     for i, match in enumerate(shown):
         pair = match.pair
-        photos = np.stack([pair.first_picture, pair.second_picture])
-        maps = torch.stack([pair.first_attention, pair.second_attention])
+        photos = np.stack([pair.first.picture, pair.second.picture])
+        maps = torch.stack([pair.first.attention, pair.second.attention])
         candidates = np.concatenate([photos, overlay(photos, maps), overlay(photos, maps.flip(0))])
         nearest = [
             np.abs(candidates - picture).mean((1, 2, 3)).argmin()
@@ -188,13 +185,20 @@ def test_a_report_is_saved_whole_or_not_at_all(explained, tmp_path, monkeypatch)
     odd = {"Checkpoint": os.fsdecode(b"\xff<&'\".pth")}  # a file name that is no UTF-8
     save_report(path.with_name("odd.html"), explained, RESULTS, number=0, facts=odd)
     odd_page = path.with_name("odd.html").read_text(encoding="utf-8")
-    assert "?&lt;&amp;&#x27;&quot;.pth" in odd_page
+    assert "?&lt;&amp;&#39;&#34;.pth" in odd_page
     path.with_name("odd.html").unlink()
+    # what a link beside it points to is nobody's business
+    victim = tmp_path / "victim"
+    victim.write_text("kept")
+    path.with_name("report.html.part").symlink_to(victim)
+    save_report(path, explained, RESULTS, number=1)
+    assert victim.read_text() == "kept" and path.read_text(encoding="utf-8") == first
+    path.with_name("report.html.part").unlink()
 
     def fail(*args, **kwargs):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(Path, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="full"):
         save_report(path, explained, RESULTS, number=2)
     assert path.read_text(encoding="utf-8") == first
