@@ -9,6 +9,7 @@ import torchreid
 from conftest import MOBILENET, WARD
 
 from casn_plugin import ImageCASNEngine
+from casn_plugin.identities import UNKNOWN
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
@@ -83,10 +84,10 @@ def test_the_options_reach_the_engine(protocols, market_root):
     )  # fmt: skip
     assert found == tuple(options.values())
     assert siamese.unit and not siamese.both_orders
-    assert not engine.train_loader.sampler.camids.any()
+    assert set(engine.train_loader.sampler.camids) == {UNKNOWN}
     default = build(protocols, market_root)
     assert default.siamese.both_orders and not default.siamese.unit
-    assert default.train_loader.sampler.camids.any()
+    assert set(default.train_loader.sampler.camids) == {0, 1, 2}
     assert len(engine.train_loader) == len(default.train_loader)
 
 
