@@ -220,7 +220,7 @@ def test_long_lists_and_shortlists(tiny):
         ([(people()[0][0], 0.5, 0)], people(), TypeError, "pids must be integers, got float64"),
     ],
 )
-def test_bad_data_is_refused(tiny, query, gallery, error, message):
+def test_bad_data_is_refused(tiny, unchecked, query, gallery, error, message):
     with pytest.raises(error, match=message):
         explain_ranking(tiny, query, gallery)
 
