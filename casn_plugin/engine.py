@@ -466,14 +466,15 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         Raises:
             ValueError: queries without a match, or pictures that can't be read.
         """
-        paths: list[str] = []
-        for name in self.test_loader:
-            paths += check_test_set(name, *self._test_data(name))
-        if train:
-            paths += [row[0] for row in getattr(self.train_loader.dataset, "train", [])]
-        new = [path for path in paths if path not in self._checked]
+        paths = [row[0] for row in getattr(self.train_loader.dataset, "train", [])] if train else []
+        sets = [(name, *self._test_data(name)) for name in self.test_loader]
+        for _, *parts in sets:
+            paths += [row[0] for part in parts for row in getattr(part, "data", [])]
+        new = [path for path in paths if isinstance(path, str) and path not in self._checked]
         check_pictures(new, progress=True)
         self._checked.update(new)
+        for each in sets:
+            check_test_set(*each)
 
 
 class EmbeddedPedestrians(torchreid.data.ImageDataset):  # type: ignore[misc]

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 from tqdm import tqdm
 
-from casn_plugin.identities import UNKNOWN, Ids, as_ids
+from casn_plugin.identities import UNKNOWN, Ids, as_ids, have_match
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def ranked_lists(
     """Returns each query's nearest entries, where features alone put them, and the truth.
 
     Entries at one distance come in the order of ``np.argsort``, as in torchreid. A query of unknown
-    identity has a list too, of which nothing is known to be right.
+    identity, or without a match, has a list too.
 
     Args:
         feature_distmat: distances of the features alone.
@@ -240,8 +240,7 @@ def ranked_lists(
     if topk < 1:
         raise ValueError(f"topk must be at least 1, got {topk}")
     _check_distmat("feature_distmat", feature_distmat)
-    options: Any = {"cross_camera": cross_camera, "junk_pids": junk_pids}
-    ap = evaluate_rank(fused_distmat, q_pids, g_pids, q_camids, g_camids, **options).ap
+    _check_distmat("fused_distmat", fused_distmat)
     if feature_distmat.shape != fused_distmat.shape:
         raise ValueError(
             "expected two matrices of one shape, got "
@@ -250,6 +249,10 @@ def ranked_lists(
     queries, galleries = fused_distmat.shape
     q_pids, q_camids = as_ids("q_pids", q_pids, queries), as_ids("q_camids", q_camids, queries)
     g_pids, g_camids = as_ids("g_pids", g_pids, galleries), as_ids("g_camids", g_camids, galleries)
+    ids, ap = (q_pids, g_pids, q_camids, g_camids), np.full(queries, np.nan)
+    options: Any = {"cross_camera": cross_camera, "junk_pids": junk_pids}
+    if have_match(*ids, **options).any():
+        ap = evaluate_rank(fused_distmat, *ids, **options).ap
     left_out, unknown = np.isin(g_pids, list(junk_pids)), g_camids == UNKNOWN
     topk = min(topk, galleries)
     nearest, feature_ranks = np.full((queries, topk), -1), np.zeros((queries, topk), np.int64)

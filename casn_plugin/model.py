@@ -155,8 +155,8 @@ class CASN(nn.Module):
             raise TypeError(f"backbone must be a torch.nn.Module, got {type(backbone).__name__}")
         if unwrapped(backbone) is not backbone:
             raise TypeError(
-                f"backbone must be the network itself, got it in a {type(backbone).__name__}: wrap "
-                "CASN(network) in it instead"
+                "backbone must be the network itself, got it inside of "
+                f"{type(backbone).__name__}: wrap CASN(network) in it instead"
             )
         if hasattr(backbone, "pair_classifier"):
             raise ValueError("the backbone has a layer named pair_classifier already")

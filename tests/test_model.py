@@ -342,7 +342,7 @@ def test_wrappers_of_pytorch_are_seen_through():
     with pytest.raises(TypeError, match="must be a CASN.*got TinyBackbone"):
         as_casn(nn.DataParallel(TinyBackbone()))
     for wrap in (nn.DataParallel, torch.compile):
-        with pytest.raises(TypeError, match=r"got it in a \w+: wrap CASN\(network\) in it instead"):
+        with pytest.raises(TypeError, match=r"got it inside of \w+: wrap CASN\(network\)"):
             CASN(wrap(build_backbone("resnet18")))
 
 
