@@ -1,5 +1,6 @@
 """The files of results: nothing lost, whoever writes them and whatever interrupts that."""
 
+import doctest
 import json
 import random
 import subprocess
@@ -18,6 +19,12 @@ DOCS = EXAMPLES.parent / "docs"
 def results(lab):
     """The module of the files."""
     return lab("results")
+
+
+@pytest.mark.parametrize("name", ["ablation", "results", "scaling", "studies", "tables"])
+def test_doctests(lab, name):
+    found = doctest.testmod(lab(name))
+    assert found.failed == 0 and found.attempted > 0
 
 
 def run(name: str = "IDE", seed: int = 0, **more: object) -> dict[str, object]:

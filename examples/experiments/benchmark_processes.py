@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,10 +18,9 @@ from heads import make_head, table
 from torch import Tensor
 
 from casn_plugin import Compute, attention_distmat, rank_gallery
-from casn_plugin.ranking import Ranking
 
 
-def ranked(distributed: bool, scale: float) -> tuple[Tensor, Ranking, float, float]:
+def ranked(distributed: bool, scale: float) -> tuple[Tensor, dict[str, Any], float, float]:
     """Returns the distances, the ranking and the seconds of both, alone or as one of several."""
     head = make_head("GAP")
     query, gallery = head.encode(int(64 * scale)), head.encode(int(1024 * scale))
@@ -32,7 +32,7 @@ def ranked(distributed: bool, scale: float) -> tuple[Tensor, Ranking, float, flo
     distmat = attention_distmat(head, query, gallery, compute=compute)
     middle = time.perf_counter()
     found = rank_gallery(head, query, gallery, compute=compute)
-    return distmat, found, middle - start, time.perf_counter() - middle
+    return distmat, vars(found), middle - start, time.perf_counter() - middle
 
 
 def processes(args: argparse.Namespace) -> str:
@@ -45,12 +45,12 @@ def processes(args: argparse.Namespace) -> str:
             command = [sys.executable, *launch, __file__, str(path), str(args.scale)]
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
             subprocess.run(command, env=environment, check=True)
-            results[world, threads] = torch.load(path, weights_only=False)
+            results[world, threads] = torch.load(path, weights_only=True)
     rows, alone = [], results[1, 1]
     for (world, threads), (distmat, found, first, second) in results.items():
         same = torch.equal(distmat, alone[0]) and all(
             torch.equal(torch.as_tensor(a), torch.as_tensor(b))
-            for a, b in zip(vars(found).values(), vars(alone[1]).values(), strict=True)
+            for a, b in zip(found.values(), alone[1].values(), strict=True)
         )
         rows.append([
             str(world), str(threads), f"{distmat.numel() / first:,.0f}", f"{alone[2] / first:.2f}",

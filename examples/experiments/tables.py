@@ -148,7 +148,7 @@ def table_report(data: str, runs: list[Run], images: Path) -> list[str]:
             images,
             f"training_{data}",
         ),
-        "### Attention on the person masks of the test set",
+        f"### Attention on the person masks of the test set: {data}",
         "“identification” is Grad-CAM of each image's highest scoring training identity, "
         "“siamese” the attention of each query and a random match of another camera. Energy on "
         "the person, intersection over union, peaks on the person, rows of the body attended, and "
@@ -162,7 +162,7 @@ def table_report(data: str, runs: list[Run], images: Path) -> list[str]:
                 for kind in ("identification", "siamese")
             ],
         ),
-        "### Readings of “normalized and summed”",
+        f"### Readings of “normalized and summed”: {data}",
         "Rank-1 / mAP of the fused ranking by the weight of the attention distance, means over "
         "seeds. Weight 0 is the features alone: of unit length with “unit”, as they are with the "
         "others.",
