@@ -28,33 +28,40 @@ def market(root: Path, *options: object) -> list[str]:
     return [str(option) for option in common]
 
 
-def test_train_from_the_command_line_resume_and_test_only(example, market_root):
+def test_train_from_the_command_line(market_root):
     options = [
         *("--preset", "market1501-pcb", "--backbone", "pcb_slim", "--weights", "none"),
-        *("--workers", "0", "--device", "cpu", "--root", str(market_root)),
+        *("--workers", "0", "--device", "cpu", "--root", str(market_root), "--max-epoch", "1"),
     ]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(SCRIPT), *options,
-         "--max-epoch", "1", "--save-dir", "log"],
+        [sys.executable, "-W", "ignore", str(SCRIPT), *options, "--save-dir", "log"],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "features  attention      fused" in done.stdout
-    log = Path("log")
-    names = {path.name for path in log.iterdir()}
+    names = {path.name for path in Path("log").iterdir()}
     assert {"model", "results.json", "curves_market1501.png", "pairs_market1501.png"} <= names
-    checkpoint = log / "model" / "model.pth.tar-1"
+    checkpoint = Path("log", "model", "model.pth.tar-1")
     assert torch.load(checkpoint, weights_only=True)["epoch"] == 1
 
-    example.main([*options, "--max-epoch", "2", "--resume", str(checkpoint), "--save-dir", "log"])
+
+def test_resume_and_test_only(example, small, market_root):
+    log = Path("log")
+    example.main(market(market_root, "--max-epoch", 1, "--save-dir", log))
+    checkpoint = log / "model" / "model.pth.tar-1"
+    example.main(market(market_root, "--max-epoch", 2, "--resume", checkpoint, "--save-dir", log))
     trained = json.loads((log / "results.json").read_text())
     assert [entry["epoch"] for entry in trained["history"]] == [1, 2]
 
     # testing the checkpoint gives the figures that training ended with
-    last = str(log / "model" / "model.pth.tar-2")
-    results = example.main([*options, "--test-only", "--resume", last, "--save-dir", "test"])
+    last = log / "model" / "model.pth.tar-2"
+    results = example.main(
+        market(market_root, "--test-only", "--resume", last, "--save-dir", "test")
+    )
     assert results == trained["results"]
-    by_weights = example.main([*options, "--test-only", "--weights", last, "--save-dir", "weights"])
+    by_weights = example.main(
+        market(market_root, "--test-only", "--weights", last, "--save-dir", "weights")
+    )
     assert by_weights == results  # the pair classifier came along
 
 
