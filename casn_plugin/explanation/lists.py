@@ -10,12 +10,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from casn_plugin.attention import ROW_THRESHOLD, check_share
+from casn_plugin.attention import ROW_THRESHOLD
+from casn_plugin.doors import check_share
 from casn_plugin.evaluation import RankedLists, ranked_lists
 from casn_plugin.explanation.figures import Drawn, plot_ranking
 from casn_plugin.explanation.pair import IMAGENET, PairExplanation, explain_pairs
 from casn_plugin.explanation.pictures import verdict
-from casn_plugin.identities import UNKNOWN, same_identity
+from casn_plugin.identities import UNKNOWN, same_person
 from casn_plugin.loading import Encoded, Preprocessing, encode_loader, image_loader, read_item
 from casn_plugin.model import as_casn
 from casn_plugin.ranking import RankingOptions, fused_distmats
@@ -232,7 +233,7 @@ class ExplainedRankings(Sequence[RankingExplanation]):
             self.model,
             item.img,
             [each.img for each in items],
-            [same_identity(item.pid, each.pid) for each in items],
+            [same_person(item.pid, each.pid) for each in items],
             self._preprocessing,
             self.row_threshold,
         )
