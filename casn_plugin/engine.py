@@ -39,11 +39,15 @@ from casn_plugin.evaluation import (
     verification_auc,
 )
 from casn_plugin.explanation import ExplainedRankings, FixedPairs
-from casn_plugin.index import GalleryIndex
 from casn_plugin.loading import Encoded, Preprocessing, encode_loader
 from casn_plugin.losses import IdentificationAttentionLoss, SiameseAttentionLoss
 from casn_plugin.model import as_casn, loss_terms
-from casn_plugin.ranking import RankingOptions, fused_distmats, same_identity_logits
+from casn_plugin.ranking import (
+    GalleryIndex,
+    RankingOptions,
+    fused_distmats,
+    same_identity_logits,
+)
 from casn_plugin.sampler import PairSampler
 
 EMBEDDED_DATASET = "casn_pedestrians"
