@@ -49,6 +49,15 @@ def compare(
         row_threshold: t, the share of a map's maximum above which a row counts as attended.
         unit: features and aligned profiles are of unit length.
         desc: what a progress bar says.
+
+    Example:
+        >>> from casn_plugin import Encoding
+        >>> model = torch.nn.Module()
+        >>> model.pair_classifier = torch.nn.Linear(4, 2)
+        >>> images = Encoding(torch.rand(3, 4), basis=torch.rand(3, 4, 6, 2))
+        >>> rows, columns = torch.tensor([0, 2]), torch.tensor([0, 1])
+        >>> compare(Pairs(model, images, images), rows, columns, row_threshold=0.2, unit=True)[2][0]
+        tensor(0.)
     """
     nothing = torch.empty(0, device=rows.device)
     found = [Compared(rows[:0], columns[:0], nothing, nothing)]
@@ -74,6 +83,14 @@ def nearest(
 
     Returns:
         Queries, and as many gallery images; those of a query stand together.
+
+    Example:
+        >>> from casn_plugin import Encoding
+        >>> model = torch.nn.Module()
+        >>> model.pair_classifier = torch.nn.Linear(4, 2)
+        >>> images = Encoding(torch.rand(3, 4), basis=torch.rand(3, 4, 6, 2))
+        >>> nearest(Pairs(model, images, images), 1, unit=False)
+        (tensor([0, 1, 2]), tensor([0, 1, 2]))
     """
     queries, galleries = pairs.shape
     topk, device = min(topk, galleries), pairs.device

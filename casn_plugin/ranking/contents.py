@@ -40,6 +40,17 @@ class Contents:
 
     Raises:
         FileNotFoundError, ValueError: as :meth:`Shard.read`.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from casn_plugin.ranking.shards import Writer
+        >>> images = Encoding(torch.rand(3, 4), basis=torch.rand(3, 4, 6, 2))
+        >>> before = Manifest(model="its checksum", dtype=None)
+        >>> with TemporaryDirectory() as name, Writer(Path(name), before) as writer:
+        ...     writer.write(images, names=["a", "b", "c"])
+        ...     contents = Contents(Path(name), before.of([], writer.entries), verify=True)
+        ...     contents.names, contents.encoding([2, 0]).features.shape
+        (['a', 'b', 'c'], torch.Size([2, 4]))
     """
 
     def __init__(

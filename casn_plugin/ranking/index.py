@@ -68,9 +68,7 @@ class GalleryIndex:
         verify: compare every byte with the checksums, which reads the whole index once.
 
     Attributes:
-        names: name of each image.
-        pids: identity of each image, -1 where none was given.
-        camids: camera of each image, -1 where none was given.
+        folder: where it is.
 
     Raises:
         FileNotFoundError: no index in that folder, or one of its shards is missing.

@@ -14,7 +14,7 @@ from casn_plugin.encoding import Encoding, Encodings
 from casn_plugin.hooks import evaluating, place_of, unwrapped
 from casn_plugin.ranking.closed_form import Indicators, PairForm, pair_form
 from casn_plugin.ranking.compute import Arithmetic, Buffer, Compute
-from casn_plugin.ranking.sides import Images, Side, as_compared
+from casn_plugin.ranking.sides import Images, Side, as_compared, map_bytes
 from casn_plugin.ranking.tiles import Grid
 
 
@@ -102,14 +102,14 @@ class Pairs:
         >>> model = nn.Module()
         >>> model.pair_classifier = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> images = Encoding(torch.rand(3, 4), basis=torch.rand(3, 4, 6, 2))
-        >>> pairs = Pairs(model, images, images, Compute())
+        >>> pairs = Pairs(model, images, images)
         >>> with pairs.working():
         ...     [tile.logits().shape for tile in pairs.tiles()]
         [torch.Size([3, 3])]
     """
 
     def __init__(
-        self, model: nn.Module, query: Encoding, gallery: Encodings, compute: Compute | None
+        self, model: nn.Module, query: Encoding, gallery: Encodings, compute: Compute | None = None
     ) -> None:
         self._compute = compute = Compute() if compute is None else compute
         check_alike(query, gallery)
@@ -117,19 +117,17 @@ class Pairs:
         self.device = place_of(self._pair_classifier, query.features).device
         self.shape = len(query), len(gallery)
         arithmetic = Arithmetic(self.device, query.features.dtype, compute.precision)
-        dim, (channels, height, width) = query.features.shape[1], query.maps.shape[1:]
+        dim = query.features.shape[1]
         self._form = pair_form(self._pair_classifier, arithmetic, dim=dim, parts=query.parts)
         self._queries = Images(query, self._form, arithmetic, is_query=True)
         self._galleries = Images(gallery, self._form, arithmetic, is_query=False)
         self._maps, self._home = arithmetic.buffer(), query.features[:0]
-        size, positions = arithmetic.products.itemsize, height * width
-        of_maps = size * (positions + (2 * channels if query.parts else 0)) + 100 * height
-        copies = 1 if compute.precision is None else 2
+        of_pair, of_image = map_bytes(query, arithmetic)
         self._grid = Grid.fit(
             *self.shape,
             compute.memory(self.device),
-            pair=self._form.pair_bytes() + of_maps,
-            image=size * (channels * positions + 4 * dim) * copies,
+            pair=self._form.pair_bytes() + of_pair,
+            image=of_image,
             features=16 * dim,
             resident=self._queries.resident and self._galleries.resident,
         )
@@ -159,7 +157,7 @@ class Pairs:
                 for block in self._blocks:
                     second = self._galleries.side(block)
                     indicators = self._form.indicators(first.keys, second.keys)
-                    for rows in self._grid.tiles(panel):
+                    for rows in self._grid.strips(panel):
                         some = first[rows.start - panel.start : rows.stop - panel.start]
                         yield Tile(rows, block, some, second, self._form, indicators, self._maps)
                         bar.update(len(some) * len(second))
@@ -195,7 +193,7 @@ class Pairs:
         first = [
             of(self._queries.side(panel)[rows.start - panel.start : rows.stop - panel.start])
             for panel in self._grid.panels()
-            for rows in self._grid.tiles(panel)
+            for rows in self._grid.strips(panel)
         ]
         second = [of(self._galleries.side(block)) for block in self._blocks]
         nothing = first[0][:0]

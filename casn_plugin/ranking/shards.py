@@ -67,6 +67,13 @@ class Manifest:
         images: what all images have in common; None before the first.
         added: how many images have ever been added.
         shards: those that count, in order.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as name:
+        ...     Manifest(model="its checksum", dtype=None).write(Path(name))
+        ...     Manifest.read(Path(name)).added
+        0
     """
 
     model: str
@@ -100,8 +107,11 @@ class Manifest:
         if content.pop("checksum", None) != _checksum(content):
             raise ValueError(f"{path} is damaged: its checksum does not fit")
         del content["format"], content["version"]
-        shards = tuple(Entry(**entry) for entry in content.pop("shards"))
-        return cls(**content, shards=shards)
+        try:
+            shards = tuple(Entry(**entry) for entry in content.pop("shards"))
+            return cls(**content, shards=shards)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
 
     def write(self, folder: Path) -> None:
         """Puts the manifest into its place."""
@@ -184,6 +194,15 @@ class Writer:
 
     Attributes:
         entries: what a manifest has to say of those that are written.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> images = Encoding(torch.rand(2, 4), basis=torch.rand(2, 4, 6, 3))
+        >>> manifest = Manifest(model="its checksum", dtype="float16")
+        >>> with TemporaryDirectory() as name, Writer(Path(name), manifest) as writer:
+        ...     writer.write(images, names=["a", "b"])
+        ...     Shard.read(Path(name), writer.entries[0], verify=True).encoding.maps.dtype
+        torch.float16
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -209,8 +228,8 @@ class Writer:
         self,
         encoding: Encoding,
         names: Sequence[str],
-        pids: Numbers | None,
-        camids: Numbers | None,
+        pids: Numbers | None = None,
+        camids: Numbers | None = None,
     ) -> None:
         """Writes images as one shard; none where there are none.
 
@@ -257,7 +276,13 @@ class Writer:
 
 
 def no_images(images: Common) -> Encoding:
-    """Returns the encoding of no images."""
+    """Returns the encoding of no images.
+
+    Example:
+        >>> common = {"kind": "basis", "features": ["float32", 4], "maps": ["float16", 4, 6, 3]}
+        >>> no_images(common).maps.shape
+        torch.Size([0, 4, 6, 3])
+    """
     features, maps = (
         torch.empty(0, *size, dtype=getattr(torch, dtype))
         for dtype, *size in (images["features"], images["maps"])
@@ -270,6 +295,10 @@ def same_images(expected: Common | None, got: Common) -> Common:
 
     Raises:
         ValueError: it is not.
+
+    Example:
+        >>> same_images(None, {"kind": "basis"})
+        {'kind': 'basis'}
     """
     if expected is not None and expected != got:
         first, second = (

@@ -224,6 +224,20 @@ class Images:
         return as_compared(_finite(features.to(self._arithmetic.device)), unit=unit)
 
 
+def map_bytes(images: Encoding, arithmetic: Arithmetic) -> tuple[int, int]:
+    """Returns the bytes that maps and profiles of a pair take, and those of an image's side.
+
+    Example:
+        >>> images = Encoding(torch.rand(3, 4), basis=torch.rand(3, 4, 6, 2))
+        >>> map_bytes(images, Arithmetic(torch.device("cpu"), torch.float32))
+        (648, 256)
+    """
+    size, (channels, height, width) = arithmetic.products.itemsize, images.maps.shape[1:]
+    of_pair = size * (height * width + (2 * channels if images.parts else 0)) + 100 * height
+    of_image = size * (channels * height * width + 4 * images.features.shape[1])
+    return of_pair, of_image * (1 if arithmetic.precision is None else 2)
+
+
 def as_compared(features: Float[Tensor, "images dim"], *, unit: bool) -> Tensor:
     """Returns features of unit length, or as they are."""
     return F.normalize(features, dim=1) if unit else features

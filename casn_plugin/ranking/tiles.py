@@ -23,7 +23,7 @@ class Grid:
         >>> grid = Grid(queries=5, galleries=3, columns=2, panel=4, rows=2, listed=1, compared=5)
         >>> grid.blocks()
         [slice(0, 2, None), slice(2, 3, None)]
-        >>> [grid.tiles(panel) for panel in grid.panels()]
+        >>> [grid.strips(panel) for panel in grid.panels()]
         [[slice(0, 2, None), slice(2, 4, None)], [slice(4, 5, None)]]
     """
 
@@ -87,8 +87,8 @@ class Grid:
         """Returns the queries in portions of `panel`."""
         return _portions(0, self.queries, self.panel)
 
-    def tiles(self, panel: slice) -> list[slice]:
-        """Returns the queries of a panel in portions of `rows`."""
+    def strips(self, panel: slice) -> list[slice]:
+        """Returns the queries of a panel in portions of `rows`: with a block, each is a tile."""
         return _portions(panel.start, panel.stop, self.rows)
 
     def comparisons(self) -> list[slice]:

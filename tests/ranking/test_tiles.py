@@ -24,7 +24,7 @@ def test_tiles_cover_every_pair_once(sizes):
         (row, column)
         for panel in grid.panels()
         for block in grid.blocks()
-        for tile in grid.tiles(panel)
+        for tile in grid.strips(panel)
         for row in range(tile.start, tile.stop)
         for column in range(block.start, block.stop)
     ]
@@ -74,5 +74,5 @@ def test_one_pair_at_a_time_where_nothing_fits():
 @pytest.mark.parametrize("resident", [False, True])
 def test_with_room_for_all_there_is_one_tile(resident):
     grid = Grid.fit(30, 50, 2**60, pair=100, image=100, features=100, resident=resident)
-    assert grid.blocks() != [] and grid.panels() == [slice(0, 30)] == grid.tiles(slice(0, 30))
+    assert grid.blocks() != [] and grid.panels() == [slice(0, 30)] == grid.strips(slice(0, 30))
     assert grid.comparisons() == [slice(0, 30)] and grid.blocks() == [slice(0, 50)]
