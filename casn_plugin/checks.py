@@ -1,5 +1,6 @@
 """What would fail after hours, found before the first step: data, labels, optimizer, test sets."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -75,7 +76,9 @@ def check_optimizer(model: CASN, optimizer: torch.optim.Optimizer, *, pairs: boo
         )
 
 
-def check_test_set(name: str, query: Any, gallery: Any) -> None:
+def check_test_set(
+    name: str, query: Any, gallery: Any, *, cross_camera: bool = True, junk_pids: Sequence[int] = ()
+) -> None:
     """Finds out whether there is anybody to be found in a test set.
 
     Data sets that list no (path, pid, camid) as `data`, as torchreid's do, are not looked at.
@@ -84,6 +87,8 @@ def check_test_set(name: str, query: Any, gallery: Any) -> None:
         name: what the test set is called in errors.
         query: the data set of the queries.
         gallery: the data set of the gallery.
+        cross_camera: as in :func:`casn_plugin.evaluation.evaluate_rank`.
+        junk_pids: likewise.
 
     Raises:
         TypeError: identities or cameras that are no integers.
@@ -93,8 +98,8 @@ def check_test_set(name: str, query: Any, gallery: Any) -> None:
     if queries is None or galleries is None:
         return
     ids = [[row[column] for row in part] for column in (1, 2) for part in (queries, galleries)]
-    if not have_match(*ids).any():
+    if not have_match(*ids, cross_camera=cross_camera, junk_pids=junk_pids).any():
         raise ValueError(
             f"none of the {len(queries)} queries of {name} has a match in its gallery: expected "
-            "pictures of the same identities from other cameras"
+            f"pictures of the same identities{' from other cameras' if cross_camera else ''}"
         )

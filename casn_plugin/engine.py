@@ -34,11 +34,10 @@ from casn_plugin.data import load_pedestrians
 from casn_plugin.doors import check_count, check_weight
 from casn_plugin.evaluation import RANKINGS, RankedLists, side_by_side
 from casn_plugin.explanation import ExplainedRankings, FixedPairs
-from casn_plugin.index import GalleryIndex
 from casn_plugin.loading import Preprocessing, check_pictures, encode_loader
 from casn_plugin.losses import IdentificationAttentionLoss, SiameseAttentionLoss
 from casn_plugin.model import as_casn, loss_terms
-from casn_plugin.ranking import RankingOptions
+from casn_plugin.ranking import GalleryIndex, RankingOptions
 from casn_plugin.retrieval import FeatureMetric, LabelledEncodings, retrieve
 from casn_plugin.training import Epoch, FiniteSteps, Interrupted, Interruption, pictures_of
 
@@ -471,7 +470,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         check_pictures(new, progress=True)
         self._checked.update(new)
         for each in sets:
-            check_test_set(*each)
+            check_test_set(*each, **self.ranking.counting)
 
 
 class EmbeddedPedestrians(torchreid.data.ImageDataset):  # type: ignore[misc]

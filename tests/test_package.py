@@ -18,8 +18,8 @@ ROOMS = (
     "files", "doors", "identities", "hooks", "attention", "losses", "sampler", "encoding",
     "evaluation", "quality", "backbones", "model", "loading",
     *(f"ranking.{name}" for name in (
-        "processes", "closed_form", "tiles", "sides", "distances", "search", "fused", "shards",
-        "index",
+        "processes", "compute", "tiles", "closed_form", "sides", "pairs", "candidates",
+        "distances", "fused", "search", "shards", "contents", "index",
     )),
     "ranking", "retrieval",
     *(f"explanation.{name}" for name in (
