@@ -30,13 +30,13 @@ from casn_plugin.checkpoint import (
     preserved_random_state,
 )
 from casn_plugin.checks import check_datamanager, check_optimizer, check_test_set
-from casn_plugin.data import load_pedestrians
 from casn_plugin.evaluation import RANKINGS, RankedLists, side_by_side
 from casn_plugin.explanation import ExplainedRankings, FixedPairs
 from casn_plugin.index import GalleryIndex
 from casn_plugin.loading import Preprocessing, check_pictures, encode_loader
 from casn_plugin.losses import IdentificationAttentionLoss, SiameseAttentionLoss
 from casn_plugin.model import as_casn, loss_terms
+from casn_plugin.pedestrians import load_pedestrians
 from casn_plugin.ranking import RankingOptions
 from casn_plugin.retrieval import FeatureMetric, LabelledEncodings, retrieve
 from casn_plugin.training import Epoch, FiniteSteps, Interrupted, Interruption, pictures_of
@@ -484,8 +484,8 @@ class EmbeddedPedestrians(torchreid.data.ImageDataset):  # type: ignore[misc]
         **kwargs: torchreid's own.
 
     Attributes:
-        options: what :func:`casn_plugin.data.load_pedestrians` takes beside `root`; a subclass
-            with other sizes can be registered under another name.
+        options: what :func:`casn_plugin.pedestrians.load_pedestrians` takes beside `root`;
+            a subclass with other sizes can be registered under another name.
     """
 
     options: dict[str, Any] = {}  # noqa: RUF012

@@ -43,7 +43,6 @@ from tqdm import tqdm
 
 from casn_plugin import CASN, Encoding, ImageCASNEngine, attention_distmat, fuse_distmats
 from casn_plugin.attention import align_profiles, grad_cam, row_profiles, scale_maps
-from casn_plugin.data import mask_path
 from casn_plugin.evaluation import (
     attention_consistency,
     attention_quality,
@@ -53,6 +52,7 @@ from casn_plugin.evaluation import (
 from casn_plugin.explanation import COLOURS
 from casn_plugin.losses import identity_scores
 from casn_plugin.model import encode_batches
+from casn_plugin.pedestrians import mask_path
 from casn_plugin.ranking import pair_attention, same_identity_distmat
 
 LAMBDAS = {"": (0.0, 0.0), "+IA": (0.5, 0.0), "+SA": (0.0, 0.05), "CASN": (0.5, 0.05)}

@@ -27,7 +27,8 @@ ROOMS = (
     )),
     "explanation", "checkpoint", "checks", "training",
     *(f"pedestrians.{name}" for name in (
-        "looks", "cameras", "body", "street", "picture", "dataset",
+        "colours", "looks", "cameras", "surfaces", "solids", "body", "street", "picture",
+        "dataset",
     )),
     "pedestrians", "engine",
 )  # fmt: skip
