@@ -1,6 +1,5 @@
 """What would fail after hours, found before the first step: data, labels, optimizer, test sets."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -76,8 +75,8 @@ def check_optimizer(model: CASN, optimizer: torch.optim.Optimizer, *, pairs: boo
         )
 
 
-def check_test_set(name: str, query: Any, gallery: Any) -> Iterable[str]:
-    """Returns the paths of the pictures of a test set, its queries having matches.
+def check_test_set(name: str, query: Any, gallery: Any) -> None:
+    """Finds out whether there is anybody to be found in a test set.
 
     Data sets that list no (path, pid, camid) as `data`, as torchreid's do, are not looked at.
 
@@ -92,11 +91,10 @@ def check_test_set(name: str, query: Any, gallery: Any) -> Iterable[str]:
     """
     queries, galleries = (getattr(part, "data", None) for part in (query, gallery))
     if queries is None or galleries is None:
-        return []
+        return
     ids = [[row[column] for row in part] for column in (1, 2) for part in (queries, galleries)]
     if not have_match(*ids).any():
         raise ValueError(
             f"none of the {len(queries)} queries of {name} has a match in its gallery: expected "
             "pictures of the same identities from other cameras"
         )
-    return [row[0] for row in (*queries, *galleries) if isinstance(row[0], str)]

@@ -30,6 +30,7 @@ from casn_plugin.checkpoint import (
     preserved_random_state,
 )
 from casn_plugin.checks import check_datamanager, check_optimizer, check_test_set
+from casn_plugin.doors import check_count, check_weight
 from casn_plugin.evaluation import RANKINGS, RankedLists, side_by_side
 from casn_plugin.explanation import ExplainedRankings, FixedPairs
 from casn_plugin.index import GalleryIndex
@@ -114,14 +115,10 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         keep_checkpoints: int = 3,
     ) -> None:
         casn = as_casn(model)
-        for name, weight in (("lambda_ia", lambda_ia), ("lambda_sa", lambda_sa)):
-            if not 0 <= weight < math.inf:
-                raise ValueError(f"{name} must be >= 0 and finite, got {weight}")
-        for name, number in (
-            ("logged_pairs", logged_pairs), ("keep_checkpoints", keep_checkpoints)
-        ):  # fmt: skip
-            if number < 0:
-                raise ValueError(f"{name} must be >= 0, got {number}")
+        check_weight("lambda_ia", lambda_ia)
+        check_weight("lambda_sa", lambda_sa)
+        check_count("logged_pairs", logged_pairs, least=0)
+        check_count("keep_checkpoints", keep_checkpoints, least=0)
         if autocast not in (None, torch.float16, torch.bfloat16):
             raise TypeError(f"autocast must be torch.float16 or torch.bfloat16, got {autocast}")
         check_datamanager(datamanager, pairs=bool(lambda_sa))
@@ -466,14 +463,15 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         Raises:
             ValueError: queries without a match, or pictures that can't be read.
         """
-        paths: list[str] = []
-        for name in self.test_loader:
-            paths += check_test_set(name, *self._test_data(name))
-        if train:
-            paths += [row[0] for row in getattr(self.train_loader.dataset, "train", [])]
-        new = [path for path in paths if path not in self._checked]
+        paths = [row[0] for row in getattr(self.train_loader.dataset, "train", [])] if train else []
+        sets = [(name, *self._test_data(name)) for name in self.test_loader]
+        for _, *parts in sets:
+            paths += [row[0] for part in parts for row in getattr(part, "data", [])]
+        new = [path for path in paths if isinstance(path, str) and path not in self._checked]
         check_pictures(new, progress=True)
         self._checked.update(new)
+        for each in sets:
+            check_test_set(*each)
 
 
 class EmbeddedPedestrians(torchreid.data.ImageDataset):  # type: ignore[misc]

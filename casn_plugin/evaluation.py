@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 from tqdm import tqdm
 
-from casn_plugin.identities import UNKNOWN, Ids, as_ids
+from casn_plugin.doors import check_count, check_finite, check_matrix
+from casn_plugin.identities import UNKNOWN, Ids, as_ids, have_match
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,9 @@ def evaluate_rank(
         >>> found.cmc.tolist(), found.mean_ap, found.mean_inp
         ([0.0, 1.0, 1.0], 0.5, 0.5)
     """
-    _check_distmat("distmat", distmat)
-    for name, value in (("max_rank", max_rank), ("max_memory", max_memory)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_matrix("distmat", distmat)
+    check_count("max_rank", max_rank)
+    check_count("max_memory", max_memory)
     distmat, (queries, galleries) = distmat.detach(), distmat.shape
     q_pids, q_camids = as_ids("q_pids", q_pids, queries), as_ids("q_camids", q_camids, queries)
     g_pids, g_camids = as_ids("g_pids", g_pids, galleries), as_ids("g_camids", g_camids, galleries)
@@ -213,7 +213,7 @@ def ranked_lists(
     """Returns each query's nearest entries, where features alone put them, and the truth.
 
     Entries at one distance come in the order of ``np.argsort``, as in torchreid. A query of unknown
-    identity has a list too, of which nothing is known to be right.
+    identity, or without a match, has a list too.
 
     Args:
         feature_distmat: distances of the features alone.
@@ -237,11 +237,9 @@ def ranked_lists(
         >>> found.nearest.tolist(), found.truth_rank.tolist(), found.failures()
         ([[1, 0]], [2], [0])
     """
-    if topk < 1:
-        raise ValueError(f"topk must be at least 1, got {topk}")
-    _check_distmat("feature_distmat", feature_distmat)
-    options: Any = {"cross_camera": cross_camera, "junk_pids": junk_pids}
-    ap = evaluate_rank(fused_distmat, q_pids, g_pids, q_camids, g_camids, **options).ap
+    check_count("topk", topk)
+    check_matrix("feature_distmat", feature_distmat)
+    check_matrix("fused_distmat", fused_distmat)
     if feature_distmat.shape != fused_distmat.shape:
         raise ValueError(
             "expected two matrices of one shape, got "
@@ -250,6 +248,10 @@ def ranked_lists(
     queries, galleries = fused_distmat.shape
     q_pids, q_camids = as_ids("q_pids", q_pids, queries), as_ids("q_camids", q_camids, queries)
     g_pids, g_camids = as_ids("g_pids", g_pids, galleries), as_ids("g_camids", g_camids, galleries)
+    ids, ap = (q_pids, g_pids, q_camids, g_camids), np.full(queries, np.nan)
+    options: Any = {"cross_camera": cross_camera, "junk_pids": junk_pids}
+    if have_match(*ids, **options).any():
+        ap = evaluate_rank(fused_distmat, *ids, **options).ap
     left_out, unknown = np.isin(g_pids, list(junk_pids)), g_camids == UNKNOWN
     topk = min(topk, galleries)
     nearest, feature_ranks = np.full((queries, topk), -1), np.zeros((queries, topk), np.int64)
@@ -289,7 +291,7 @@ def verification_auc(scores: Float[Tensor, "*pairs"], same: Bool[Tensor, "*pairs
             "expected scores and whether each pair shows one identity (bool), of one shape, got "
             f"{tuple(scores.shape)} and {tuple(same.shape)} of {same.dtype}"
         )
-    _check_nan("scores", scores)
+    check_finite("scores", scores)
     positives, negatives = scores[same], _sorted(scores[~same])
     if not len(positives) or not len(negatives):
         return float("nan")
@@ -340,23 +342,6 @@ def _sorted(values: Tensor) -> Tensor:
     if values.is_cuda:
         return values.sort().values
     return torch.from_numpy(np.sort(values))  # several times faster than PyTorch on the CPU
-
-
-def _check_distmat(name: str, distmat: Tensor) -> None:
-    """Raises TypeError or ValueError unless distances are a float matrix without NaN."""
-    if not isinstance(distmat, Tensor) or not distmat.is_floating_point():
-        got = distmat.dtype if isinstance(distmat, Tensor) else type(distmat).__name__
-        raise TypeError(f"{name} must be a float tensor, got {got}")
-    if distmat.ndim != 2:
-        raise ValueError(f"{name} must be (queries, galleries), got {tuple(distmat.shape)}")
-    _check_nan(name, distmat)
-
-
-def _check_nan(name: str, values: Tensor) -> None:
-    """Raises ValueError where there is a NaN; the least value is one where any is."""
-    if values.numel() and bool(values.detach().amin().isnan()):
-        number = int(values.isnan().sum())
-        raise ValueError(f"{name} must not be NaN, but {number} of {values.numel()} are")
 
 
 def _positions(

@@ -80,6 +80,16 @@ def check_labels(name: str, pids: Ids, classes: int | None = None) -> Int64[np.n
     return array
 
 
+def same_person(first: int, second: int) -> bool | None:
+    """Returns whether two images show one identity; None where one of them is unknown.
+
+    Example:
+        >>> same_person(7, 7), same_person(7, 8), same_person(-1, -1)
+        (True, False, None)
+    """
+    return None if UNKNOWN in (int(first), int(second)) else int(first) == int(second)
+
+
 def pairs_by_identity(
     q_pids: Ids,
     g_pids: Ids,

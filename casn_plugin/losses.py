@@ -1,5 +1,6 @@
 """The losses of the paper: one pure function an equation, and the two drop-in loss modules."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Literal
@@ -14,19 +15,21 @@ from casn_plugin.attention import (
     PairScorer,
     at_least_float32,
     attention_distance,
-    check_share,
     grad_cam,
     row_profiles,
     siamese_attention,
     soft_mask,
     split_pairs,
 )
+from casn_plugin.doors import check_choice, check_lengths, check_share, check_tensor, check_weight
 from casn_plugin.hooks import (
     constant_parameters,
     frozen_batchnorm,
     never_computed_again,
     twin,
 )
+
+_SCORES = ("logit", "probability")
 
 Logits = Tensor | Sequence[Tensor]
 """(B, classes) scores y, or one such tensor for each part classifier (PCB) or branch (HACNN)."""
@@ -44,7 +47,7 @@ def identification_loss(
         >>> identification_loss(torch.zeros(2, 4), torch.tensor([0, 3]))
         tensor(1.3863)
     """
-    parts = _parts(logits)
+    parts = _parts(logits, pids)
     losses = [F.cross_entropy(part, pids, label_smoothing=label_smoothing) for part in parts]
     return torch.stack(losses).mean()
 
@@ -63,15 +66,16 @@ def identity_scores(
         score: the class score itself (the paper's y_c), or its softmax probability.
 
     Raises:
-        ValueError: an unknown `score`, or identities outside of the classes.
+        TypeError: logits that are no float tensors, identities that are no integers.
+        ValueError: an unknown `score`, unlike numbers of logits and identities, or identities
+            outside of the classes.
 
     Example:
         >>> identity_scores(torch.tensor([[1.0, 5.0]]), torch.tensor([1]))
         tensor([5.])
     """
-    parts = _parts(logits)
-    if score not in ("logit", "probability"):
-        raise ValueError(f"score must be 'logit' or 'probability', got {score!r}")
+    parts = _parts(logits, pids)
+    check_choice("score", score, _SCORES)
     classes = parts[0].shape[1]
     if len(pids) and not 0 <= int(pids.min()) <= int(pids.max()) < classes:
         raise ValueError(
@@ -112,6 +116,8 @@ def pair_loss(
         >>> pair_loss(torch.zeros(3, 2), torch.tensor([True, False, True]))
         tensor(0.6931)
     """
+    check_tensor("pair_scores", pair_scores, "pairs 2")
+    check_lengths(pair_scores=pair_scores, same=same)
     if not len(pair_scores):
         return pair_scores.sum()
     return F.cross_entropy(pair_scores, same.long())
@@ -141,6 +147,7 @@ def siamese_attention_loss(
         >>> siamese_attention_loss(torch.zeros(2, 2), torch.tensor([1.0, 9.0]), same)
         tensor(0.8931)
     """
+    check_weight("consistency_weight", consistency_weight)
     orders = len(pair_scores) // max(len(same), 1)
     loss_bce = pair_loss(pair_scores, same.repeat_interleave(orders))
     return loss_bce + consistency_weight * consistency(distances, same)
@@ -155,6 +162,8 @@ def consistency(
         >>> consistency(torch.tensor([1.0, 9.0]), torch.tensor([True, False]))
         tensor(1.)
     """
+    check_tensor("distances", distances, "pairs")
+    check_lengths(distances=distances, same=same)
     positives = torch.where(same, distances, torch.zeros_like(distances))
     return positives.sum() / same.sum().clamp(min=1)
 
@@ -173,6 +182,8 @@ def casn_loss(
         >>> casn_loss(torch.tensor(1.0), torch.tensor(2.0), torch.tensor(4.0))
         tensor(2.2000)
     """
+    check_weight("lambda_ia", lambda_ia)
+    check_weight("lambda_sa", lambda_sa)
     return loss_ide + lambda_ia * loss_ia + lambda_sa * loss_sa
 
 
@@ -197,8 +208,8 @@ class IdentificationAttentionLoss(nn.Module):
             "running" ones; it learns from neither.
 
     Raises:
-        ValueError: an unknown `score`, `trains` or `statistics`, or a mask scale that is not
-            positive.
+        ValueError: an unknown `score`, `trains` or `statistics`, a mask scale that is not positive
+            and finite, β outside [0, 1), or a fill that is not finite.
 
     Example:
         >>> net = nn.Conv2d(3, 4, 3)
@@ -221,17 +232,16 @@ class IdentificationAttentionLoss(nn.Module):
         statistics: Literal["batch", "running"] = "batch",
     ) -> None:
         super().__init__()
-        if score not in ("logit", "probability"):
-            raise ValueError(f"score must be 'logit' or 'probability', got {score!r}")
-        if trains not in ("network", "attention"):
-            raise ValueError(f"trains must be 'network' or 'attention', got {trains!r}")
-        if statistics not in ("batch", "running"):
-            raise ValueError(f"statistics must be 'batch' or 'running', got {statistics!r}")
-        if mask_scale <= 0:
+        check_choice("score", score, _SCORES)
+        check_choice("trains", trains, ("network", "attention"))
+        check_choice("statistics", statistics, ("batch", "running"))
+        if check_weight("mask_scale", mask_scale) == 0:
             raise ValueError(f"mask_scale must be positive, got {mask_scale}")
+        if not isinstance(fill, Tensor) and not math.isfinite(fill):
+            raise ValueError(f"fill must be finite, got {fill}")
         self.score = score
         self.mask_scale = mask_scale
-        self.mask_threshold = mask_threshold
+        self.mask_threshold = check_share("mask_threshold", mask_threshold)
         self.trains = trains
         self.statistics = statistics
         self.fill: float | Tensor
@@ -351,7 +361,7 @@ class SiameseAttentionLoss(nn.Module):
         both_orders: show the pair classifier f1 − f2 and f2 − f1 of each pair.
 
     Raises:
-        ValueError: t outside [0, 1).
+        ValueError: t outside [0, 1), or a weight that is negative or not finite.
 
     Example:
         >>> activations = torch.rand(4, 8, 6, 3, requires_grad=True)
@@ -370,7 +380,7 @@ class SiameseAttentionLoss(nn.Module):
         both_orders: bool = True,
     ) -> None:
         super().__init__()
-        self.consistency_weight = consistency_weight
+        self.consistency_weight = check_weight("consistency_weight", consistency_weight)
         self.row_threshold = check_share("row_threshold", row_threshold)
         self.unit = unit
         self.both_orders = both_orders
@@ -431,12 +441,14 @@ def same_identity(pids: Int[Tensor, " batch"]) -> Bool[Tensor, " pairs"]:
     return first == second
 
 
-def _parts(logits: Logits) -> Sequence[Tensor]:
-    """Returns logits as a sequence of (B, classes) tensors."""
+def _parts(logits: Logits, pids: Tensor) -> Sequence[Tensor]:
+    """Returns logits as a sequence of (B, classes) tensors, as many as there are identities."""
     parts = [logits] if isinstance(logits, Tensor) else list(logits)
     if not parts or any(part.ndim != 2 for part in parts):
         raise ValueError(
             "logits must be a (B, classes) tensor or a sequence of them, got shapes "
             f"{[tuple(part.shape) for part in parts]}"
         )
+    check_tensor("pids", pids, "batch", floating=False)
+    check_lengths(logits=parts[0], pids=pids)
     return parts

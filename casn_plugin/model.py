@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from casn_plugin.attention import at_least_float32
 from casn_plugin.backbones import Forward, Reader, input_size_of
+from casn_plugin.doors import check_count, check_images, check_lengths
 from casn_plugin.encoding import Encoding, encode_head
-from casn_plugin.hooks import twin, unwrapped
+from casn_plugin.hooks import place_of, twin, unwrapped
 from casn_plugin.losses import (
     IdentificationAttentionLoss,
     Logits,
@@ -62,10 +63,8 @@ class PairClassifier(nn.Sequential):
     """
 
     def __init__(self, feature_dim: int, hidden_dim: int = 512, *, seed: int = 0) -> None:
-        if feature_dim < 1 or hidden_dim < 1:
-            raise ValueError(
-                f"feature_dim and hidden_dim must be >= 1, got {feature_dim} and {hidden_dim}"
-            )
+        check_count("feature_dim", feature_dim)
+        check_count("hidden_dim", hidden_dim)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             super().__init__(
@@ -155,8 +154,8 @@ class CASN(nn.Module):
             raise TypeError(f"backbone must be a torch.nn.Module, got {type(backbone).__name__}")
         if unwrapped(backbone) is not backbone:
             raise TypeError(
-                f"backbone must be the network itself, got it in a {type(backbone).__name__}: wrap "
-                "CASN(network) in it instead"
+                "backbone must be the network itself, got it inside of "
+                f"{type(backbone).__name__}: wrap CASN(network) in it instead"
             )
         if hasattr(backbone, "pair_classifier"):
             raise ValueError("the backbone has a layer named pair_classifier already")
@@ -192,13 +191,17 @@ class CASN(nn.Module):
             siamese: the settings of L_sa; None skips the pairs. Rows 2i and 2i+1 are pair i.
 
         Raises:
-            ValueError: an identification loss without identities, an odd number of rows with a
-                Siamese loss, or a target layer that was not called.
+            TypeError: images that are no float tensor.
+            ValueError: images of another shape, an identification loss without identities, an odd
+                number of rows with a Siamese loss, or a target layer that was not called.
         """
+        check_images(imgs)
         if not self.training:
             return self.reader.features(self.backbone, imgs)
-        if identification is not None and pids is None:
-            raise ValueError("the identification attention loss needs pids")
+        if identification is not None:
+            if pids is None:
+                raise ValueError("the identification attention loss needs pids")
+            check_lengths(imgs=imgs, pids=pids)
         logits, features, activations = self.reader.tapped(self.backbone, imgs)
         masked_scores = pair_scores = distances = None
         if identification is not None and pids is not None:
@@ -216,9 +219,20 @@ class CASN(nn.Module):
         gradient settings are left as found.
 
         Raises:
-            TypeError: a model cast to half precision as a whole; autocast is fine.
-            ValueError: features that do not depend on the tapped map.
+            TypeError: images that are no float tensor, or of another dtype than the model without
+                autocast; a model cast to half precision as a whole.
+            ValueError: no image, images of another shape or on another device than the model;
+                features that do not depend on the tapped map.
         """
+        place = place_of(self, check_images(imgs))
+        if imgs.device != place.device:
+            raise ValueError(
+                f"images and model must be on one device, got {imgs.device} and {place.device}"
+            )
+        if imgs.dtype != place.dtype and not torch.is_autocast_enabled(imgs.device.type):
+            raise TypeError(
+                f"images and model must be of one dtype, got {imgs.dtype} and {place.dtype}"
+            )
         backbone = self.backbone
         if any(layer.training for layer in backbone.modules()):
             backbone = twin(backbone).eval()  # so that other threads may use the model

@@ -23,10 +23,10 @@ from casn_plugin.attention import (
     PairScorer,
     align_profiles,
     attention_distance,
-    check_share,
     indicator,
     scale_maps,
 )
+from casn_plugin.doors import check_share
 from casn_plugin.encoding import Encoding, Encodings, part_scales
 from casn_plugin.hooks import evaluating, place_of, unwrapped
 

@@ -1,10 +1,11 @@
 """Shape checking of the whole package, small models, and the data that the tests run on."""
 
 import copy
+import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -91,6 +92,27 @@ def example() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def lab(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Gives a module of examples/experiments, which import one another as scripts do."""
+    monkeypatch.syspath_prepend(EXAMPLES / "experiments")
+    return importlib.import_module
+
+
+@pytest.fixture
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Runs a test in a folder of its own, with a cache of its own for rendered pictures."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CASN_PLUGIN_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def cells(text: str) -> list[list[str]]:
+    """Returns the rows of all tables in Markdown, their headers among them."""
+    lines = [line for line in text.splitlines() if line.startswith("| ") and "| ---" not in line]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
 
 @pytest.fixture(scope="session")

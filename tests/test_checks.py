@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from conftest import TinyBackbone, tiny_forward
@@ -69,11 +68,8 @@ def test_an_optimizer_has_all_that_is_to_be_learned():
 
 def test_queries_have_a_match_in_the_gallery():
     query, gallery = Rows([("q.jpg", 7, 0)]), Rows([("g.jpg", 7, 1), ("h.jpg", 8, 0)])
-    assert check_test_set("set", query, gallery) == ["q.jpg", "g.jpg", "h.jpg"]
+    check_test_set("set", query, gallery)
     for rows in ([("g.jpg", 7, 0)], [("g.jpg", 8, 1)], [("g.jpg", -1, 1)]):
         with pytest.raises(ValueError, match="none of the 1 queries of set has a match"):
             check_test_set("set", query, Rows(rows))
-    unlisted = SimpleNamespace()
-    assert check_test_set("set", unlisted, gallery) == []
-    tensors = Rows([(np.zeros(3), 7, 0)])
-    assert check_test_set("set", tensors, gallery) == ["g.jpg", "h.jpg"]
+    check_test_set("set", SimpleNamespace(), gallery)

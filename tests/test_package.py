@@ -15,8 +15,8 @@ import casn_plugin
 ROOT = Path(casn_plugin.__file__).parent
 # from the bottom; a wing's own files likewise, its face above them
 ROOMS = (
-    "files", "identities", "hooks", "attention", "losses", "sampler", "encoding", "evaluation",
-    "quality", "backbones", "model", "loading",
+    "files", "doors", "identities", "hooks", "attention", "losses", "sampler", "encoding",
+    "evaluation", "quality", "backbones", "model", "loading",
     *(f"ranking.{name}" for name in (
         "processes", "closed_form", "tiles", "sides", "distances", "search", "fused", "shards",
         "index",

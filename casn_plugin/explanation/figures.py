@@ -88,7 +88,7 @@ def plot_pair(
 def plot_ranking(
     picture: Float[np.ndarray, "rows columns 3"],
     pairs: Sequence[tuple[AttendedImage, AttendedImage]],
-    right: Sequence[bool],
+    right: Sequence[bool | None],
     captions: Sequence[str],
     *,
     headline: str = "",
@@ -102,7 +102,7 @@ def plot_ranking(
     Args:
         picture: the query, RGB in [0, 1].
         pairs: the query and each of its matches, in their order.
-        right: whether each match shows the query's identity.
+        right: whether each match shows the query's identity; None where that is not known.
         captions: some lines below each match's picture.
         headline: above all.
         apart: so many matches at the end are set apart: they are no part of the list.
@@ -147,7 +147,8 @@ def plot_ranking(
             column, (match.picture, match.overlaid, query.overlaid), strict=True
         ):
             _show(axis, panel, right[i])
-        column[0].set_title(verdict(right[i]), fontsize=9, color=RIGHT if right[i] else WRONG)
+        colour = {True: RIGHT, False: WRONG, None: "0.3"}[right[i]]
+        column[0].set_title(verdict(right[i]), fontsize=9, color=colour)
         column[0].set_xlabel(captions[i], fontsize=8)
     return figure
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 
 from casn_plugin.explanation.pictures import pair_mosaic
+from casn_plugin.identities import same_person
 from casn_plugin.loading import Preprocessing, encode_images
 from casn_plugin.model import CASN
 from casn_plugin.ranking import pair_attention
@@ -35,7 +36,7 @@ class FixedPairs:
         items = [(query[i], gallery[j]) for i, j in pairs]
         self.first = torch.stack([first["img"] for first, _ in items])
         self.second = torch.stack([second["img"] for _, second in items])
-        self.same = [bool(first["pid"] == second["pid"]) for first, second in items]
+        self.same = [same_person(first["pid"], second["pid"]) for first, second in items]
 
     def mosaic(
         self, model: CASN, preprocessing: Preprocessing

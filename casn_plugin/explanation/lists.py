@@ -10,12 +10,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from casn_plugin.attention import ROW_THRESHOLD, check_share
+from casn_plugin.attention import ROW_THRESHOLD
+from casn_plugin.doors import check_share
 from casn_plugin.evaluation import RankedLists, ranked_lists
 from casn_plugin.explanation.figures import Drawn, plot_ranking
 from casn_plugin.explanation.pair import IMAGENET, PairExplanation, explain_pairs
 from casn_plugin.explanation.pictures import verdict
-from casn_plugin.loading import Encoded, Preprocessing, encode_loader, image_loader
+from casn_plugin.identities import UNKNOWN, same_person
+from casn_plugin.loading import Encoded, Preprocessing, encode_loader, image_loader, read_item
 from casn_plugin.model import as_casn
 from casn_plugin.ranking import RankingOptions, fused_distmats
 
@@ -30,8 +32,8 @@ class Match:
     Attributes:
         pair: the query and this image, explained.
         row: the image's row in the gallery.
-        pid: its identity.
-        camid: its camera.
+        pid: its identity, -1 where it is unknown.
+        camid: its camera, -1 where it is unknown.
         rank: where it stands in the fused ranking, from 1.
         feature_rank: where it stands by features alone, from 1.
     """
@@ -44,9 +46,9 @@ class Match:
     feature_rank: int
 
     @property
-    def right(self) -> bool:
-        """Whether it shows the query's identity."""
-        return bool(self.pair.same)
+    def right(self) -> bool | None:
+        """Whether it shows the query's identity; None where that is not known."""
+        return self.pair.same
 
     def __repr__(self) -> str:
         """Returns identity and ranks on a line."""
@@ -95,7 +97,10 @@ class RankingExplanation(Drawn):
             "nobody to be found" if found is None else f"found at rank {found.rank}"
             if found.rank == 1 else f"wrong at rank 1, found at rank {found.rank}"
         )  # fmt: skip
-        return f"Person {self.pid} of camera {self.camid}: {outcome}"
+        who = "Somebody unknown" if self.pid == UNKNOWN else f"Person {self.pid}"
+        if self.pid == UNKNOWN:
+            outcome = "who it is, is not known"
+        return f"{who}{'' if self.camid == UNKNOWN else f' of camera {self.camid}'}: {outcome}"
 
     def plot(self) -> "Figure":
         """Returns a figure of the query, its matches and the attention of each pair."""
@@ -139,8 +144,8 @@ class ExplainedRankings(Sequence[RankingExplanation]):
 
     Args:
         model: the CASN.
-        query: the queries: a data set whose items are dictionaries with "img" (normalised),
-            "pid" and "camid".
+        query: the queries: a data set whose items :func:`casn_plugin.loading.read_item` reads,
+            such as dictionaries with "img" (normalised), "pid" and "camid".
         gallery: the gallery, likewise.
         ranked: their ranked lists.
         topk: matches to explain for each query.
@@ -222,26 +227,25 @@ class ExplainedRankings(Sequence[RankingExplanation]):
         truth = int(ranked.truth[row])
         if truth >= 0 and not ranked.right[row, columns].any():
             shown.append((truth, int(ranked.truth_rank[row]), int(ranked.truth_feature_rank[row])))
-        item = self._query[row]
-        items = [self._gallery[match] for match, _, _ in shown]
-        pid = int(item["pid"])
+        item = read_item(self._query[row])
+        items = [read_item(self._gallery[match]) for match, _, _ in shown]
         pairs = explain_pairs(
             self.model,
-            item["img"],
-            [each["img"] for each in items],
-            [int(each["pid"]) == pid for each in items],
+            item.img,
+            [each.img for each in items],
+            [same_person(item.pid, each.pid) for each in items],
             self._preprocessing,
             self.row_threshold,
         )
         matches = [
-            Match(pair, match, int(each["pid"]), int(each["camid"]), *ranks)
+            Match(pair, match, each.pid, each.camid, *ranks)
             for pair, each, (match, *ranks) in zip(pairs, items, shown, strict=True)
         ]
         return RankingExplanation(
             query=row,
-            picture=self._preprocessing.pictures(item["img"][None])[0],
-            pid=pid,
-            camid=int(item["camid"]),
+            picture=self._preprocessing.pictures(item.img[None])[0],
+            pid=item.pid,
+            camid=item.camid,
             ap=float(ranked.ap[row]),
             matches=tuple(matches[: len(columns)]),
             truth=matches[-1] if len(matches) > len(columns) else None,
@@ -261,13 +265,15 @@ def explain_ranking(
     """Returns the ranked lists of all queries, each explained when it is asked for.
 
     Ranked by the fused distance of :func:`casn_plugin.ranking.fused_distmats`. Junk (gallery
-    images of the query's own identity and camera) is left out.
+    images of the query's own identity and camera) is left out. Identities and cameras may be
+    unknown (-1 or None): such pictures are listed without a verdict.
 
     Args:
         model: a CASN, or one in nn.DataParallel.
         query: the queries: one of torchreid's test loaders, whose data set is gone through in its
-            own order; or a sequence of (image, pid, camid), as a torchreid data set's `query` and
-            `gallery` lists have them. Images may be all that :func:`explain_pair` takes.
+            own order; another loader of images and, where there are, pids and camids; or a
+            sequence of (image, pid, camid), as a torchreid data set's `query` and `gallery` lists
+            have them. Images may be all that :func:`explain_pair` takes.
         gallery: the gallery, likewise.
         topk: matches to explain for each query.
         preprocessing: as in :func:`explain_pair`.
@@ -277,8 +283,7 @@ def explain_ranking(
 
     Raises:
         TypeError: a model that is no CASN or in half precision, or data of another form.
-        ValueError: no queries, an empty gallery, no query with a match, topk below 1; and as
-            :func:`explain_pair`.
+        ValueError: no queries, an empty gallery, topk below 1; and as :func:`explain_pair`.
 
     Example:
         >>> from casn_plugin import CASN

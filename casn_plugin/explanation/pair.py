@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from casn_plugin.attention import ROW_THRESHOLD, attention_distance, check_share, scale_maps
+from casn_plugin.attention import ROW_THRESHOLD, attention_distance, scale_maps
+from casn_plugin.doors import check_share
 from casn_plugin.explanation.figures import Drawn, plot_pair
 from casn_plugin.explanation.pictures import AttendedImage
 from casn_plugin.loading import Image, Preprocessing, encode_images

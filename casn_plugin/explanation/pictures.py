@@ -118,20 +118,21 @@ def pair_mosaic(
     second_pictures: Float[np.ndarray, "pairs rows columns 3"],
     first_maps: Float[Tensor, "pairs height width"],
     second_maps: Float[Tensor, "pairs height width"],
-    same: Sequence[bool],
+    same: Sequence[bool | None],
 ) -> Float[np.ndarray, "all_rows all_columns 3"]:
     """Returns one RGB picture in [0, 1] of pairs and their attention, a pair a row.
 
     Without text and without matplotlib's layout, so it is quick: for TensorBoard. From left to
     right: first picture, its attention, the second picture's attention, second picture. The
-    frame of the last two is green where both show one identity, else red and broken.
+    frame of the last two is green where both show one identity, red and broken where they show
+    two, and missing where that is not known.
 
     Args:
         first_pictures: RGB in [0, 1].
         second_pictures: the same for the second images.
         first_maps: attention of the first images in their pairs, >= 0.
         second_maps: that of the second images.
-        same: whether each pair shows one identity.
+        same: whether each pair shows one identity; None where that is not known.
 
     Example:
         >>> pictures, maps = np.full((2, 16, 8, 3), 0.5), torch.rand(2, 4, 2)
@@ -155,7 +156,7 @@ def pair_mosaic(
         for j, panel in enumerate(panels):
             top, left = i * (height + edge), j * width + (gap if j > 1 else 0)
             tile = mosaic[top : top + height, left : left + width]
-            if j > 1:
+            if j > 1 and right is not None:
                 tile[:] = to_rgb(RIGHT if right else WRONG)
                 if not right:  # broken lines: told apart without seeing colours
                     tile[np.arange(height) // (4 * edge) % 2 == 1] = 1
@@ -175,13 +176,15 @@ def colour_key(rows: int = 8, columns: int = 96) -> Float[np.ndarray, "rows colu
     return np.asarray(key)
 
 
-def verdict(same: bool) -> str:
-    """Returns the words, with a tick or a cross, for whether two pictures show one identity.
+def verdict(same: bool | None) -> str:
+    """Returns the words, with a sign, for whether two pictures show one identity.
 
     Example:
         >>> verdict(True)
         '✓ same person'
     """
+    if same is None:
+        return "? not known"
     return "\N{CHECK MARK} same person" if same else "\N{BALLOT X} other person"
 
 

@@ -217,10 +217,10 @@ def test_long_lists_and_shortlists(tiny):
         ("query", people(), TypeError, "query must be a DataLoader or a sequence of"),
         (["a.png"], people(), TypeError, r"query must hold \(image, pid, camid\), got 'a.png'"),
         ([(torch.zeros(3, 8, 8), 1, 0), *people()], people(), ValueError, "must be of one size"),
-        ([(people()[0][0], 99, 0)], people(), ValueError, "none of the 1 queries has a match"),
+        ([(people()[0][0], 0.5, 0)], people(), TypeError, "pids must be integers, got float64"),
     ],
 )
-def test_bad_data_is_refused(tiny, query, gallery, error, message):
+def test_bad_data_is_refused(tiny, unchecked, query, gallery, error, message):
     with pytest.raises(error, match=message):
         explain_ranking(tiny, query, gallery)
 
@@ -237,3 +237,31 @@ def test_bad_lists_are_refused(tiny):
         explain_ranking(tiny, people(), people(), ranking=RankingOptions(attention_weight=-1.0))
     with pytest.raises(IndexError):
         explained[9]
+
+
+@pytest.mark.parametrize("unknown", [-1, None])
+def test_unknown_people_are_listed_without_a_verdict(tiny, unknown):
+    """Five strangers of nobody's name are not one person."""
+    query, gallery = people(), [(img, unknown, 1) for img, *_ in people()[:5]]
+    explained = explain_ranking(tiny, [(query[0][0], unknown, 0), query[1]], gallery)
+    for found in explained:
+        assert [match.right for match in found.matches] == [None] * 5
+        assert [match.rank for match in found.matches] == [1, 2, 3, 4, 5]
+        assert found.found is None and not found.failed and np.isnan(found.ap)
+        assert "? not known" in [axis.get_title() for axis in found.plot().axes]
+        assert "rank 1" in found.describe() and "not known" in found.describe()
+    assert explained[0].headline() == "Somebody unknown of camera 0: who it is, is not known"
+    assert explained.ranked.worst() == []
+    pair = explained[0].matches[0].pair
+    assert pair.same is None and "it is" not in pair.headline()
+
+
+def test_a_loader_without_labels_is_listed(tiny):
+    imgs = torch.stack([img for img, *_ in people()[:6]])
+    loader = torch.utils.data.DataLoader(list(imgs), batch_size=4)
+    found = explain_ranking(tiny, loader, loader)[2]
+    assert found.matches[0].row == 2 and found.matches[0].pid == found.matches[0].camid == -1
+    assert found.headline() == "Somebody unknown: who it is, is not known"
+    labelled = [(img, torch.tensor(pid)) for img, pid, _ in people()[:6]]
+    listed = explain_ranking(tiny, torch.utils.data.DataLoader(labelled, batch_size=4), loader)
+    assert listed[0].pid == people()[0][1]
