@@ -1,7 +1,7 @@
 """Attention as pure functions of tensors: maps, soft mask, row profiles, distance.
 
 The score y_c of the true identity, its Grad-CAM (Section 3.1.2), the indicator of Eq. 4, Siamese
-attention (Section 3.2.2), the soft mask, row profiles, their alignment and the attention distance of Eq. 5.
+attention (Section 3.2.2), the soft mask, row profiles, alignment, and the distance of Eq. 5.
 """
 
 from collections.abc import Callable, Sequence

@@ -39,6 +39,7 @@ class Evaluation:
     first_match: Int64[np.ndarray, "queries"]
 
 
+# the first six arguments are torchreid's; the others say what counts, and with what it is counted
 def evaluate_rank(
     distmat: Float[Tensor, "queries galleries"],
     q_pids: Ids,
@@ -122,19 +123,7 @@ def evaluate_rank(
             same = by_pid[np.where(present, at, 0)]
             match = present & (g_camids[same] != own[rows, None])
             block = distmat[rows] if columns is None else distmat[rows].index_select(1, columns)
-            positions, unsure = _positions(block, same, present, match)
-            numbers = match.sum(1)
-            for row in unsure.nonzero()[0]:
-                query = top + row
-                junk = (g_pids == q_pids[query]) & (g_camids == own[query])
-                place = _sorted_positions(block[row], g_pids == q_pids[query], junk)
-                positions[row, : len(place)] = place
-            valid = numbers.nonzero()[0]
-            numbers, positions = numbers[valid], positions[valid]
-            precision = np.where(slots < numbers[:, None], (slots + 1) / positions, 0)
-            ap[top + valid] = precision.sum(1) / numbers
-            inp[top + valid] = precision[np.arange(len(valid)), numbers - 1]
-            first_match[top + valid] = positions[:, 0] - 1
+            ap[rows], inp[rows], first_match[rows] = _precisions(block, same, present, match)
             bar.update(len(at))
 
     found = first_match[first_match >= 0]
@@ -198,6 +187,7 @@ class RankedLists:
         return self.worst()[::-1][:number]
 
 
+# two matrices, and the arguments of evaluate_rank that say what counts
 def ranked_lists(
     feature_distmat: Float[Tensor, "queries galleries"],
     fused_distmat: Float[Tensor, "queries galleries"],
@@ -342,6 +332,31 @@ def _sorted(values: Tensor) -> Tensor:
     if values.is_cuda:
         return values.sort().values
     return torch.from_numpy(np.sort(values))  # several times faster than PyTorch on the CPU
+
+
+def _precisions(
+    distmat: Float[Tensor, "queries galleries"],
+    same: Int64[np.ndarray, "queries slots"],
+    present: Bool[np.ndarray, "queries slots"],
+    match: Bool[np.ndarray, "queries slots"],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns AP, INP and rank of the first match of some queries: NaN, NaN and -1 without one.
+
+    The arguments are those of :func:`_positions`.
+    """
+    positions, unsure = _positions(distmat, same, present, match)
+    for row in unsure.nonzero()[0]:
+        of_pid, junk = np.zeros((2, distmat.shape[1]), dtype=bool)
+        of_pid[same[row, present[row]]] = True
+        junk[same[row, present[row] & ~match[row]]] = True
+        place = _sorted_positions(distmat[row], of_pid, junk)
+        positions[row, : len(place)] = place
+    numbers, slots = match.sum(1), np.arange(match.shape[1])
+    precision = np.where(slots < numbers[:, None], (slots + 1) / positions, 0)
+    found = numbers > 0
+    last = precision[np.arange(len(numbers)), np.maximum(numbers, 1) - 1]
+    ap = np.where(found, precision.sum(1) / np.maximum(numbers, 1), np.nan)
+    return ap, np.where(found, last, np.nan), np.where(found, positions[:, 0] - 1, -1)
 
 
 def _positions(
