@@ -3,8 +3,10 @@
 import importlib
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 import urllib.error
 from pathlib import Path
 
@@ -63,6 +65,31 @@ def test_resume_and_test_only(example, small, market_root):
         market(market_root, "--test-only", "--weights", last, "--save-dir", "weights")
     )
     assert by_weights == results  # the pair classifier came along
+
+
+def test_ctrl_c_loses_nothing_and_resume_goes_on(example, small, market_root):
+    options = [
+        *("--preset", "market1501-pcb", "--backbone", "pcb_slim", "--weights", "none"),
+        *("--workers", "0", "--device", "cpu", "--root", str(market_root), "--max-epoch", "500"),
+    ]
+    done = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-u", str(SCRIPT), *options, "--save-dir", "log"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not list(Path("log").glob("model/model.pth.tar-*")) and done.poll() is None:
+        time.sleep(0.1)
+    done.send_signal(signal.SIGINT)
+    said, errors = done.communicate(timeout=60)
+    assert done.returncode == 128 + signal.SIGINT, errors
+    assert "Traceback" not in errors and 'The last checkpoint is "log/model/' in said
+    trained = len(list(Path("log").glob("model/model*")))
+    assert trained >= 1
+    with pytest.raises(SystemExit, match="--resume: there is no whole checkpoint in"):
+        example.main(market(market_root, "--save-dir", Path("log").parent, "--resume"))
+    options = ["--preset", "market1501-pcb", "--backbone", "pcb_slim", "--weights", "none"]
+    options += ["--workers", "0", "--device", "cpu", "--root", str(market_root)]
+    example.main([*options, "--save-dir", "log", "--max-epoch", "1", "--resume"])
+    assert json.loads(Path("log", "results.json").read_text())["history"]
 
 
 @pytest.mark.parametrize(
