@@ -77,7 +77,7 @@ def check_images(imgs: Any, name: str = "imgs") -> Tensor:
         >>> check_images(torch.rand(2, 3, 8, 4)).shape
         torch.Size([2, 3, 8, 4])
     """
-    if torch._C._get_tracing_state() is not None:  # sizes are tensors then
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # sizes are tensors
         return imgs  # type: ignore[no-any-return]
     check_tensor(name, imgs, "batch 3 rows columns")
     if not imgs.numel():

@@ -244,26 +244,25 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         """
         imgs, pids = self.parse_data_for_train(data)
         imgs, pids = imgs.to(self._device), pids.to(self._device)
-        with (
-            self._steps.watched(),
-            torch.autocast(
-                self._device.type, dtype=self.autocast, enabled=self.autocast is not None
-            ),
-        ):
-            output = self.model(
-                imgs,
-                pids,
-                self.identification if self.lambda_ia else None,
-                self.siamese if self.lambda_sa else None,
-            )
-            loss, terms = loss_terms(
-                output,
-                pids,
-                self.compute_loss(self.criterion, output.logits, pids),
-                lambda_ia=self.lambda_ia,
-                lambda_sa=self.lambda_sa,
-                siamese=self.siamese,
-            )
+        autocast = torch.autocast(
+            self._device.type, dtype=self.autocast, enabled=self.autocast is not None
+        )
+        with self._steps.watched():
+            with autocast:
+                output = self.model(
+                    imgs,
+                    pids,
+                    self.identification if self.lambda_ia else None,
+                    self.siamese if self.lambda_sa else None,
+                )
+                loss, terms = loss_terms(
+                    output,
+                    pids,
+                    self.compute_loss(self.criterion, output.logits, pids),
+                    lambda_ia=self.lambda_ia,
+                    lambda_sa=self.lambda_sa,
+                    siamese=self.siamese,
+                )
             terms["acc"] = torchreid.metrics.accuracy(output.logits, pids)[0][0]
             where = f"epoch {self.epoch + 1}, step {self.batch_idx + 1}, "
             summary = self._steps.take(
