@@ -60,6 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lambda-ia", type=float, default=0.5, help="weight of identification attention (Eq. 6)")
     add("--lambda-sa", type=float, default=0.05, help="weight of Siamese attention (Eq. 6)")
     add("--gallery-dir", help="keep the gallery's encodings on disk there while ranking")
+    add("--one-camera", action="store_true", help="matches of the query's own camera count too")
     add("--seed", type=int, default=0)
     add("--device", choices=["cpu", "cuda"], help="by default CUDA where there is one")
     add("--workers", type=int, default=0 if sys.platform == "win32" else 2)
@@ -142,11 +143,10 @@ def start_from(args: argparse.Namespace, model: CASN) -> None:
 def build_engine(args: argparse.Namespace) -> ImageCASNEngine:
     """Returns the engine, with data and model, that the options ask for, all seeded."""
     torchreid.utils.set_random_seed(args.seed)
-    use_gpu = args.device == "cuda"
     datamanager = torchreid.data.ImageDataManager(
         root=args.root, sources=args.sources, height=args.height, width=args.width,
         batch_size_train=args.batch_size, batch_size_test=64, workers=args.workers,
-        use_gpu=use_gpu, cuhk03_labeled="cuhk03-labeled" in args.preset,
+        use_gpu=args.device == "cuda", cuhk03_labeled="cuhk03-labeled" in args.preset,
     )  # fmt: skip
     backbone = build_backbone(args, datamanager.num_train_pids)
     model = CASN(backbone, input_size=(args.height, args.width), seed=args.seed)
@@ -155,9 +155,9 @@ def build_engine(args: argparse.Namespace) -> ImageCASNEngine:
     optimizer = torchreid.optim.build_optimizer(model, optim=args.optim, lr=args.lr)
     scheduler = torchreid.optim.build_lr_scheduler(optimizer, "single_step", args.stepsize)
     return ImageCASNEngine(
-        datamanager, model, optimizer, scheduler, use_gpu, args.label_smooth,
+        datamanager, model, optimizer, scheduler, args.device == "cuda", args.label_smooth,
         lambda_ia=args.lambda_ia, lambda_sa=args.lambda_sa,
-        ranking=RankingOptions(gallery_dir=args.gallery_dir),
+        ranking=RankingOptions(gallery_dir=args.gallery_dir, cross_camera=not args.one_camera),
     )  # fmt: skip
 
 
