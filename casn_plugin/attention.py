@@ -1,16 +1,18 @@
 """Attention as pure functions of tensors: maps, soft mask, row profiles, distance.
 
-Grad-CAM (Section 3.1.2), the indicator of Eq. 4, Siamese attention (Section 3.2.2), the soft mask,
-row profiles, their alignment and the attention distance of Eq. 5.
+The score y_c of the true identity, its Grad-CAM (Section 3.1.2), the indicator of Eq. 4, Siamese
+attention (Section 3.2.2), the soft mask, row profiles, alignment, and the distance of Eq. 5.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from casn_plugin.doors import check_choice, check_lengths, check_share, check_tensor, check_weight
 from casn_plugin.hooks import place_of
 
 PairScorer = Callable[[Tensor], Tensor]
@@ -18,6 +20,72 @@ PairScorer = Callable[[Tensor], Tensor]
 
 ROW_THRESHOLD = 0.2
 """t of Section 3.2.2: the share of a map's maximum above which a row counts as attended."""
+
+
+SCORES = ("logit", "probability")
+"""What y_c may be: a class score itself, or its softmax probability."""
+
+Logits = Tensor | Sequence[Tensor]
+"""(B, classes) scores y, or one such tensor for each part classifier (PCB) or branch (HACNN)."""
+
+
+def identity_scores(
+    logits: Logits,
+    pids: Int[Tensor, " batch"],
+    score: Literal["logit", "probability"] = "logit",
+) -> Float[Tensor, " batch"]:
+    """Returns y_c, the score of each image's true identity.
+
+    Args:
+        logits: scores y of all identities; of several part classifiers, the scores are summed
+            ("logit", unbounded) or averaged ("probability", in [0, 1]).
+        pids: the true identities c, in [0, classes).
+        score: the class score itself (the paper's y_c), or its softmax probability.
+
+    Raises:
+        TypeError: logits that are no float tensors, identities that are no integers.
+        ValueError: an unknown `score`, unlike numbers of logits and identities, or identities
+            outside of the classes.
+
+    Example:
+        >>> identity_scores(torch.tensor([[1.0, 5.0]]), torch.tensor([1]))
+        tensor([5.])
+    """
+    parts = parts_of(logits, pids)
+    check_choice("score", score, SCORES)
+    classes = parts[0].shape[1]
+    if len(pids) and not 0 <= int(pids.min()) <= int(pids.max()) < classes:
+        raise ValueError(
+            f"pids must lie in [0, {classes}), the classes of the logits, but they go from "
+            f"{int(pids.min())} to {int(pids.max())}"
+        )
+    stacked = torch.stack([at_least_float32(part) for part in parts])
+    if score == "probability":
+        stacked = stacked.softmax(-1)
+    chosen = stacked[:, torch.arange(len(pids), device=pids.device), pids]
+    return chosen.sum(0) if score == "logit" else chosen.mean(0)
+
+
+def parts_of(logits: Logits, pids: Tensor) -> Sequence[Tensor]:
+    """Returns logits as a sequence of (B, classes) tensors, as many as there are identities.
+
+    Raises:
+        TypeError: logits that are no float tensors, identities that are no integers.
+        ValueError: logits of another shape, or unlike numbers of them and of identities.
+
+    Example:
+        >>> len(parts_of([torch.zeros(2, 5)] * 6, torch.tensor([0, 1])))
+        6
+    """
+    parts = [logits] if isinstance(logits, Tensor) else list(logits)
+    if not parts or any(part.ndim != 2 for part in parts):
+        raise ValueError(
+            "logits must be a (B, classes) tensor or a sequence of them, got shapes "
+            f"{[tuple(part.shape) for part in parts]}"
+        )
+    check_tensor("pids", pids, "batch", floating=False)
+    check_lengths(logits=parts[0], pids=pids)
+    return parts
 
 
 def grad_cam(
@@ -37,13 +105,18 @@ def grad_cam(
         create_graph: keep the graph, so that a loss of the maps can be trained.
 
     Raises:
-        ValueError: the scores do not depend on the activations.
+        TypeError: scores or activations that are no float tensors.
+        ValueError: unlike numbers of them, other shapes, or scores that do not depend on the
+            activations.
 
     Example:
         >>> a = torch.rand(2, 3, 4, 4, requires_grad=True)
         >>> grad_cam(a.mean((2, 3)).sum(1), a).shape
         torch.Size([2, 4, 4])
     """
+    check_tensor("scores", scores, "batch")
+    check_tensor("activations", activations, "batch channels height width")
+    check_lengths(scores=scores, activations=activations)
     gradients = None
     if scores.requires_grad and activations.requires_grad:
         (gradients,) = torch.autograd.grad(
@@ -72,18 +145,24 @@ def indicator(
         pair_classifier: gives (P, 2) scores z, column 1 = same identity, row by row.
         differences: f⁻ = f1 − f2 of each pair.
 
+    Raises:
+        TypeError: differences that are no float tensor.
+        ValueError: differences or scores of another shape.
+
     Example:
         >>> classifier = nn.Linear(2, 2)
         >>> _ = classifier.weight.data.copy_(torch.tensor([[0.0, 0.0], [1.0, -1.0]]))
         >>> indicator(classifier, torch.rand(1, 2))
         tensor([[1., 0.]])
     """
+    check_tensor("differences", differences, "pairs dim")
     with torch.enable_grad(), torch.autocast(differences.device.type, enabled=False):
         inputs = at_least_float32(differences.detach())
         if isinstance(pair_classifier, nn.Module):  # a model cast to half precision as a whole
             inputs = inputs.to(place_of(pair_classifier, inputs).dtype)
         inputs.requires_grad_()
-        (gradients,) = torch.autograd.grad(pair_classifier(inputs)[:, 1].sum(), inputs)
+        scores = check_tensor("scores of the pair classifier", pair_classifier(inputs), "pairs 2")
+        (gradients,) = torch.autograd.grad(scores[:, 1].sum(), inputs)
     return (gradients > 0).to(differences.dtype)
 
 
@@ -106,13 +185,16 @@ def siamese_attention(
         create_graph: keep the graph, so that a loss of the maps can be trained.
 
     Raises:
-        ValueError: an odd number of rows, or features that do not depend on the activations.
+        TypeError: as :func:`grad_cam`.
+        ValueError: an odd number of rows, other shapes, or features that do not depend on the
+            activations.
 
     Example:
         >>> a = torch.rand(4, 3, 6, 2, requires_grad=True)
         >>> siamese_attention(nn.Linear(3, 2), a.mean((2, 3)), a).shape
         torch.Size([4, 6, 2])
     """
+    check_tensor("features", features, "batch dim")
     first, second = split_pairs(features)
     alpha = indicator(pair_classifier, first - second)
     scores = (alpha.repeat_interleave(2, dim=0) * features).sum(1)
@@ -137,8 +219,26 @@ def split_pairs(rows: Tensor) -> tuple[Tensor, Tensor]:
     return rows[0::2], rows[1::2]
 
 
+def same_identity(pids: Int[Tensor, " batch"]) -> Bool[Tensor, " pairs"]:
+    """Returns whether each pair (rows 2i and 2i+1) shows one identity.
+
+    Raises:
+        ValueError: an odd number of identities.
+
+    Example:
+        >>> same_identity(torch.tensor([4, 4, 1, 2]))
+        tensor([ True, False])
+    """
+    first, second = split_pairs(pids)
+    return first == second
+
+
 def scale_maps(maps: Float[Tensor, "*batch height width"]) -> Float[Tensor, "*batch height width"]:
     """Returns each map divided by its own maximum: in [0, 1], a blank map stays zero.
+
+    Raises:
+        TypeError: maps that are no float tensor.
+        ValueError: fewer than two dimensions.
 
     Example:
         >>> scale_maps(torch.tensor([[[0.0, 2.0], [4.0, 1.0]], [[0.0, 0.0], [0.0, 0.0]]]))
@@ -148,7 +248,7 @@ def scale_maps(maps: Float[Tensor, "*batch height width"]) -> Float[Tensor, "*ba
                 [[0.0000, 0.0000],
                  [0.0000, 0.0000]]])
     """
-    maps = at_least_float32(maps)
+    maps = at_least_float32(check_tensor("maps", maps, "*batch height width"))
     peak = maps.amax((-2, -1), keepdim=True)
     blank = peak <= torch.finfo(maps.dtype).tiny ** 0.5
     return torch.where(blank, 0.0, maps / torch.where(blank, 1.0, peak))
@@ -172,11 +272,22 @@ def soft_mask(
         mask_scale: α, the steepness of the mask's edge.
         mask_threshold: β, the share of the map's maximum above which a pixel is hidden.
 
+    Raises:
+        TypeError: maps that are no float tensor.
+        ValueError: maps of another shape, a size without pixels, a scale that is not positive and
+            finite, or β outside [0, 1).
+
     Example:
         >>> soft_mask(torch.eye(2)[None], (2, 2))
         tensor([[[0.9933, 0.0067],
                  [0.0067, 0.9933]]])
     """
+    check_tensor("maps", maps, "batch height width")
+    check_share("mask_threshold", mask_threshold)
+    if check_weight("mask_scale", mask_scale) == 0 or min(size) < 1:
+        raise ValueError(
+            f"mask_scale and size must be positive, got {mask_scale} and {tuple(size)}"
+        )
     with torch.autocast(maps.device.type, enabled=False):
         resized = F.interpolate(
             at_least_float32(maps)[:, None], size=size, mode="bilinear", align_corners=False
@@ -201,11 +312,16 @@ def attended_span(
 
     A profile with no such row spans all its rows.
 
+    Raises:
+        TypeError: profiles that are no float tensor.
+        ValueError: t outside [0, 1).
+
     Example:
         >>> attended_span(torch.tensor([[0.0, 0.5, 1.0, 0.1], [0.0, 0.0, 0.0, 0.0]]), 0.2)
         (tensor([1, 0]), tensor([2, 3]))
     """
-    above = profiles > row_threshold
+    check_tensor("profiles", profiles, "*batch height")
+    above = profiles > check_share("row_threshold", row_threshold)
     above = above | ~above.any(-1, keepdim=True)
     first = above.to(torch.uint8).argmax(-1)
     last = profiles.shape[-1] - 1 - above.flip(-1).to(torch.uint8).argmax(-1)
@@ -224,6 +340,10 @@ def align_profiles(
     Args:
         profiles: row maxima of maps scaled to [0, 1].
         row_threshold: t.
+
+    Raises:
+        TypeError: profiles that are no float tensor.
+        ValueError: t outside [0, 1).
 
     Example:
         >>> align_profiles(torch.tensor([0.0, 1.0, 0.5, 0.0]))
@@ -257,30 +377,24 @@ def attention_distance(
         row_threshold: t, the value above which a row counts as attended.
         unit: divide each aligned profile by its length first, one reading of "normalized".
 
+    Raises:
+        TypeError: profiles that are no float tensors.
+        ValueError: profiles of unlike heights or numbers, or t outside [0, 1).
+
     Example:
         >>> attention_distance(torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([[1.0, 0.0, 0.0]]))
         tensor([0.])
     """
+    if first.shape != second.shape:
+        raise ValueError(
+            f"expected as many first as second profiles of one height, got {tuple(first.shape)} "
+            f"and {tuple(second.shape)}"
+        )
     first, second = align_profiles(first, row_threshold), align_profiles(second, row_threshold)
     if unit:
         first, second = F.normalize(first, dim=-1), F.normalize(second, dim=-1)
     distances: Tensor = torch.linalg.vector_norm(first - second, dim=-1)
     return distances
-
-
-def check_share(name: str, value: float) -> float:
-    """Returns a share of a map's maximum, such as t, that something must exceed.
-
-    Raises:
-        ValueError: it lies outside of [0, 1).
-
-    Example:
-        >>> check_share("row_threshold", 0.2)
-        0.2
-    """
-    if not 0 <= value < 1:
-        raise ValueError(f"{name} must lie in [0, 1), got {value}")
-    return value
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from casn_plugin.attention import Logits
 from casn_plugin.encoding import part_embedding
 from casn_plugin.hooks import Captured, capture, evaluating, place_of
-from casn_plugin.losses import Logits
 
 Forward = Callable[[nn.Module, Tensor], tuple[Logits, Tensor]]
 """Maps a backbone and its images to (logits, (B, D) features)."""
@@ -107,7 +107,7 @@ class Reader:
         """Returns logits, features and the map that both were computed from.
 
         Raises:
-            ValueError: the target layer was not called, or gave no map.
+            ValueError: the target layer was not called, gave no map, or ran without gradients.
         """
         pool = getattr(backbone, "parts_avgpool", None) if self._forward is None else None
         with (
@@ -118,7 +118,14 @@ class Reader:
         if pooled is not None:
             # PCB's features of a training pass have dropout: f is its eval embedding
             features = part_embedding(pooled.require(), backbone.parts)  # type: ignore[arg-type]
-        return Tapped(logits, features, captured.require())
+        activations = captured.require()
+        if torch.is_grad_enabled() and not activations.requires_grad:
+            raise ValueError(
+                f"the tapped layer {self.target_layer!r} ran without gradients although they are "
+                "enabled: inside of gradient checkpointing, use use_reentrant=False or tap a layer "
+                "behind it"
+            )
+        return Tapped(logits, features, activations)
 
     def try_out(self, backbone: nn.Module, size: tuple[int, int]) -> Tensor:
         """Returns the features of one blank image; the backbone is left as found.

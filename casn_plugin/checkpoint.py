@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from casn_plugin.files import replacing
+from casn_plugin.sampler import PairSampler
 
+_INTERRUPTED = "model-interrupted.pth.tar"
 # torchreid's own checkpoints hold their rank-1 as a NumPy scalar
 _SCALARS: list[Any] = [
     type(np.float32(0)).__reduce__(np.float32(0))[0],
@@ -23,15 +26,8 @@ _SCALARS: list[Any] = [
 ]
 
 
-def save_checkpoint(
-    state: dict[str, Any], folder: str | os.PathLike[str], *, is_best: bool = False
-) -> Path:
-    """Returns the path of a saved checkpoint, named after its epoch as torchreid names it.
-
-    Args:
-        state: what is saved; `epoch` is the number of epochs that were trained.
-        folder: made if need be.
-        is_best: keep it as ``model-best.pth.tar`` too.
+def save_checkpoint(state: dict[str, Any], path: str | os.PathLike[str]) -> Path:
+    """Returns the path of a saved checkpoint, which is whole or not there.
 
     Raises:
         OSError: a folder that can't be made or written; what was there before is left as it was.
@@ -39,17 +35,116 @@ def save_checkpoint(
     Example:
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
-        ...     path = save_checkpoint({"epoch": 3}, folder)
-        ...     path.name, load_checkpoint(path)
-        ('model.pth.tar-3', {'epoch': 3})
+        ...     load_checkpoint(save_checkpoint({"epoch": 3}, f"{folder}/model.pth.tar"))
+        {'epoch': 3}
     """
-    path = Path(folder, f"model.pth.tar-{state['epoch']}")
-    with replacing(path) as file:
-        torch.save(state, file)
-    if is_best:
-        with replacing(path.with_name("model-best.pth.tar")) as file:
-            shutil.copyfile(path, file)
-    return path
+    try:
+        with replacing(path) as file:
+            torch.save(state, file)
+    except RuntimeError as error:  # so torch says that a disk is full
+        raise OSError(f"{os.fspath(path)} can't be written: {error}") from error
+    return Path(path)
+
+
+class Checkpoints:
+    """The checkpoints of one run in a folder: of the last epochs, of the best, of a signal.
+
+    They have torchreid's names. What another run has left in the folder is not deleted.
+
+    Args:
+        folder: made when the first one is saved.
+        keep: so many of the last epochs are kept, >= 1.
+
+    Attributes:
+        last: the checkpoint that this object has saved last, if any.
+
+    Raises:
+        ValueError: `keep` below 1.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     checkpoints = Checkpoints(folder, keep=2)
+        ...     for epoch in (1, 2, 3):
+        ...         _ = checkpoints.save({"epoch": epoch})
+        ...     sorted(path.name for path in Path(folder).iterdir()), checkpoints.newest().name
+        (['model.pth.tar-2', 'model.pth.tar-3'], 'model.pth.tar-3')
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], keep: int = 3) -> None:
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}")
+        self.folder = Path(folder)
+        self.keep = keep
+        self.last: Path | None = None
+        self._saved: list[Path] = []
+
+    def save(self, state: dict[str, Any], *, is_best: bool = False) -> Path:
+        """Returns the path of the saved checkpoint of an epoch: its number is `state["epoch"]`.
+
+        Args:
+            state: what is saved.
+            is_best: keep it as ``model-best.pth.tar`` too.
+
+        Raises:
+            OSError: as :func:`save_checkpoint`.
+        """
+        path = save_checkpoint(state, self.folder / f"model.pth.tar-{state['epoch']}")
+        if is_best:
+            with replacing(self.folder / "model-best.pth.tar") as file:
+                shutil.copyfile(path, file)
+        self._saved = [*(each for each in self._saved if each != path), path]
+        for old in self._saved[: -self.keep]:
+            old.unlink(missing_ok=True)
+        self._saved, self.last = self._saved[-self.keep :], path
+        (self.folder / _INTERRUPTED).unlink(missing_ok=True)
+        return path
+
+    def save_interrupted(self, state: dict[str, Any]) -> Path:
+        """Returns the path of the saved checkpoint of an epoch that was not finished.
+
+        The next epoch's takes its place.
+
+        Raises:
+            OSError: as :func:`save_checkpoint`.
+        """
+        self.last = save_checkpoint(state, self.folder / _INTERRUPTED)
+        return self.last
+
+    def newest(self) -> Path:
+        """Returns the checkpoint in the folder that was written last and is whole.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        found = [each for each in self.folder.glob("model*.pth.tar*") if each.is_file()]
+        found = [each for each in found if each.name != "model-best.pth.tar"]
+        for path in sorted(found, key=lambda each: each.stat().st_mtime_ns, reverse=True):
+            with contextlib.suppress(ValueError):
+                load_checkpoint(path)
+                return path
+        raise FileNotFoundError(f"there is no whole checkpoint in {self.folder}")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps every other run out of the folder.
+
+        Raises:
+            RuntimeError: another run is in it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / ".run.lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise RuntimeError(
+                f"another run writes its checkpoints to {self.folder}: give this one another "
+                "save_dir, or wait for the other to end"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -74,6 +169,98 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{os.fspath(path)} is no checkpoint: it holds {type(state).__name__}, no dictionary"
         )
     return state
+
+
+class TrainingState:
+    """All that training goes on from: weights, optimizer, scheduler, scaler, pairs, random state.
+
+    Args:
+        model: what is trained.
+        optimizer: of its parameters.
+        scheduler: of the learning rate, if any.
+        scaler: of the gradients, if any.
+        sampler: of the training images; where it is a PairSampler, the pairs go on too.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> training = TrainingState(net, torch.optim.SGD(net.parameters(), 0.1))
+        >>> training.restore(training.state(epoch=3))
+        3
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any = None,
+        scaler: torch.amp.GradScaler | None = None,
+        sampler: Any = None,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.scaler = scaler
+        self.sampler = sampler if isinstance(sampler, PairSampler) else None
+
+    def state(self, epoch: int) -> dict[str, Any]:
+        """Returns what :func:`save_checkpoint` saves, after so many epochs."""
+        state = {
+            "state_dict": self.model.state_dict(),
+            "epoch": epoch,
+            "optimizer": self.optimizer.state_dict(),
+            "random_state": random_state(),
+        }
+        if self.scheduler is not None:
+            state["scheduler"] = self.scheduler.state_dict()
+        if self.scaler is not None:
+            state["scaler"] = self.scaler.state_dict()
+        if self.sampler is not None:
+            state["sampler_epoch"] = self.sampler.epoch
+        return state
+
+    def restore(
+        self, checkpoint: dict[str, Any], source: str | os.PathLike[str] = "checkpoint"
+    ) -> int:
+        """Returns how many epochs were trained, having taken over a :meth:`state`.
+
+        Args:
+            checkpoint: as :func:`load_checkpoint` gives it.
+            source: the file it is of, for errors.
+
+        Raises:
+            ValueError: a checkpoint of something else, or of another model, optimizer or precision.
+        """
+        name = os.fspath(source)
+        wanted = {"state_dict", "epoch", "optimizer", "random_state"}
+        wanted |= {"scaler"} if self.scaler is not None else set()
+        missing = wanted - set(checkpoint)
+        if missing:
+            raise ValueError(
+                f"{name} is no checkpoint to go on from: it lacks {sorted(missing)}; the weights "
+                "alone can be loaded with casn_plugin.checkpoint.load_weights"
+            )
+        saved, own = (
+            {name for group in groups for name in group}
+            for groups in (checkpoint["optimizer"]["param_groups"], self.optimizer.param_groups)
+        )
+        try:
+            if not own - {"initial_lr"} <= saved:
+                raise ValueError(f"its optimizer lacks {sorted(own - saved)}")
+            if self.scaler is not None:
+                self.scaler.load_state_dict(checkpoint["scaler"])
+            self.model.load_state_dict(checkpoint["state_dict"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{name} is of another model, optimizer or precision: {error}"
+            ) from error
+        if self.scheduler is not None and "scheduler" in checkpoint:
+            self.scheduler.load_state_dict(checkpoint["scheduler"])
+        set_random_state(checkpoint["random_state"])
+        epoch = int(checkpoint["epoch"])
+        if self.sampler is not None:
+            self.sampler.set_epoch(int(checkpoint.get("sampler_epoch", epoch)))
+        return epoch
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:

@@ -15,6 +15,8 @@ import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float
 from torch import Tensor
 
+from casn_plugin.doors import check_count, check_lengths, check_tensor
+
 
 @dataclass(frozen=True)
 class Encoding:
@@ -36,14 +38,12 @@ class Encoding:
     activations: Float[Tensor, "images channels height width"] | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError where not exactly one is given, or where sizes do not fit."""
+        """Raises TypeError or ValueError where not one is given, or where sizes do not fit."""
+        check_tensor("features", self.features, "images dim")
         if (self.basis is None) == (self.activations is None):
-            raise ValueError("an Encoding holds either a basis or activations")
-        if len(self.maps) != len(self.features):
-            raise ValueError(
-                f"features and maps must be of one length, got {len(self.features)} and "
-                f"{len(self.maps)}"
-            )
+            raise ValueError("an Encoding must hold either a basis or activations")
+        check_tensor("maps", self.maps, "images channels height width")
+        check_lengths(features=self.features, maps=self.maps)
         dim, channels = self.features.shape[1], self.maps.shape[1]
         if dim % channels or (self.basis is not None and dim != channels):
             raise ValueError(
@@ -91,26 +91,31 @@ class Encoding:
         """Returns several encodings of one model as one.
 
         Raises:
-            ValueError: no encoding, or encodings of unlike kinds.
+            TypeError: something else than encodings.
+            ValueError: no encoding, or encodings of unlike kinds, sizes or dtypes.
 
         Example:
             >>> one = Encoding(torch.rand(2, 4), basis=torch.rand(2, 4, 6, 3))
             >>> len(Encoding.cat([one, one]))
             4
         """
+        encodings = list(encodings)
+        for each in encodings:
+            if not isinstance(each, Encoding):
+                raise TypeError(f"expected encodings, got {type(each).__name__}")
         if len({encoding.basis is None for encoding in encodings}) != 1:
             raise ValueError(
                 "expected at least one encoding, all with a basis or all with activations"
             )
-        return Encoding(
-            torch.cat([encoding.features for encoding in encodings]),
-            None
-            if encodings[0].basis is None
-            else torch.cat([encoding.maps for encoding in encodings]),
-            None
-            if encodings[0].activations is None
-            else torch.cat([encoding.maps for encoding in encodings]),
-        )
+        sizes = {
+            (each.features.shape[1], each.maps.shape[1:], each.features.dtype, each.maps.dtype)
+            for each in encodings
+        }
+        if len(sizes) > 1:
+            raise ValueError(f"expected encodings of one model and size, got {len(sizes)} kinds")
+        features = torch.cat([each.features for each in encodings])
+        maps = torch.cat([each.maps for each in encodings])
+        return Encoding(features, **{"activations" if encodings[0].parts else "basis": maps})
 
 
 @runtime_checkable
@@ -148,13 +153,20 @@ def encode_head(
         chunk: products with the Jacobian at a time, where they are needed.
 
     Raises:
-        ValueError: features that do not depend on the activations.
+        TypeError: features or activations that are no float tensors.
+        ValueError: no image, unlike numbers, other shapes, or features that do not depend on the
+            activations.
 
     Example:
         >>> a = torch.rand(2, 8, 6, 3, requires_grad=True)
         >>> encode_head(a.mean((2, 3)), a).basis.shape
         torch.Size([2, 8, 6, 3])
     """
+    check_tensor("features", features, "images dim")
+    check_tensor("activations", activations, "images channels height width")
+    if not check_lengths(features=features, activations=activations):
+        raise ValueError("expected at least one image, got none")
+    check_count("chunk", chunk)
     maps, values = activations.detach(), features.detach()
     generator = torch.Generator(features.device).manual_seed(0)
     probe = torch.randn(

@@ -5,50 +5,40 @@ and GitHub's 1.4.0 both have. Importing it registers the embedded data set with 
 """
 
 import contextlib
+import inspect
+import math
+import os
 import os.path as osp
 import tempfile
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
 import torchreid
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from casn_plugin.checkpoint import (
+    Checkpoints,
+    TrainingState,
     load_checkpoint,
     preserved_random_state,
-    random_state,
-    save_checkpoint,
-    set_random_state,
 )
-from casn_plugin.data import load_pedestrians
-from casn_plugin.encoding import Encoding, Encodings
-from casn_plugin.evaluation import (
-    RANKINGS,
-    RankedLists,
-    evaluate_rank,
-    ranked_lists,
-    side_by_side,
-    verification_auc,
-)
-from casn_plugin.explanation import ExplainedRankings, FixedPairs
-from casn_plugin.loading import Encoded, Preprocessing, encode_loader
+from casn_plugin.checks import CheckedData, check_datamanager, check_optimizer
+from casn_plugin.doors import check_count, check_weight
+from casn_plugin.evaluation import RankedLists, side_by_side
+from casn_plugin.explanation import AttentionBoard, ExplainedRankings, log_results
+from casn_plugin.loading import Preprocessing, encode_loader
 from casn_plugin.losses import IdentificationAttentionLoss, SiameseAttentionLoss
 from casn_plugin.model import as_casn, loss_terms
-from casn_plugin.ranking import (
-    GalleryIndex,
-    RankingOptions,
-    fused_distmats,
-    same_identity_logits,
-)
-from casn_plugin.sampler import PairSampler
+from casn_plugin.pedestrians import load_pedestrians
+from casn_plugin.ranking import GalleryIndex, RankingOptions
+from casn_plugin.retrieval import FeatureMetric, LabelledEncodings, retrieve
+from casn_plugin.training import Epoch, FiniteSteps, Interrupted, Interruption, pictures_of
 
 EMBEDDED_DATASET = "casn_pedestrians"
 """The name under which torchreid finds the embedded data set."""
@@ -81,6 +71,8 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         logged_pairs: so many fixed pairs of the first target's test images, half of them of one
             identity, are drawn with their attention to TensorBoard after every epoch; 0: none.
             Data sets that list no images in `.data`, as torchreid's do: none, and a warning.
+        keep_checkpoints: so many of the last epochs' checkpoints are kept by :meth:`run`, beside
+            the best; 0: none but torchreid's own, after an evaluation.
 
     Attributes:
         results: of the last evaluation: data set, then "features", "attention" and "fused", each
@@ -88,12 +80,15 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             shares), and "auc" of the pair classifier.
         ranked: of the last evaluation: data set, then who came where in the fused ranking:
             see :class:`casn_plugin.evaluation.RankedLists` and :meth:`explain`.
-        history: one dictionary an epoch, the mean of every loss term in it.
+        history: one dictionary an epoch, the mean of every loss term in it, and the number of
+            steps "skipped" where there were such.
+        best: the highest rank-1 so far, a share.
 
     Raises:
-        TypeError: a model that is no CASN.
-        ValueError: a train loader that draws no pairs although λ2 > 0, a negative `logged_pairs`,
-            or an optimizer that lacks the pair classifier although λ2 > 0.
+        TypeError: a model that is no CASN, a data manager of videos, another `autocast`.
+        ValueError: a train loader that draws no pairs although λ2 > 0, or draws several views of
+            an image; identities that are no classes; weights that are negative or not finite;
+            negative numbers; an optimizer that lacks parameters of the model.
     """
 
     train_loader: Any
@@ -115,21 +110,17 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         ranking: RankingOptions | None = None,
         autocast: torch.dtype | None = None,
         logged_pairs: int = 4,
+        keep_checkpoints: int = 3,
     ) -> None:
         casn = as_casn(model)
-        if lambda_sa and not isinstance(datamanager.train_loader.sampler, PairSampler):
-            raise ValueError(
-                "the train loader draws no pairs: datamanager = PairSampler.install(datamanager) "
-                "comes before the engine"
-            )
-        if logged_pairs < 0:
-            raise ValueError(f"logged_pairs must be >= 0, got {logged_pairs}")
-        optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if lambda_sa and any(id(p) not in optimized for p in casn.pair_classifier.parameters()):
-            raise ValueError(
-                "the optimizer lacks the pair classifier: wrap the backbone first, then build the "
-                "optimizer from the wrapped model"
-            )
+        check_weight("lambda_ia", lambda_ia)
+        check_weight("lambda_sa", lambda_sa)
+        check_count("logged_pairs", logged_pairs, least=0)
+        check_count("keep_checkpoints", keep_checkpoints, least=0)
+        if autocast not in (None, torch.float16, torch.bfloat16):
+            raise TypeError(f"autocast must be torch.float16 or torch.bfloat16, got {autocast}")
+        check_datamanager(datamanager, pairs=bool(lambda_sa))
+        check_optimizer(casn, optimizer, pairs=bool(lambda_sa))
         super().__init__(datamanager, model, optimizer, scheduler, use_gpu, label_smooth)
         self.casn = casn
         self.lambda_ia = lambda_ia
@@ -142,17 +133,68 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         self.scaler = torch.amp.GradScaler(
             self._device.type, enabled=autocast == torch.float16 and self.use_gpu
         )
-        self.logged_pairs = logged_pairs
+        self.keep_checkpoints = keep_checkpoints
         self.results: dict[str, dict[str, Any]] = {}
         self.ranked: dict[str, RankedLists] = {}
         self.history: list[dict[str, float]] = []
-        self._terms = torchreid.utils.MetricMeter()
+        self.best = -math.inf
+        self.batch_idx = 0  # torchreid's, once it trains
+        self._epoch: Epoch | None = None
+        self._steps = FiniteSteps(casn, optimizer, self.scaler)
         self._folder: str | None = None
-        self._logged: FixedPairs | None = None
+        self.logged_pairs = logged_pairs
+        self._board: AttentionBoard | None = None
+        self._checkpoints: Checkpoints | None = None
+        self._interruption = Interruption()
+        self._resumed: dict[str, Any] = {}
+        self._checked = CheckedData()
 
     @property
     def _device(self) -> torch.device:
         return torch.device("cuda" if self.use_gpu else "cpu")
+
+    @property
+    def _training(self) -> TrainingState:
+        sampler = self.datamanager.train_loader.sampler
+        return TrainingState(self.casn, self.optimizer, self.scheduler, self.scaler, sampler)
+
+    def run(self, *args: Any, **kwargs: Any) -> None:
+        """Trains and ranks as torchreid's ``run()`` does, with the same arguments.
+
+        Before the first step the data are checked. After every epoch, before it is evaluated, a
+        checkpoint is written to ``save_dir/model``: those of the last epochs and the best are
+        kept. SIGINT and SIGTERM finish the step, write a checkpoint, and end the run.
+
+        Raises:
+            RuntimeError: another run has the same `save_dir`.
+            ValueError: queries without a match, pictures that can't be read, or what torchreid
+                rejects.
+            DivergedError: several steps in a row whose losses or gradients were not finite.
+            Interrupted: a signal.
+        """
+        bound = inspect.signature(super().run).bind(*args, **kwargs)
+        bound.apply_defaults()
+        options = bound.arguments
+        if options["test_only"]:
+            super().run(*args, **kwargs)
+            return
+        if not options["ranks"] or min(options["ranks"]) < 1:
+            raise ValueError(f"ranks must be at least 1, got {options['ranks']}")
+        self._checked.check(self.train_loader.dataset, self._test_sets(), self.ranking.counting)
+        keep = max(self.keep_checkpoints, 1)
+        self._checkpoints = Checkpoints(osp.join(options["save_dir"], "model"), keep)
+        try:
+            with self._checkpoints.locked(), self._interruption:
+                super().run(*args, **kwargs)
+        except BaseException:
+            if self._checkpoints.last is not None:
+                print(
+                    f'The last checkpoint is "{self._checkpoints.last}": go on with '
+                    "engine.run(start_epoch=engine.resume(...), ...)"
+                )
+            raise
+        finally:
+            self._checkpoints = None
 
     def train(
         self,
@@ -160,56 +202,76 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         fixbase_epoch: int = 0,
         open_layers: str | Sequence[str] | None = None,
     ) -> None:
-        """Trains one epoch, with a progress bar on a terminal."""
-        loader = self.train_loader
-        self._terms = torchreid.utils.MetricMeter()
-        self.train_loader = tqdm(
-            loader, desc=f"Epoch {self.epoch + 1}/{self.max_epoch}", unit="batch", leave=False,
-            disable=None,
-        )  # fmt: skip
+        """Trains one epoch, with a progress bar on a terminal, and saves its checkpoint."""
+        loader, skipped = self.train_loader, len(self._steps.skipped)
+        resumed, self._resumed = self._resumed, {}
+        title = f"Epoch {self.epoch + 1}/{self.max_epoch}"
+        self._epoch = Epoch(loader, title, interruption=self._interruption, resumed=resumed)
+        self.train_loader = self._epoch
         try:
-            super().train(print_freq, fixbase_epoch, open_layers)
+            with self._interruption.deferred():
+                super().train(print_freq, fixbase_epoch, open_layers)
+        except Interrupted:
+            if self._checkpoints is not None:
+                state = {**self._state(self.epoch), **self._epoch.interrupted_state()}
+                self._checkpoints.save_interrupted(state)
+            raise
         finally:
             self.train_loader = loader
-        means = {name: float(meter.avg) for name, meter in self._terms.meters.items()}
+        means = self._epoch.means()
+        if len(self._steps.skipped) > skipped:
+            means["skipped"] = len(self._steps.skipped) - skipped
         self.history.append({"epoch": self.epoch + 1, **means})
+        if self._checkpoints is not None and self.keep_checkpoints:
+            self._checkpoints.save(self._state(self.epoch + 1))
+        if self._interruption.signum is not None:  # it came in the last step
+            raise Interrupted(128 + self._interruption.signum)
         if self.writer is not None and self.logged_pairs:
-            self._log_attention()
+            name = next(iter(self.test_loader))
+            self._board = self._board or AttentionBoard(
+                name, *self._test_data(name), self.logged_pairs
+            )
+            preprocessing = Preprocessing.of(self.datamanager)
+            self._board.log(self.writer, self.casn, preprocessing, self.epoch + 1)
 
     def forward_backward(self, data: dict[str, Any]) -> dict[str, float]:
-        """Returns the loss terms of one optimisation step, as numbers.
+        """Returns the loss terms of one optimisation step, as numbers; none where it was skipped.
+
+        A step whose loss or gradient is not finite leaves weights and statistics as they were.
 
         Raises:
-            ValueError: several views of each image (``k_tfm`` > 1), which CASN has no use for.
+            DivergedError: several such steps in a row.
         """
         imgs, pids = self.parse_data_for_train(data)
-        if not isinstance(imgs, Tensor):
-            raise ValueError("CASN trains on one view of each image: k_tfm must be 1")
         imgs, pids = imgs.to(self._device), pids.to(self._device)
-        with torch.autocast(
+        autocast = torch.autocast(
             self._device.type, dtype=self.autocast, enabled=self.autocast is not None
-        ):
-            output = self.model(
-                imgs,
-                pids,
-                self.identification if self.lambda_ia else None,
-                self.siamese if self.lambda_sa else None,
+        )
+        with self._steps.watched():
+            with autocast:
+                output = self.model(
+                    imgs,
+                    pids,
+                    self.identification if self.lambda_ia else None,
+                    self.siamese if self.lambda_sa else None,
+                )
+                loss, terms = loss_terms(
+                    output,
+                    pids,
+                    self.compute_loss(self.criterion, output.logits, pids),
+                    lambda_ia=self.lambda_ia,
+                    lambda_sa=self.lambda_sa,
+                    siamese=self.siamese,
+                )
+            terms["acc"] = torchreid.metrics.accuracy(output.logits, pids)[0][0]
+            where = f"epoch {self.epoch + 1}, step {self.batch_idx + 1}, "
+            summary = self._steps.take(
+                loss, terms, lambda: where + pictures_of(data.get("impath"), imgs)
             )
-            loss, terms = loss_terms(
-                output,
-                pids,
-                self.compute_loss(self.criterion, output.logits, pids),
-                lambda_ia=self.lambda_ia,
-                lambda_sa=self.lambda_sa,
-                siamese=self.siamese,
-            )
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        summary = {name: term.item() for name, term in terms.items()}
-        summary["acc"] = torchreid.metrics.accuracy(output.logits, pids)[0].item()
-        self._terms.update(summary)
+        if summary is None:
+            return {}
+        if self._epoch is not None:
+            self._epoch.add(summary)
         return summary
 
     def test(self, *args: Any, **kwargs: Any) -> float:
@@ -224,6 +286,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             Path(self.ranking.gallery_dir).mkdir(parents=True, exist_ok=True)
             folder = tempfile.TemporaryDirectory(dir=self.ranking.gallery_dir)
         with preserved_random_state(), folder as self._folder:
+            self._checked.check(None, self._test_sets(), self.ranking.counting)
             try:
                 return float(super().test(*args, **kwargs))
             finally:
@@ -245,53 +308,37 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         rerank: bool = False,
     ) -> tuple[float, float]:
         """Returns rank-1 and mAP of the fused ranking, as shares."""
-        if rerank and self.ranking.shortlist is not None:
-            raise ValueError("re-ranking needs the distances of all pairs: shortlist must be None")
-        query, q_pids, q_camids = self._encode(query_loader, "query")
-        gallery, g_pids, g_camids = (
-            self._encode(gallery_loader, "gallery")
-            if self._folder is None
-            else self._encode_to_disk(gallery_loader, self._folder)
-        )
+        query = self._encode(query_loader, "query")
+        gallery = self._encode(gallery_loader, "gallery", self._folder)
         print(f"Computing distance matrices with metric={dist_metric} ...")
-
-        def of_features(qf: Tensor, gf: Tensor, normalize: bool = normalize_feature) -> Tensor:
-            if normalize:
-                qf, gf = F.normalize(qf, dim=1), F.normalize(gf, dim=1)
-            distmat: Tensor = torchreid.metrics.compute_distance_matrix(qf, gf, dist_metric)
-            return distmat
-
-        def to_fuse(qf: Tensor, gf: Tensor) -> Tensor:
-            """Returns what is fused: l2 distances where torchreid's are squared."""
-            unit = self.ranking.normalization == "unit"
-            distmat = of_features(qf, gf, normalize_feature and not unit)
-            return distmat.clamp(min=0).sqrt() if dist_metric == "euclidean" else distmat
-
-        distmats = self._distmats(query, gallery, of_features, to_fuse)
         if rerank:
             print("Applying person re-ranking ...")
-            # what is fused is normalised over queries and gallery together: re-ranking compares
-            # distances of all three matrices
-            images = Encoding.cat([query, gallery[: len(gallery)]])
-            every = self._distmats(images, images, of_features, to_fuse)
-            distmats = {name: _rerank(every[name], len(query)) for name in distmats}
-
-        print("Computing CMC and mAP ...")
-        ids = q_pids, g_pids, q_camids, g_camids
-        results: dict[str, Any] = {
-            name: _figures(distmat, ids, use_metric_cuhk03) for name, distmat in distmats.items()
-        }
-        same = torch.from_numpy(q_pids[:, None] == g_pids[None])
-        counted = ~(same & torch.from_numpy(q_camids[:, None] == g_camids[None]))
-        scores = same_identity_logits(self.model, query, gallery, compute=self.ranking.compute)
-        results["auc"] = verification_auc(scores[counted][None], same[counted][None])
+        distances = partial(torchreid.metrics.compute_distance_matrix, metric=dist_metric)
+        found = retrieve(
+            self.model,
+            query,
+            gallery,
+            options=replace(self.ranking, compute=replace(self.ranking.compute, progress=True)),
+            row_threshold=self.siamese.row_threshold,
+            metric=FeatureMetric(distances, normalize_feature, dist_metric == "euclidean"),
+            rerank=torchreid.utils.re_ranking if rerank else None,
+        )
+        results = found.results
+        if use_metric_cuhk03:
+            ids = query.pids, gallery.pids, query.camids, gallery.camids
+            for name, distmat in found.distmats.items():
+                cmc, mean_ap = torchreid.metrics.evaluate_rank(
+                    distmat.numpy(), *ids, use_metric_cuhk03=True
+                )
+                results[name] = {"mAP": float(mean_ap), "cmc": cmc.tolist()}
         self.results[dataset_name] = results
-        self.ranked[dataset_name] = ranked_lists(distmats["features"], distmats["fused"], *ids)
+        self.ranked[dataset_name] = found.ranked
         print(side_by_side(results, ranks))
-        self._log_results(dataset_name, results)
+        if self.writer is not None:
+            log_results(self.writer, dataset_name, results, self.epoch)
         if visrank:
             torchreid.utils.visualize_ranked_results(
-                distmats["fused"].numpy(),
+                found.distmats["fused"].numpy(),
                 self.datamanager.fetch_test_loaders(dataset_name),
                 self.datamanager.data_type,
                 width=self.datamanager.width,
@@ -301,55 +348,20 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             )
         return results["fused"]["cmc"][0], results["fused"]["mAP"]
 
-    def _encode(self, loader: DataLoader[Any], name: str) -> Encoded:
-        """Returns the encodings of a loader's images on the CPU, their pids and camids."""
+    def _encode(
+        self, loader: DataLoader[Any], name: str, folder: str | None = None
+    ) -> LabelledEncodings:
+        """Returns the encodings of a loader's images: on the CPU, or in a folder."""
+        if folder is not None:
+            index = GalleryIndex.create(tempfile.mkdtemp(dir=folder), self.casn)
+            index.extend(self.casn, loader, progress=True)
+            print(f"Done, encoded {len(index)} {name} images to {index.folder}")
+            return LabelledEncodings(index, index.pids, index.camids)
         batches = tqdm(loader, desc=f"Encoding {name}", leave=False, disable=None)
         found = encode_loader(self.casn, map(self.parse_data_for_eval, batches))
         rows, dim = found.encoding.features.shape
         print(f"Done, encoded {rows} {name} images, {dim} features each")
-        return found
-
-    def _encode_to_disk(
-        self, loader: DataLoader[Any], folder: str
-    ) -> tuple[GalleryIndex, np.ndarray, np.ndarray]:
-        """Returns the encodings of a gallery in a folder, their pids and camids."""
-        index = GalleryIndex.create(tempfile.mkdtemp(dir=folder), self.casn)
-        index.extend(self.casn, loader, progress=True)
-        print(f"Done, encoded {len(index)} gallery images to {index.folder}")
-        return index, index.pids, index.camids
-
-    def _distmats(
-        self,
-        query: Encoding,
-        gallery: Encodings,
-        of_features: Callable[[Tensor, Tensor], Tensor],
-        to_fuse: Callable[[Tensor, Tensor], Tensor],
-    ) -> dict[str, Tensor]:
-        """Returns the (Q, G) matrices of features alone, attention alone and both fused.
-
-        The features' own is torchreid's; what is fused is the l2 distance.
-        """
-        compute = replace(self.ranking.compute, progress=True)
-        _, attention, fused = fused_distmats(
-            self.model,
-            query,
-            gallery,
-            row_threshold=self.siamese.row_threshold,
-            options=replace(self.ranking, compute=compute),
-            feature_distances=to_fuse,
-        )
-        features = of_features(query.features, gallery.features_of(slice(0, len(gallery))))
-        return dict(zip(RANKINGS, (features, attention, fused), strict=True))
-
-    def _log_results(self, dataset_name: str, results: dict[str, Any]) -> None:
-        """Writes an evaluation to TensorBoard."""
-        if self.writer is None:
-            return
-        for name in RANKINGS:
-            tag = f"Test/{dataset_name}/{name}"
-            self.writer.add_scalar(f"{tag}/rank1", results[name]["cmc"][0], self.epoch)
-            self.writer.add_scalar(f"{tag}/mAP", results[name]["mAP"], self.epoch)
-        self.writer.add_scalar(f"Test/{dataset_name}/pair_auc", results["auc"], self.epoch)
+        return LabelledEncodings(*found)
 
     def explain(self, dataset_name: str | None = None, *, topk: int = 5) -> ExplainedRankings:
         """Returns the ranked lists of the last evaluation, each explained when it is asked for.
@@ -380,90 +392,49 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             row_threshold=self.siamese.row_threshold,
         )
 
+    def _test_sets(self) -> dict[str, tuple[Any, Any]]:
+        return {name: self._test_data(name) for name in self.test_loader}
+
     def _test_data(self, name: str) -> tuple[Any, Any]:
         """Returns the queries and the gallery of a target, as data sets."""
         query, gallery = (self.test_loader[name][part].dataset for part in ("query", "gallery"))
         return query, gallery
 
-    def _log_attention(self) -> None:
-        """Draws the attention of the fixed pairs to TensorBoard."""
-        name = next(iter(self.test_loader))
-        if self._logged is None:
-            query, gallery = self._test_data(name)
-            if not hasattr(query, "data") or not hasattr(gallery, "data"):
-                warnings.warn(
-                    f"no attention is drawn to TensorBoard: the data sets of {name} list no images "
-                    "in .data, as torchreid's do",
-                    stacklevel=2,
-                )
-                self.logged_pairs = 0
-                return
-            self._logged = FixedPairs(query, gallery, self.logged_pairs)
-        mosaic = self._logged.mosaic(self.casn, Preprocessing.of(self.datamanager))
-        self.writer.add_image(f"Attention/{name}", mosaic, self.epoch + 1, dataformats="HWC")
-
     def save_model(self, epoch: int, rank1: float, save_dir: str, is_best: bool = False) -> None:
-        """Saves torchreid's checkpoint, with the random state that an exact resume needs.
+        """Saves the checkpoint of an epoch again, with its rank-1, once it was evaluated."""
+        is_best, self.best = is_best or rank1 > self.best, max(self.best, rank1)
+        checkpoints = self._checkpoints or Checkpoints(osp.join(save_dir, "model"))
+        state = {**self._state(epoch + 1), "rank1": float(rank1)}
+        print(f'Checkpoint saved to "{checkpoints.save(state, is_best=is_best)}"')
 
-        It holds nothing that torch's safe loading rejects, and :meth:`resume` goes on from it.
-        """
-        state = {
-            "state_dict": self.casn.state_dict(),
-            "epoch": epoch + 1,
-            "rank1": float(rank1),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "random_state": random_state(),
-            "history": self.history,
-        }
-        sampler = self.datamanager.train_loader.sampler
-        if isinstance(sampler, PairSampler):
-            state["sampler_epoch"] = sampler.epoch
-        if self.scheduler is not None:
-            state["scheduler"] = self.scheduler.state_dict()
-        path = save_checkpoint(state, osp.join(save_dir, "model"), is_best=is_best)
-        print(f'Checkpoint saved to "{path}"')
+    def resume(self, fpath: str | os.PathLike[str]) -> int:
+        """Returns the epoch to start from, having loaded a checkpoint of this engine.
 
-    def resume(self, fpath: str) -> int:
-        """Returns the epoch to start from, having loaded a checkpoint of :meth:`save_model`.
+        ``engine.run(start_epoch=engine.resume(fpath), ...)`` trains on as if never interrupted,
+        also from within an epoch.
 
-        ``engine.run(start_epoch=engine.resume(fpath), ...)`` trains on as if never interrupted.
+        Args:
+            fpath: a checkpoint; or a `save_dir`, whose newest whole checkpoint is taken.
 
         Raises:
-            FileNotFoundError: no such file.
+            FileNotFoundError: no such file, or no whole checkpoint in the folder.
             ValueError: no checkpoint, or one of another engine or another model.
         """
-        checkpoint = load_checkpoint(fpath)
-        wanted = {"state_dict", "epoch", "optimizer", "scaler", "random_state", "history"}
-        missing = wanted - set(checkpoint)
-        if missing:
-            raise ValueError(
-                f"{fpath} is no checkpoint of ImageCASNEngine: it lacks {sorted(missing)}; the "
-                "weights alone can be loaded with casn_plugin.checkpoint.load_weights"
-            )
-        saved, own = (
-            {name for group in groups for name in group}
-            for groups in (checkpoint["optimizer"]["param_groups"], self.optimizer.param_groups)
-        )
-        try:
-            if not own - {"initial_lr"} <= saved:
-                raise ValueError(f"its optimizer lacks {sorted(own - saved)}")
-            self.scaler.load_state_dict(checkpoint["scaler"])
-            self.casn.load_state_dict(checkpoint["state_dict"])
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(
-                f"{fpath} is of another model, optimizer or precision: {error}"
-            ) from error
-        if self.scheduler is not None and "scheduler" in checkpoint:
-            self.scheduler.load_state_dict(checkpoint["scheduler"])
-        set_random_state(checkpoint["random_state"])
-        self.history = list(checkpoint["history"])
-        epoch = int(checkpoint["epoch"])
-        sampler = self.datamanager.train_loader.sampler
-        if isinstance(sampler, PairSampler):
-            sampler.set_epoch(int(checkpoint.get("sampler_epoch", epoch)))
+        path = Path(fpath)
+        if path.is_dir():
+            path = Checkpoints(path / "model" if (path / "model").is_dir() else path).newest()
+            print(f'Going on from "{path}"')
+        checkpoint = load_checkpoint(path)
+        epoch = self._training.restore(checkpoint, path)
+        self.history = list(checkpoint.get("history", []))
+        self.best = checkpoint.get("best", -math.inf)
+        self._resumed = checkpoint.get("interrupted", {})
         return epoch
+
+    def _state(self, epoch: int) -> dict[str, Any]:
+        """Returns what a checkpoint holds after so many epochs; refuses weights that are NaN."""
+        self._steps.check_weights()
+        return {**self._training.state(epoch), "history": self.history, "best": self.best}
 
 
 class EmbeddedPedestrians(torchreid.data.ImageDataset):  # type: ignore[misc]
@@ -474,8 +445,8 @@ class EmbeddedPedestrians(torchreid.data.ImageDataset):  # type: ignore[misc]
         **kwargs: torchreid's own.
 
     Attributes:
-        options: what :func:`casn_plugin.data.load_pedestrians` takes beside `root`; a subclass
-            with other sizes can be registered under another name.
+        options: what :func:`casn_plugin.pedestrians.load_pedestrians` takes beside `root`;
+            a subclass with other sizes can be registered under another name.
     """
 
     options: dict[str, Any] = {}  # noqa: RUF012
@@ -485,22 +456,5 @@ class EmbeddedPedestrians(torchreid.data.ImageDataset):  # type: ignore[misc]
         super().__init__(train, query, gallery, **kwargs)
 
 
-torchreid.data.register_image_dataset(EMBEDDED_DATASET, EmbeddedPedestrians)
-
-
-def _rerank(distmat: Tensor, queries: int) -> Tensor:
-    """Returns the (Q, G) part of all images' distances, re-ranked (Zhong et al., CVPR 2017)."""
-    square = (distmat + distmat.T) / 2
-    parts = square[:queries, queries:], square[:queries, :queries], square[queries:, queries:]
-    return torch.from_numpy(torchreid.utils.re_ranking(*(part.numpy() for part in parts)))
-
-
-def _figures(distmat: Tensor, ids: tuple[np.ndarray, ...], cuhk03: bool) -> dict[str, Any]:
-    """Returns the figures of merit of one ranking."""
-    if cuhk03:
-        cmc, mean_ap = torchreid.metrics.evaluate_rank(
-            distmat.numpy(), *ids, use_metric_cuhk03=True
-        )
-        return {"mAP": float(mean_ap), "cmc": cmc.tolist()}
-    found = evaluate_rank(distmat, *ids)
-    return {"mAP": found.mean_ap, "mINP": found.mean_inp, "cmc": found.cmc.tolist()}
+with contextlib.suppress(ValueError):  # it is registered already where this module is reloaded
+    torchreid.data.register_image_dataset(EMBEDDED_DATASET, EmbeddedPedestrians)

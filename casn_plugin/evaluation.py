@@ -10,9 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Float64, Int64, Integer
+from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 from tqdm import tqdm
+
+from casn_plugin.doors import check_count, check_finite, check_matrix
+from casn_plugin.identities import UNKNOWN, Ids, as_ids, have_match
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,16 @@ class Evaluation:
     first_match: Int64[np.ndarray, "queries"]
 
 
+# the first six arguments are torchreid's; the others say what counts, and with what it is counted
 def evaluate_rank(
     distmat: Float[Tensor, "queries galleries"],
-    q_pids: Integer[np.ndarray, "queries"] | Integer[Tensor, "queries"],
-    g_pids: Integer[np.ndarray, "galleries"] | Integer[Tensor, "galleries"],
-    q_camids: Integer[np.ndarray, "queries"] | Integer[Tensor, "queries"],
-    g_camids: Integer[np.ndarray, "galleries"] | Integer[Tensor, "galleries"],
+    q_pids: Ids,
+    g_pids: Ids,
+    q_camids: Ids | None = None,
+    g_camids: Ids | None = None,
     *,
+    cross_camera: bool = True,
+    junk_pids: Sequence[int] = (),
     max_rank: int = 50,
     max_memory: int = 256 * 2**20,
     progress: bool = False,
@@ -53,19 +59,28 @@ def evaluate_rank(
     other entry of its pid does not count. Where a match ties with another person's entry, the
     order is that of ``np.argsort``, as in torchreid (in float32 for dtypes that NumPy lacks).
 
+    What is unknown (-1 or None) is the same as nothing else: a query of unknown identity does not
+    count, a gallery entry of unknown identity is somebody else, and an unknown camera is no
+    query's own.
+
     Args:
         distmat: distances of any float dtype on any device, where the work is done.
         q_pids: identities of the queries.
         g_pids: identities of the gallery.
-        q_camids: cameras of the queries.
-        g_camids: cameras of the gallery.
+        q_camids: cameras of the queries; None: all unknown.
+        g_camids: cameras of the gallery; None: all unknown.
+        cross_camera: entries of the query's own camera are no matches. False: they are, as where
+            there is one camera; the query itself must then not be in the gallery.
+        junk_pids: gallery entries of these identities are left out of every ranking; Market-1501
+            marks so its boxes with too little of a person, as -1.
         max_rank: length of the CMC, cut to the size of the gallery.
         max_memory: bytes that the tensors of a block of queries may take.
         progress: show a progress bar on a terminal.
 
     Raises:
         TypeError: distances that are no float tensor, pids or camids that are no integers.
-        ValueError: unlike shapes, `max_rank` or `max_memory` below 1, or no query with a match.
+        ValueError: unlike shapes, NaN in distances, pids or camids below -1, `max_rank` or
+            `max_memory` below 1, or no query with a match.
 
     Example:
         >>> distmat, camids = torch.tensor([[0.0, 0.1, 0.2]]), np.array([1, 1, 2])
@@ -73,19 +88,24 @@ def evaluate_rank(
         >>> found.cmc.tolist(), found.mean_ap, found.mean_inp
         ([0.0, 1.0, 1.0], 0.5, 0.5)
     """
-    _check_float("distmat", distmat)
-    if distmat.ndim != 2:
-        raise ValueError(f"distmat must be (queries, galleries), got {tuple(distmat.shape)}")
-    for name, value in (("max_rank", max_rank), ("max_memory", max_memory)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_matrix("distmat", distmat)
+    check_count("max_rank", max_rank)
+    check_count("max_memory", max_memory)
     distmat, (queries, galleries) = distmat.detach(), distmat.shape
-    q_pids, q_camids = _ids("q_pids", q_pids, queries), _ids("q_camids", q_camids, queries)
-    g_pids, g_camids = _ids("g_pids", g_pids, galleries), _ids("g_camids", g_camids, galleries)
+    q_pids, q_camids = as_ids("q_pids", q_pids, queries), as_ids("q_camids", q_camids, queries)
+    g_pids, g_camids = as_ids("g_pids", g_pids, galleries), as_ids("g_camids", g_camids, galleries)
+    kept = np.flatnonzero(~np.isin(g_pids, list(junk_pids)))
+    g_pids, g_camids = g_pids[kept], g_camids[kept]
+    columns = None if len(kept) == galleries else torch.from_numpy(kept).to(distmat.device)
+    galleries = len(kept)
+    # a query's own camera is one that no gallery entry has, where cameras do not matter
+    own = q_camids if cross_camera else np.full_like(q_camids, UNKNOWN)
+    own = np.where(own == UNKNOWN, UNKNOWN - 1, own)
 
     by_pid = g_pids.argsort(kind="stable")
     start = np.searchsorted(g_pids, q_pids, "left", by_pid)
     end = np.searchsorted(g_pids, q_pids, "right", by_pid)
+    end = np.where(q_pids == UNKNOWN, start, end)
     slots = np.arange((end - start).max(initial=0))  # a query's entries of its pid, padded
     ap, inp = np.full(queries, np.nan), np.full(queries, np.nan)
     first_match = np.full(queries, -1)
@@ -101,27 +121,16 @@ def evaluate_rank(
             at = start[rows, None] + slots
             present = at < end[rows, None]
             same = by_pid[np.where(present, at, 0)]
-            match = present & (g_camids[same] != q_camids[rows, None])
-            positions, unsure = _positions(distmat[rows], same, present, match)
-            numbers = match.sum(1)
-            for row in unsure.nonzero()[0]:
-                query = top + row
-                junk = (g_pids == q_pids[query]) & (g_camids == q_camids[query])
-                place = _sorted_positions(distmat[query], g_pids == q_pids[query], junk)
-                positions[row, : len(place)] = place
-            valid = numbers.nonzero()[0]
-            numbers, positions = numbers[valid], positions[valid]
-            precision = np.where(slots < numbers[:, None], (slots + 1) / positions, 0)
-            ap[top + valid] = precision.sum(1) / numbers
-            inp[top + valid] = precision[np.arange(len(valid)), numbers - 1]
-            first_match[top + valid] = positions[:, 0] - 1
+            match = present & (g_camids[same] != own[rows, None])
+            block = distmat[rows] if columns is None else distmat[rows].index_select(1, columns)
+            ap[rows], inp[rows], first_match[rows] = _precisions(block, same, present, match)
             bar.update(len(at))
 
     found = first_match[first_match >= 0]
     if not len(found):
         raise ValueError(
-            f"none of the {queries} queries has a match: expected a gallery entry of its pid from "
-            "another camera"
+            f"none of the {queries} queries has a match: expected a gallery entry of its pid"
+            + (" from another camera" if cross_camera else "")
         )
     max_rank = min(max_rank, galleries)
     hits = np.bincount(found, minlength=max_rank)[:max_rank].cumsum()
@@ -178,27 +187,33 @@ class RankedLists:
         return self.worst()[::-1][:number]
 
 
+# two matrices, and the arguments of evaluate_rank that say what counts
 def ranked_lists(
     feature_distmat: Float[Tensor, "queries galleries"],
     fused_distmat: Float[Tensor, "queries galleries"],
-    q_pids: Integer[np.ndarray, "queries"] | Integer[Tensor, "queries"],
-    g_pids: Integer[np.ndarray, "galleries"] | Integer[Tensor, "galleries"],
-    q_camids: Integer[np.ndarray, "queries"] | Integer[Tensor, "queries"],
-    g_camids: Integer[np.ndarray, "galleries"] | Integer[Tensor, "galleries"],
+    q_pids: Ids,
+    g_pids: Ids,
+    q_camids: Ids | None = None,
+    g_camids: Ids | None = None,
     *,
+    cross_camera: bool = True,
+    junk_pids: Sequence[int] = (),
     topk: int = 10,
 ) -> RankedLists:
     """Returns each query's nearest entries, where features alone put them, and the truth.
 
-    Entries at one distance come in the order of ``np.argsort``, as in torchreid.
+    Entries at one distance come in the order of ``np.argsort``, as in torchreid. A query of unknown
+    identity, or without a match, has a list too.
 
     Args:
         feature_distmat: distances of the features alone.
         fused_distmat: distances of features and attention, of the same pairs.
         q_pids: identities of the queries.
         g_pids: identities of the gallery.
-        q_camids: cameras of the queries.
-        g_camids: cameras of the gallery.
+        q_camids: cameras of the queries; None: all unknown.
+        g_camids: cameras of the gallery; None: all unknown.
+        cross_camera: as in :func:`evaluate_rank`.
+        junk_pids: as in :func:`evaluate_rank`.
         topk: entries to keep for each query, at most as many as the gallery has.
 
     Raises:
@@ -212,25 +227,29 @@ def ranked_lists(
         >>> found.nearest.tolist(), found.truth_rank.tolist(), found.failures()
         ([[1, 0]], [2], [0])
     """
-    if topk < 1:
-        raise ValueError(f"topk must be at least 1, got {topk}")
-    _check_float("feature_distmat", feature_distmat)
-    ap = evaluate_rank(fused_distmat, q_pids, g_pids, q_camids, g_camids).ap
+    check_count("topk", topk)
+    check_matrix("feature_distmat", feature_distmat)
+    check_matrix("fused_distmat", fused_distmat)
     if feature_distmat.shape != fused_distmat.shape:
         raise ValueError(
             "expected two matrices of one shape, got "
             f"{tuple(feature_distmat.shape)} and {tuple(fused_distmat.shape)}"
         )
     queries, galleries = fused_distmat.shape
-    q_pids, q_camids = _ids("q_pids", q_pids, queries), _ids("q_camids", q_camids, queries)
-    g_pids, g_camids = _ids("g_pids", g_pids, galleries), _ids("g_camids", g_camids, galleries)
+    q_pids, q_camids = as_ids("q_pids", q_pids, queries), as_ids("q_camids", q_camids, queries)
+    g_pids, g_camids = as_ids("g_pids", g_pids, galleries), as_ids("g_camids", g_camids, galleries)
+    ids, ap = (q_pids, g_pids, q_camids, g_camids), np.full(queries, np.nan)
+    options: Any = {"cross_camera": cross_camera, "junk_pids": junk_pids}
+    if have_match(*ids, **options).any():
+        ap = evaluate_rank(fused_distmat, *ids, **options).ap
+    left_out, unknown = np.isin(g_pids, list(junk_pids)), g_camids == UNKNOWN
     topk = min(topk, galleries)
     nearest, feature_ranks = np.full((queries, topk), -1), np.zeros((queries, topk), np.int64)
     right = np.zeros((queries, topk), bool)
     truth, (truth_rank, truth_feature_rank) = np.full(queries, -1), np.zeros((2, queries), np.int64)
     for query in range(queries):
-        same = g_pids == q_pids[query]
-        junk = same & (g_camids == q_camids[query])
+        same = (g_pids == q_pids[query]) & (g_pids != UNKNOWN)
+        junk = left_out | (same & (g_camids == q_camids[query]) & ~unknown & cross_camera)
         order, by_features = (_order(d[query], junk) for d in (fused_distmat, feature_distmat))
         ranks = np.zeros(galleries, np.int64)
         ranks[by_features] = np.arange(1, len(by_features) + 1)
@@ -245,17 +264,24 @@ def ranked_lists(
     return RankedLists(nearest, right, feature_ranks, truth, truth_rank, truth_feature_rank, ap)
 
 
-def verification_auc(
-    scores: Float[Tensor, "queries galleries"], same: Bool[Tensor, "queries galleries"]
-) -> float:
+def verification_auc(scores: Float[Tensor, "*pairs"], same: Bool[Tensor, "*pairs"]) -> float:
     """Returns the ROC AUC of pair scores: 1 = all positives score higher, 0.5 = chance.
 
     It is NaN where positives or negatives are missing. Ties count half.
+
+    Raises:
+        ValueError: unlike shapes, or NaN in the scores.
 
     Example:
         >>> verification_auc(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([[True, False, False]]))
         1.0
     """
+    if scores.shape != same.shape or same.dtype != torch.bool:
+        raise ValueError(
+            "expected scores and whether each pair shows one identity (bool), of one shape, got "
+            f"{tuple(scores.shape)} and {tuple(same.shape)} of {same.dtype}"
+        )
+    check_finite("scores", scores)
     positives, negatives = scores[same], _sorted(scores[~same])
     if not len(positives) or not len(negatives):
         return float("nan")
@@ -302,29 +328,35 @@ def side_by_side(results: Mapping[str, Any], ranks: Sequence[int] = (1, 5, 10, 2
 
 
 def _sorted(values: Tensor) -> Tensor:
-    """Returns values sorted along the last dimension, NaN last."""
+    """Returns values sorted along the last dimension."""
     if values.is_cuda:
         return values.sort().values
     return torch.from_numpy(np.sort(values))  # several times faster than PyTorch on the CPU
 
 
-def _check_float(name: str, distmat: Tensor) -> None:
-    """Raises TypeError unless distances are a float tensor."""
-    if not isinstance(distmat, Tensor) or not distmat.is_floating_point():
-        got = distmat.dtype if isinstance(distmat, Tensor) else type(distmat).__name__
-        raise TypeError(f"{name} must be a float tensor, got {got}")
+def _precisions(
+    distmat: Float[Tensor, "queries galleries"],
+    same: Int64[np.ndarray, "queries slots"],
+    present: Bool[np.ndarray, "queries slots"],
+    match: Bool[np.ndarray, "queries slots"],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns AP, INP and rank of the first match of some queries: NaN, NaN and -1 without one.
 
-
-def _ids(name: str, ids: np.ndarray | Tensor, length: int) -> Int64[np.ndarray, "images"]:
-    """Returns pids or camids as an array of int64, or raises TypeError or ValueError."""
-    array = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"{name} must be integers, got {array.dtype}")
-    if array.shape != (length,):
-        raise ValueError(
-            f"{name} must be of shape ({length},) to fit distmat, got shape {array.shape}"
-        )
-    return array.astype(np.int64)
+    The arguments are those of :func:`_positions`.
+    """
+    positions, unsure = _positions(distmat, same, present, match)
+    for row in unsure.nonzero()[0]:
+        of_pid, junk = np.zeros((2, distmat.shape[1]), dtype=bool)
+        of_pid[same[row, present[row]]] = True
+        junk[same[row, present[row] & ~match[row]]] = True
+        place = _sorted_positions(distmat[row], of_pid, junk)
+        positions[row, : len(place)] = place
+    numbers, slots = match.sum(1), np.arange(match.shape[1])
+    precision = np.where(slots < numbers[:, None], (slots + 1) / positions, 0)
+    found = numbers > 0
+    last = precision[np.arange(len(numbers)), np.maximum(numbers, 1) - 1]
+    ap = np.where(found, precision.sum(1) / np.maximum(numbers, 1), np.nan)
+    return ap, np.where(found, last, np.nan), np.where(found, positions[:, 0] - 1, -1)
 
 
 def _positions(
@@ -335,7 +367,7 @@ def _positions(
 ) -> tuple[Int64[np.ndarray, "queries slots"], Bool[np.ndarray, "queries"]]:
     """Returns the positions of each query's matches, from 1, and for which queries to sort instead.
 
-    Those are the queries with a match that ties with a non-match, or is infinite or NaN.
+    Those are the queries with a match that ties with a non-match, or is infinite.
 
     Args:
         distmat: the distances.
@@ -347,13 +379,12 @@ def _positions(
     real, matching = (torch.from_numpy(mask).to(device) for mask in (present, match))
     distmat = (distmat if distmat.element_size() >= 4 else distmat.float()).contiguous()
     near = distmat.gather(1, torch.from_numpy(same).to(device))
-    near = near.where(real & (near < torch.inf), torch.inf)  # NaN becomes inf too
+    near = near.where(real, torch.inf)
     matches = near.where(matching, torch.inf)
     unsure = (matching & (matches == torch.inf)).any(1)
     near, matches = near.sort(1).values, matches.sort(1).values
 
     ordered = _sorted(distmat)
-    ordered = ordered.where(~ordered.isnan(), torch.inf)
     below = torch.searchsorted(ordered, matches)
     upto = torch.searchsorted(ordered, matches, right=True)
     same_below = torch.searchsorted(near, matches)

@@ -1,12 +1,14 @@
 """Whatever touches a network and leaves it as found.
 
 :func:`capture` taps a feature map, :func:`frozen_batchnorm` and :func:`constant_parameters` keep
-from a network what it must not learn, :func:`evaluating` puts it into eval mode for a while.
+from a network what it must not learn, :func:`evaluating` puts it into eval mode for a while, and
+:func:`twin` makes one that stays as it is.
 """
 
 import threading
+import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -213,16 +215,87 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             layer.training = training
 
 
+@contextmanager
+def never_computed_again(network: nn.Module) -> Iterator[None]:
+    """Refuses gradient checkpointing of a network's layers inside of this context.
+
+    What checkpointing computes again in the backward pass would not find the contexts of the
+    forward pass: where these keep something from the network, it has to be a :func:`twin`.
+
+    Raises:
+        ValueError: a layer whose results are to be computed again.
+    """
+    message = (
+        "gradient checkpointing computes the masked pass again when its BatchNorm statistics and "
+        "parameters are no longer kept from it: give the network itself as classify, not a "
+        "function, or use no checkpointing"
+    )
+
+    def refuse(*_: Any) -> None:
+        if not torch.is_grad_enabled():  # as reentrant checkpointing runs its layers
+            raise ValueError(message)
+
+    with ExitStack() as stack:
+        with suppress(RuntimeError):  # somebody else's hooks around us: nothing can be told then
+            stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(message))
+        if torch.is_grad_enabled():
+            for layer in network.modules():
+                stack.callback(layer.register_forward_pre_hook(refuse).remove)
+        try:
+            yield
+        except RuntimeError as error:
+            if message in str(error):
+                raise ValueError(message) from None
+            raise
+
+
+def twin(network: nn.Module) -> nn.Module:
+    """Returns a network of the same tensors whose layers stay as these are now.
+
+    Modes, flags and hooks of the twin's layers are its own: what is changed in the original later
+    does not reach them, and the other way round. So what a backward pass computes again (gradient
+    checkpointing) is computed as in the forward pass, after any context has ended.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+        >>> other = twin(net).eval()
+        >>> net.training, other.training, other[0].weight is net[0].weight
+        (True, False, True)
+    """
+    layers = {layer: layer.__new__(type(layer)) for layer in network.modules()}
+    for layer, other in layers.items():
+        state = vars(other)
+        state.update(vars(layer))
+        state.pop("_compiled_call_impl", None)  # it would run the original
+        for name, value in vars(layer).items():
+            if name == "_modules":
+                state[name] = {key: layers.get(child) for key, child in value.items()}
+            elif "_hooks" in name and isinstance(value, dict):
+                state[name] = value.copy()
+            elif isinstance(value, types.MethodType) and value.__self__ in layers:
+                state[name] = types.MethodType(value.__func__, layers[value.__self__])
+    return layers[network]
+
+
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Returns what nn.DataParallel or DistributedDataParallel wraps, or the module itself.
+    """Returns what PyTorch's wrappers have in them, or the module itself.
+
+    Seen through are nn.DataParallel, DistributedDataParallel, ``torch.compile`` and
+    ``torch.optim.swa_utils.AveragedModel``, in any order.
 
     Example:
         >>> net = nn.Linear(2, 2)
         >>> unwrapped(nn.DataParallel(net)) is unwrapped(net) is net
         True
     """
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    return module.module if isinstance(module, parallel) else module
+    averaged = torch.optim.swa_utils.AveragedModel
+    while True:
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel, averaged)):
+            module = module.module
+        elif type(module).__name__ == "OptimizedModule":  # its class needs torch._dynamo
+            module = module._orig_mod  # type: ignore[assignment]
+        else:
+            return module
 
 
 class Place(NamedTuple):

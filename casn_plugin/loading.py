@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,13 +13,19 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from casn_plugin.encoding import Encoding
 from casn_plugin.hooks import place_of
+from casn_plugin.identities import as_ids
 from casn_plugin.model import CASN
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_IDS = ("pids", "camids")
+_ORIENTATION = 0x0112
+_DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # what torchreid's reader makes white
 
 Image = Tensor | PIL.Image.Image | str | os.PathLike[str]
 """A normalised (3, rows, columns) tensor as the model takes it, a picture, or its path."""
@@ -75,8 +82,9 @@ class Preprocessing:
 
         Raises:
             TypeError: an image of none of the kinds.
-            ValueError: a tensor of another shape, or a picture where no size is known.
-            OSError: a path that is no picture.
+            ValueError: a tensor of another shape, a picture where no size is known, or one of
+                float values, whose range is not known.
+            OSError: a path that is no picture, or a damaged one.
         """
         from torchvision.transforms import functional as transforms
 
@@ -88,15 +96,20 @@ class Preprocessing:
                 )
             return image
         if isinstance(image, str | os.PathLike):
-            with PIL.Image.open(image) as opened:
-                return self.load(opened)
+            try:
+                with PIL.Image.open(image) as opened:
+                    return self.load(opened)
+            except FileNotFoundError:
+                raise
+            except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+                raise OSError(f"{os.fspath(image)} can't be read as a picture: {error}") from error
         if not isinstance(image, PIL.Image.Image):
             raise TypeError(
                 f"an image must be a tensor, a PIL image or a path, got {type(image).__name__}"
             )
         if self.size is None:
             raise ValueError("pictures need a size (rows, columns) that they are brought to")
-        upright = PIL.ImageOps.exif_transpose(image).convert("RGB")
+        upright = _in_rgb(PIL.ImageOps.exif_transpose(image))
         resized = transforms.to_tensor(transforms.resize(upright, list(self.size)))
         normalised: Tensor = transforms.normalize(resized, list(self.mean), list(self.std))
         return normalised
@@ -113,6 +126,67 @@ class Preprocessing:
         rgb = imgs.detach().float().cpu() * torch.tensor(self.std)[:, None, None]
         rgb = (rgb + torch.tensor(self.mean)[:, None, None]).clamp(0, 1)
         return np.asarray(rgb.permute(0, 2, 3, 1).numpy(), dtype=np.float64)
+
+
+def _in_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """Returns a picture of any mode and depth in 8-bit RGB; transparency is left out."""
+    if picture.mode == "F":
+        raise ValueError(
+            "a picture of float values has no known range: expected 8 or 16 bits a channel, got "
+            "mode 'F'"
+        )
+    if picture.mode in _DEEP:
+        values = np.asarray(picture, dtype=np.int64)
+        if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+            raise ValueError(
+                f"expected a picture of 8 or 16 bits, got values from {values.min()} to "
+                f"{values.max()}"
+            )
+        picture = PIL.Image.fromarray((values / 257).round().astype(np.uint8))
+    return picture.convert("RGB")
+
+
+def check_pictures(paths: Iterable[str], *, progress: bool = False) -> None:
+    """Reads every picture once, so that a damaged one is found before hours are spent.
+
+    What torchreid's own reader would read wrongly in silence is found too: 16 bits a channel, and
+    pictures that EXIF says are to be turned.
+
+    Args:
+        paths: of the pictures.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        ValueError: pictures that are missing or can't be read; the first ones are named.
+
+    Example:
+        >>> check_pictures([])
+    """
+
+    def damage(path: str) -> str | None:
+        try:
+            with PIL.Image.open(path) as picture:
+                if picture.mode in (*_DEEP, "F"):
+                    return f"{path} (mode {picture.mode}, which torchreid's reader turns white)"
+                if picture.getexif().get(_ORIENTATION, 1) != 1:
+                    return (
+                        f"{path} (to be turned upright by EXIF, which torchreid's reader does not)"
+                    )
+                picture.load()
+        except Exception as error:  # every format fails in its own way
+            return f"{path} ({error})"
+        return None
+
+    listed = list(dict.fromkeys(paths))
+    with ThreadPoolExecutor() as pool:
+        found = tqdm(
+            pool.map(damage, listed), "Checking pictures", len(listed), unit="img", leave=False,
+            disable=None if progress else True,
+        )  # fmt: skip
+        damaged = [each for each in found if each is not None]
+    if damaged:
+        shown = "; ".join(damaged[:5]) + (" ..." if len(damaged) > 5 else "")
+        raise ValueError(f"{len(damaged)} of {len(listed)} pictures can't be read: {shown}")
 
 
 class Batch(NamedTuple):
@@ -195,23 +269,64 @@ def encode_images(model: CASN, imgs: Float[Tensor, "images 3 rows columns"]) -> 
 
 
 def encode_loader(model: CASN, batches: Iterable[Any]) -> Encoded:
-    """Returns the encodings of all batches, and whom the images show.
+    """Returns the encodings of all batches, and whom the images show: -1 where it is not said.
 
     Raises:
-        TypeError: batches that :func:`read_batch` does not know, or without pids and camids.
+        TypeError: batches that :func:`read_batch` does not know, pids or camids that are no
+            integers.
         ValueError: no batch at all; otherwise as :meth:`CASN.encode`.
     """
     encodings: list[Encoding] = []
-    every_pid: list[int] = []
-    every_camid: list[int] = []
+    every_pid: list[Int64[np.ndarray, _]] = []
+    every_camid: list[Int64[np.ndarray, _]] = []
     for data in batches:
         imgs, _, pids, camids = read_batch(data)
-        if pids is None or camids is None:
-            raise TypeError("ranking needs the pids and the camids of all images, got none")
         encodings.append(encode_images(model, imgs))
-        every_pid.extend(int(pid) for pid in pids)
-        every_camid.extend(int(camid) for camid in camids)
-    return Encoded(Encoding.cat(encodings), np.asarray(every_pid), np.asarray(every_camid))
+        every_pid.append(as_ids("pids", pids, len(imgs)))
+        every_camid.append(as_ids("camids", camids, len(imgs)))
+    encoding = Encoding.cat(encodings)
+    return Encoded(encoding, np.concatenate(every_pid), np.concatenate(every_camid))
+
+
+class Item(NamedTuple):
+    """One image of a data set, and whom it shows; -1 where that is not said.
+
+    Attributes:
+        img: (3, rows, columns), normalised.
+        pid: its identity.
+        camid: its camera.
+    """
+
+    img: Tensor
+    pid: int
+    camid: int
+
+
+def read_item(data: Any) -> Item:
+    """Returns what a data set has given: one image of what :func:`read_batch` reads many of.
+
+    Raises:
+        TypeError: anything else, pids or camids that are no integers.
+
+    Example:
+        >>> read_item((torch.rand(3, 8, 4), 7))[1:]
+        (7, -1)
+    """
+    if isinstance(data, Mapping):
+        img, pid, camid = (data.get(key) for key in ("img", "pid", "camid"))
+    else:
+        listed = data if isinstance(data, (tuple, list)) and len(data) else [data]
+        img, pid, camid = (*listed, None, None)[:3]
+    if not isinstance(img, Tensor) or img.ndim != 3:
+        raise TypeError(
+            "the data set must give an image (3, rows, columns), or a dictionary with one as "
+            f"'img', got {type(data).__name__}"
+        )
+    numbers: list[Any] = [
+        each.item() if isinstance(each, Tensor | np.generic) else each for each in (pid, camid)
+    ]
+    pids, camids = (as_ids(name, [each]) for name, each in zip(_IDS, numbers, strict=True))
+    return Item(img, int(pids[0]), int(camids[0]))
 
 
 class _Labelled(Dataset[dict[str, Any]]):
@@ -226,7 +341,9 @@ class _Labelled(Dataset[dict[str, Any]]):
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         image, pid, camid, *_ = self.data[row]
-        return {"img": self.preprocessing.load(image), "pid": int(pid), "camid": int(camid)}
+        pids, camids = as_ids("pids", [pid]), as_ids("camids", [camid])
+        img = self.preprocessing.load(image)
+        return {"img": img, "pid": int(pids[0]), "camid": int(camids[0])}
 
 
 def image_loader(name: str, data: Any, preprocessing: Preprocessing) -> DataLoader[Any]:

@@ -1,6 +1,7 @@
 """The losses of the paper: one pure function an equation, and the two drop-in loss modules."""
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Literal
 
@@ -11,20 +12,26 @@ from torch import Tensor, nn
 
 from casn_plugin.attention import (
     ROW_THRESHOLD,
+    SCORES,
+    Logits,
     PairScorer,
-    at_least_float32,
     attention_distance,
-    check_share,
     grad_cam,
+    identity_scores,
+    parts_of,
     row_profiles,
+    same_identity,
     siamese_attention,
     soft_mask,
     split_pairs,
 )
-from casn_plugin.hooks import constant_parameters, frozen_batchnorm
-
-Logits = Tensor | Sequence[Tensor]
-"""(B, classes) scores y, or one such tensor for each part classifier (PCB) or branch (HACNN)."""
+from casn_plugin.doors import check_choice, check_lengths, check_share, check_tensor, check_weight
+from casn_plugin.hooks import (
+    constant_parameters,
+    frozen_batchnorm,
+    never_computed_again,
+    twin,
+)
 
 
 def identification_loss(
@@ -39,45 +46,9 @@ def identification_loss(
         >>> identification_loss(torch.zeros(2, 4), torch.tensor([0, 3]))
         tensor(1.3863)
     """
-    parts = _parts(logits)
+    parts = parts_of(logits, pids)
     losses = [F.cross_entropy(part, pids, label_smoothing=label_smoothing) for part in parts]
     return torch.stack(losses).mean()
-
-
-def identity_scores(
-    logits: Logits,
-    pids: Int[Tensor, " batch"],
-    score: Literal["logit", "probability"] = "logit",
-) -> Float[Tensor, " batch"]:
-    """Returns y_c, the score of each image's true identity.
-
-    Args:
-        logits: scores y of all identities; of several part classifiers, the scores are summed
-            ("logit", unbounded) or averaged ("probability", in [0, 1]).
-        pids: the true identities c, in [0, classes).
-        score: the class score itself (the paper's y_c), or its softmax probability.
-
-    Raises:
-        ValueError: an unknown `score`, or identities outside of the classes.
-
-    Example:
-        >>> identity_scores(torch.tensor([[1.0, 5.0]]), torch.tensor([1]))
-        tensor([5.])
-    """
-    parts = _parts(logits)
-    if score not in ("logit", "probability"):
-        raise ValueError(f"score must be 'logit' or 'probability', got {score!r}")
-    classes = parts[0].shape[1]
-    if len(pids) and not 0 <= int(pids.min()) <= int(pids.max()) < classes:
-        raise ValueError(
-            f"pids must lie in [0, {classes}), the classes of the logits, but they go from "
-            f"{int(pids.min())} to {int(pids.max())}"
-        )
-    stacked = torch.stack([at_least_float32(part) for part in parts])
-    if score == "probability":
-        stacked = stacked.softmax(-1)
-    chosen = stacked[:, torch.arange(len(pids), device=pids.device), pids]
-    return chosen.sum(0) if score == "logit" else chosen.mean(0)
 
 
 def identification_attention_loss(masked_scores: Float[Tensor, " batch"]) -> Float[Tensor, ""]:
@@ -107,6 +78,8 @@ def pair_loss(
         >>> pair_loss(torch.zeros(3, 2), torch.tensor([True, False, True]))
         tensor(0.6931)
     """
+    check_tensor("pair_scores", pair_scores, "pairs 2")
+    check_lengths(pair_scores=pair_scores, same=same)
     if not len(pair_scores):
         return pair_scores.sum()
     return F.cross_entropy(pair_scores, same.long())
@@ -136,6 +109,7 @@ def siamese_attention_loss(
         >>> siamese_attention_loss(torch.zeros(2, 2), torch.tensor([1.0, 9.0]), same)
         tensor(0.8931)
     """
+    check_weight("consistency_weight", consistency_weight)
     orders = len(pair_scores) // max(len(same), 1)
     loss_bce = pair_loss(pair_scores, same.repeat_interleave(orders))
     return loss_bce + consistency_weight * consistency(distances, same)
@@ -150,6 +124,8 @@ def consistency(
         >>> consistency(torch.tensor([1.0, 9.0]), torch.tensor([True, False]))
         tensor(1.)
     """
+    check_tensor("distances", distances, "pairs")
+    check_lengths(distances=distances, same=same)
     positives = torch.where(same, distances, torch.zeros_like(distances))
     return positives.sum() / same.sum().clamp(min=1)
 
@@ -168,6 +144,8 @@ def casn_loss(
         >>> casn_loss(torch.tensor(1.0), torch.tensor(2.0), torch.tensor(4.0))
         tensor(2.2000)
     """
+    check_weight("lambda_ia", lambda_ia)
+    check_weight("lambda_sa", lambda_sa)
     return loss_ide + lambda_ia * loss_ia + lambda_sa * loss_sa
 
 
@@ -192,8 +170,8 @@ class IdentificationAttentionLoss(nn.Module):
             "running" ones; it learns from neither.
 
     Raises:
-        ValueError: an unknown `score`, `trains` or `statistics`, or a mask scale that is not
-            positive.
+        ValueError: an unknown `score`, `trains` or `statistics`, a mask scale that is not positive
+            and finite, β outside [0, 1), or a fill that is not finite.
 
     Example:
         >>> net = nn.Conv2d(3, 4, 3)
@@ -216,17 +194,16 @@ class IdentificationAttentionLoss(nn.Module):
         statistics: Literal["batch", "running"] = "batch",
     ) -> None:
         super().__init__()
-        if score not in ("logit", "probability"):
-            raise ValueError(f"score must be 'logit' or 'probability', got {score!r}")
-        if trains not in ("network", "attention"):
-            raise ValueError(f"trains must be 'network' or 'attention', got {trains!r}")
-        if statistics not in ("batch", "running"):
-            raise ValueError(f"statistics must be 'batch' or 'running', got {statistics!r}")
-        if mask_scale <= 0:
+        check_choice("score", score, SCORES)
+        check_choice("trains", trains, ("network", "attention"))
+        check_choice("statistics", statistics, ("batch", "running"))
+        if check_weight("mask_scale", mask_scale) == 0:
             raise ValueError(f"mask_scale must be positive, got {mask_scale}")
+        if not isinstance(fill, Tensor) and not math.isfinite(fill):
+            raise ValueError(f"fill must be finite, got {fill}")
         self.score = score
         self.mask_scale = mask_scale
-        self.mask_threshold = mask_threshold
+        self.mask_threshold = check_share("mask_threshold", mask_threshold)
         self.trains = trains
         self.statistics = statistics
         self.fill: float | Tensor
@@ -262,8 +239,10 @@ class IdentificationAttentionLoss(nn.Module):
         network: nn.Module | None = None,
     ) -> Float[Tensor, " batch"]:
         """Returns y_c of each masked image; the arguments are those of the loss."""
-        if network is None and isinstance(classify, nn.Module):
-            network = classify
+        if isinstance(classify, nn.Module) and network in (None, classify):
+            return self.scores_of(
+                lambda net, masked: net(masked), classify, imgs, pids, logits, activations
+            )
         if network is None and self.trains == "attention":
             raise TypeError(
                 "training attention alone needs the module that classify runs: name it, "
@@ -271,11 +250,31 @@ class IdentificationAttentionLoss(nn.Module):
                 "trains='network'"
             )
         masked = self.mask(imgs, pids, logits, activations)
-        with nullcontext() if network is None else self._masked_pass(network):
+        if network is None:
+            return identity_scores(classify(masked), pids, self.score)
+        with self._kept_from(network), never_computed_again(network):
             return identity_scores(classify(masked), pids, self.score)
 
+    def scores_of(
+        self,
+        run: Callable[[nn.Module, Tensor], Logits],
+        network: nn.Module,
+        imgs: Float[Tensor, "batch channels rows columns"],
+        pids: Int[Tensor, " batch"],
+        logits: Logits,
+        activations: Float[Tensor, "batch maps height width"],
+    ) -> Float[Tensor, " batch"]:
+        """Returns y_c of each masked image, where `run` gives the logits of a network and images.
+
+        What is run is a twin of the network, which stays as the masked pass needs it: so gradient
+        checkpointing computes the same again.
+        """
+        masked = self.mask(imgs, pids, logits, activations)
+        with self._kept_from(network):
+            return identity_scores(run(twin(network), masked), pids, self.score)
+
     @contextmanager
-    def _masked_pass(self, network: nn.Module) -> Iterator[None]:
+    def _kept_from(self, network: nn.Module) -> Iterator[None]:
         """Keeps from a network what it must not learn of masked images, as the settings say."""
         constant = constant_parameters if self.trains == "attention" else nullcontext
         with frozen_batchnorm(network, self.statistics), constant(network):
@@ -305,7 +304,7 @@ class IdentificationAttentionLoss(nn.Module):
         Raises:
             TypeError: no module in either, where attention alone is trained.
             ValueError: logits that do not depend on the activations, identities outside of the
-                classes.
+                classes, or gradient checkpointing in what a function runs.
         """
         return identification_attention_loss(
             self.scores(classify, imgs, pids, logits, activations, network)
@@ -324,7 +323,7 @@ class SiameseAttentionLoss(nn.Module):
         both_orders: show the pair classifier f1 − f2 and f2 − f1 of each pair.
 
     Raises:
-        ValueError: t outside [0, 1).
+        ValueError: t outside [0, 1), or a weight that is negative or not finite.
 
     Example:
         >>> activations = torch.rand(4, 8, 6, 3, requires_grad=True)
@@ -343,7 +342,7 @@ class SiameseAttentionLoss(nn.Module):
         both_orders: bool = True,
     ) -> None:
         super().__init__()
-        self.consistency_weight = consistency_weight
+        self.consistency_weight = check_weight("consistency_weight", consistency_weight)
         self.row_threshold = check_share("row_threshold", row_threshold)
         self.unit = unit
         self.both_orders = both_orders
@@ -388,28 +387,3 @@ class SiameseAttentionLoss(nn.Module):
         return siamese_attention_loss(
             pair_scores, distances, same_identity(pids), consistency_weight=self.consistency_weight
         )
-
-
-def same_identity(pids: Int[Tensor, " batch"]) -> Bool[Tensor, " pairs"]:
-    """Returns whether each pair (rows 2i and 2i+1) shows one identity.
-
-    Raises:
-        ValueError: an odd number of identities.
-
-    Example:
-        >>> same_identity(torch.tensor([4, 4, 1, 2]))
-        tensor([ True, False])
-    """
-    first, second = split_pairs(pids)
-    return first == second
-
-
-def _parts(logits: Logits) -> Sequence[Tensor]:
-    """Returns logits as a sequence of (B, classes) tensors."""
-    parts = [logits] if isinstance(logits, Tensor) else list(logits)
-    if not parts or any(part.ndim != 2 for part in parts):
-        raise ValueError(
-            "logits must be a (B, classes) tensor or a sequence of them, got shapes "
-            f"{[tuple(part.shape) for part in parts]}"
-        )
-    return parts

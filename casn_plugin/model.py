@@ -7,19 +7,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from casn_plugin.attention import at_least_float32
+from casn_plugin.attention import Logits, at_least_float32, same_identity
 from casn_plugin.backbones import Forward, Reader, input_size_of
+from casn_plugin.doors import check_count, check_images, check_lengths
 from casn_plugin.encoding import Encoding, encode_head
-from casn_plugin.hooks import evaluating, unwrapped
+from casn_plugin.hooks import place_of, twin, unwrapped
 from casn_plugin.losses import (
     IdentificationAttentionLoss,
-    Logits,
     SiameseAttentionLoss,
     casn_loss,
     consistency,
     identification_attention_loss,
     pair_loss,
-    same_identity,
     siamese_attention_loss,
 )
 
@@ -62,15 +61,28 @@ class PairClassifier(nn.Sequential):
     """
 
     def __init__(self, feature_dim: int, hidden_dim: int = 512, *, seed: int = 0) -> None:
-        if feature_dim < 1 or hidden_dim < 1:
-            raise ValueError(
-                f"feature_dim and hidden_dim must be >= 1, got {feature_dim} and {hidden_dim}"
-            )
+        check_count("feature_dim", feature_dim)
+        check_count("hidden_dim", hidden_dim)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             super().__init__(
                 nn.Linear(feature_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 2)
             )
+
+
+_OWN = ("backbone", "pair_classifier", "reader", "input_size", "training")
+
+
+class _Layers(dict[str, nn.Module | None]):
+    """The layers of a CASN: what is written to one of the backbone's becomes the backbone's."""
+
+    def __setitem__(self, name: str, layer: nn.Module | None) -> None:
+        """Sets a layer where it is."""
+        backbone = self.get("backbone")
+        if name not in _OWN and backbone is not None and name in backbone._modules:
+            backbone._modules[name] = layer
+        else:
+            super().__setitem__(name, layer)
 
 
 class CASN(nn.Module):
@@ -109,14 +121,11 @@ class CASN(nn.Module):
             that do), or a forward function that gives no logits and features.
 
     Example:
-        >>> class Backbone(nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.features, self.fc = nn.Conv2d(3, 8, 3, 8), nn.Linear(8, 10)
+        >>> backbone = nn.Sequential(nn.Conv2d(3, 8, 3, 8), nn.Linear(8, 10))
         >>> def forward(backbone, imgs):
-        ...     features = backbone.features(imgs).mean((2, 3))
-        ...     return backbone.fc(features), features
-        >>> model = CASN(Backbone(), forward=forward)
+        ...     features = backbone[0](imgs).mean((2, 3))
+        ...     return backbone[1](features), features
+        >>> model = CASN(backbone, forward=forward)
         >>> model(torch.rand(2, 3, 64, 32)).activations.shape
         torch.Size([2, 8, 8, 4])
         >>> model.eval()(torch.rand(2, 3, 64, 32)).shape
@@ -138,8 +147,14 @@ class CASN(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.__dict__["_modules"] = _Layers()
         if not isinstance(backbone, nn.Module):
             raise TypeError(f"backbone must be a torch.nn.Module, got {type(backbone).__name__}")
+        if unwrapped(backbone) is not backbone:
+            raise TypeError(
+                "backbone must be the network itself, got it inside of "
+                f"{type(backbone).__name__}: wrap CASN(network) in it instead"
+            )
         if hasattr(backbone, "pair_classifier"):
             raise ValueError("the backbone has a layer named pair_classifier already")
         self.backbone = backbone
@@ -174,20 +189,22 @@ class CASN(nn.Module):
             siamese: the settings of L_sa; None skips the pairs. Rows 2i and 2i+1 are pair i.
 
         Raises:
-            ValueError: an identification loss without identities, an odd number of rows with a
-                Siamese loss, or a target layer that was not called.
+            TypeError: images that are no float tensor.
+            ValueError: images of another shape, an identification loss without identities, an odd
+                number of rows with a Siamese loss, or a target layer that was not called.
         """
+        check_images(imgs)
         if not self.training:
             return self.reader.features(self.backbone, imgs)
-        if identification is not None and pids is None:
-            raise ValueError("the identification attention loss needs pids")
+        if identification is not None:
+            if pids is None:
+                raise ValueError("the identification attention loss needs pids")
+            check_lengths(imgs=imgs, pids=pids)
         logits, features, activations = self.reader.tapped(self.backbone, imgs)
         masked_scores = pair_scores = distances = None
         if identification is not None and pids is not None:
-            masked_scores = identification.scores(
-                lambda masked: self.reader.logits(self.backbone, masked),
-                *(imgs, pids, logits, activations),
-                network=self.backbone,
+            masked_scores = identification.scores_of(
+                self.reader.logits, self.backbone, imgs, pids, logits, activations
             )
         if siamese is not None:
             pair_scores, distances = siamese.pairs(self.pair_classifier, features, activations)
@@ -200,14 +217,28 @@ class CASN(nn.Module):
         gradient settings are left as found.
 
         Raises:
-            TypeError: a model cast to half precision as a whole; autocast is fine.
-            ValueError: features that do not depend on the tapped map.
+            TypeError: images that are no float tensor, or of another dtype than the model without
+                autocast; a model cast to half precision as a whole.
+            ValueError: no image, images of another shape or on another device than the model;
+                features that do not depend on the tapped map.
         """
-        with evaluating(self), torch.inference_mode(False), torch.no_grad():
+        place = place_of(self, check_images(imgs))
+        if imgs.device != place.device:
+            raise ValueError(
+                f"images and model must be on one device, got {imgs.device} and {place.device}"
+            )
+        if imgs.dtype != place.dtype and not torch.is_autocast_enabled(imgs.device.type):
+            raise TypeError(
+                f"images and model must be of one dtype, got {imgs.dtype} and {place.dtype}"
+            )
+        backbone = self.backbone
+        if any(layer.training for layer in backbone.modules()):
+            backbone = twin(backbone).eval()  # so that other threads may use the model
+        with torch.inference_mode(False), torch.no_grad():
             if imgs.is_inference():
                 imgs = imgs.clone()
-            with self.reader.capture(self.backbone, head_only=True) as captured:
-                features = self.reader.features(self.backbone, imgs)
+            with self.reader.capture(backbone, head_only=True) as captured:
+                features = self.reader.features(backbone, imgs)
             activations = captured.require()
             if activations.itemsize < 4:
                 raise TypeError(
@@ -217,8 +248,27 @@ class CASN(nn.Module):
             with torch.autocast(imgs.device.type, enabled=False):
                 return encode_head(at_least_float32(features), activations, captured.pooled)
 
+    def named_modules(
+        self,
+        memo: set[nn.Module] | None = None,
+        prefix: str = "",
+        remove_duplicate: bool = True,
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Yields every layer by the name that it has in `state_dict`, the backbone as the root."""
+        memo = set() if memo is None else memo
+        if self in memo and remove_duplicate:
+            return
+        memo.add(self)
+        yield prefix, self
+        yield from self.backbone.named_modules(memo, prefix, remove_duplicate)
+        own = f"{prefix}.pair_classifier" if prefix else "pair_classifier"
+        yield from self.pair_classifier.named_modules(memo, own, remove_duplicate)
+
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Yields the backbone's layers and the pair classifier, as torchreid looks for them."""
+        if torch.jit._trace._trace_module_map is not None:  # tracing asks for the true structure
+            yield from super().named_children()
+            return
         yield from self.backbone.named_children()
         yield "pair_classifier", self.pair_classifier
 
@@ -227,11 +277,31 @@ class CASN(nn.Module):
         yield from (module for module in self._modules.values() if module is not None)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Sets a layer where :meth:`named_children` found it: SyncBatchNorm is converted so."""
-        if name not in self._modules and name in self.backbone._modules:
+        """Sets a layer where :meth:`named_children` finds it: SyncBatchNorm is converted so."""
+        if self._is_the_backbones(name):
             self.backbone.add_module(name, module)
         else:
             super().add_module(name, module)
+
+    def _is_the_backbones(self, name: str) -> bool:
+        """Returns whether an attribute is the backbone's, and no other of the wrapper's own."""
+        backbone = self.__dict__.get("_modules", {}).get("backbone")
+        own = name in _OWN or name in self.__dict__ or hasattr(type(self), name)
+        return backbone is not None and not own and hasattr(backbone, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute, a layer, parameter or buffer where it was found."""
+        if self._is_the_backbones(name):
+            setattr(self.backbone, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """Deletes an attribute, a layer, parameter or buffer where it was found."""
+        if self._is_the_backbones(name):
+            delattr(self.backbone, name)
+        else:
+            super().__delattr__(name)
 
     def __getattr__(self, name: str) -> Any:
         """Returns an attribute of the backbone that the wrapper does not have itself."""

@@ -7,7 +7,8 @@ import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from casn_plugin.attention import ROW_THRESHOLD, check_share, scale_maps
+from casn_plugin.attention import ROW_THRESHOLD, scale_maps
+from casn_plugin.doors import check_share
 from casn_plugin.evaluation import verification_auc
 
 
@@ -148,5 +149,5 @@ def attention_consistency(
     return AttentionConsistency(
         same=distances[same].double().mean().item(),
         different=distances[~same].double().mean().item(),
-        auc=verification_auc(-distances.reshape(1, -1), same.reshape(1, -1)),
+        auc=verification_auc(-distances, same),
     )

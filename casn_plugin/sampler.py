@@ -1,10 +1,12 @@
 """The pair sampler: which images form the pairs of an epoch. Indices only, no torchreid import."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import numpy as np
 from torch.utils.data import DataLoader, Sampler
+
+from casn_plugin.identities import UNKNOWN, Ids, as_ids, check_labels
 
 Manager = TypeVar("Manager")
 
@@ -19,16 +21,17 @@ class PairSampler(Sampler[int]):
 
     Args:
         pids: identity of each image.
-        camids: camera of each image; without it, all count as one camera.
+        camids: camera of each image; without it, or where it is unknown, all count as one.
         batch_size: images in a batch, even.
         positive_fraction: share of the pairs that show one identity, in [0, 1].
         seed: of the sampler's own generator, >= 0.
 
     Raises:
-        ValueError: an odd batch size, no image, pids and camids of unequal length, a fraction
-            outside [0, 1], a single identity where different pairs are wanted, no identity with
-            two images where same pairs are wanted, or identities with one image where all pairs
-            must be positive.
+        TypeError: pids or camids that are no integers.
+        ValueError: an odd batch size, no image, an unknown identity, pids and camids of unequal
+            length, a fraction outside [0, 1], a negative seed, a single identity where different
+            pairs are wanted, no identity with two images where same pairs are wanted, or
+            identities with one image where all pairs must be positive.
 
     Example:
         >>> sampler = PairSampler([0, 0, 1, 1, 2, 2, 3, 3], [0, 1] * 4, batch_size=4)
@@ -38,15 +41,15 @@ class PairSampler(Sampler[int]):
 
     def __init__(
         self,
-        pids: Sequence[int] | np.ndarray,
-        camids: Sequence[int] | np.ndarray | None = None,
+        pids: Ids,
+        camids: Ids | None = None,
         *,
         batch_size: int,
         positive_fraction: float = 0.5,
         seed: int = 0,
     ) -> None:
-        self.pids = np.asarray(pids, dtype=np.int64)
-        self.camids = np.zeros_like(self.pids) if camids is None else np.asarray(camids, np.int64)
+        self.pids = as_ids("pids", pids)
+        self.camids = as_ids("camids", camids, len(self.pids))
         if batch_size < 2 or batch_size % 2:
             raise ValueError(
                 f"rows 2i and 2i+1 of a batch are pair i, so batch_size must be even, "
@@ -54,12 +57,12 @@ class PairSampler(Sampler[int]):
             )
         if not 0 <= positive_fraction <= 1:
             raise ValueError(f"positive_fraction must lie in [0, 1], got {positive_fraction}")
-        if self.pids.ndim != 1 or not len(self.pids):
-            raise ValueError(f"pids must be a non-empty list, got shape {self.pids.shape}")
-        if self.pids.shape != self.camids.shape:
+        if not len(self.pids):
+            raise ValueError("pids must be a non-empty list, got none")
+        if (self.pids == UNKNOWN).any():
             raise ValueError(
-                f"pids and camids must be of one length, got {len(self.pids)} and "
-                f"{len(self.camids)}"
+                f"pairs need known identities, but {int((self.pids == UNKNOWN).sum())} of "
+                f"{len(self.pids)} are unknown (-1 or None)"
             )
         if seed < 0:
             raise ValueError(f"seed must be >= 0, got {seed}")
@@ -109,8 +112,9 @@ class PairSampler(Sampler[int]):
             seed: see the class.
 
         Raises:
-            TypeError: not a data manager with a train loader of images.
-            ValueError: see the class.
+            TypeError: not a data manager with a train loader of images; or see the class.
+            ValueError: identities that are not 0 ... C - 1, the classes of a classifier; or see
+                the class.
         """
         loader: Any = getattr(datamanager, "train_loader", None)
         rows = getattr(getattr(loader, "dataset", None), "train", None)
@@ -120,7 +124,7 @@ class PairSampler(Sampler[int]):
                 f"training images, got {type(datamanager).__name__}"
             )
         sampler = cls(
-            [row[1] for row in rows],
+            check_labels("pids of the training images", [row[1] for row in rows]),
             [row[2] for row in rows] if cross_camera else None,
             batch_size=loader.batch_size if batch_size is None else batch_size,  # type: ignore[arg-type]
             positive_fraction=positive_fraction,

@@ -1,5 +1,11 @@
 #!/usr/bin/env python
-"""Makes the pictures of these documents that show a trained model on the embedded data set.
+"""Makes all pictures of these documents, as small as they can be without visible loss.
+
+The plots of docs/results, of docs/benchmarks.md's table and the sheet of pedestrians:
+
+    python docs/make_pictures.py
+
+and with a checkpoint also those that show a trained model on the embedded data set:
 
     python examples/train_casn_pcb.py
     python docs/make_pictures.py log/casn_pcb/model/model.pth.tar-10
@@ -7,37 +13,87 @@
 The last one, of the report, needs Chromium and chromedriver, and is left as it is without them.
 """
 
+import io
+import re
 import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-import matplotlib.image
 import numpy as np
+from PIL import Image
 
-IMAGES = Path(__file__).parent / "images"
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+DOCS = Path(__file__).parent
+IMAGES = DOCS / "images"
+sys.path[:0] = [str(DOCS.parent / "examples" / name) for name in ("experiments", "")]
 
 import explain_matches  # noqa: E402
 import train_casn_pcb  # noqa: E402
+from plots import plot_memory, save_small  # noqa: E402
+from tables import write_report  # noqa: E402
+
+from casn_plugin.explanation import FixedPairs  # noqa: E402
+from casn_plugin.loading import Preprocessing  # noqa: E402
+from casn_plugin.pedestrians import render_pedestrian  # noqa: E402
 
 
-class Drawn:
-    """Takes the place of TensorBoard's writer and keeps what it is given."""
+def draw_memory() -> None:
+    """Plots the table of peak memory in benchmarks.md."""
+    text = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\d,]+) \|(.*MiB.*)\|$", text, re.MULTILINE)
+    values = [re.findall(r"([\d,]+) MiB", cells) for _, cells in rows]
+    names = ("the gallery itself, on disk", "attention_distmat, of the host",
+             "rank_gallery, of the host")  # fmt: skip
+    curves = {
+        name: [float(value.replace(",", "")) for value in column]
+        for name, column in zip(names, zip(*values, strict=True), strict=True)
+    }
+    images = [int(number.replace(",", "")) for number, _ in rows]
+    save_small(plot_memory(images, curves, 64, "cpu"), IMAGES / "ranking_memory.png")
 
-    picture: Any = None
 
-    def add_image(self, tag: str, picture: Any, *args: Any, **kwargs: Any) -> None:
-        """Keeps a picture."""
-        self.picture = picture
+def draw_pedestrians() -> None:
+    """Draws two pictures of eight people in each of six cameras."""
+    rows = [
+        np.hstack(
+            [
+                render_pedestrian(pid, camid, index, height=128, width=64)[0]
+                for camid in range(6)
+                for index in range(2)
+            ]
+        )
+        for pid in (1, 2, 3, 5, 6, 9, 10, 11)
+    ]
+    save_small(np.vstack(rows), IMAGES / "pedestrians.webp")
 
-    def add_scalar(self, *args: Any, **kwargs: Any) -> None:
-        """Drops a number."""
+
+def draw_model(checkpoint: str) -> None:
+    """Ranks with a checkpoint and draws what the model does."""
+    parser = train_casn_pcb.make_parser()
+    args = train_casn_pcb.parse_args(parser, ["--test-only", "--weights", checkpoint])
+    engine = train_casn_pcb.build_engine(args)
+    engine.run(test_only=True)
+    (name,) = engine.results
+    explained = engine.explain(name)
+    best = next(explained.best()).matches[0].pair
+    save_small(best.plot(), IMAGES / "explained_pair.webp")
+    failures = explained.ranked.failures()
+    typical = explained[failures[len(failures) // 2]]  # the middle of all failures
+    save_small(typical.plot(), IMAGES / "explained_failure.webp")
+    query, gallery = (engine.test_loader[name][part].dataset for part in ("query", "gallery"))
+    pairs = FixedPairs(query, gallery, engine.logged_pairs)
+    mosaic = pairs.mosaic(engine.casn, Preprocessing.of(engine.datamanager))
+    drawn = (mosaic.clip(0, 1) * 255).round().astype(np.uint8)
+    save_small(drawn, IMAGES / "tensorboard.webp")
+    if shutil.which("chromedriver"):
+        with tempfile.TemporaryDirectory() as folder:
+            page = str(Path(folder) / "report.html")
+            explain_matches.main(["--checkpoint", checkpoint, "--out", page])
+            save_small(photograph(Path(page)), IMAGES / "report.webp")
 
 
-def photograph(page: Path, to: Path) -> None:
-    """Saves how a page looks in Chromium."""
+def photograph(page: Path) -> Image.Image:
+    """Returns how a page looks in Chromium."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
@@ -48,30 +104,18 @@ def photograph(page: Path, to: Path) -> None:
     try:
         driver.get(page.resolve().as_uri())
         driver.execute_script("document.querySelector('#worst').scrollIntoView()")
-        driver.save_screenshot(str(to))
+        return Image.open(io.BytesIO(driver.get_screenshot_as_png()))
     finally:
         driver.quit()
 
 
-def main(checkpoint: str) -> None:
-    """Ranks with a checkpoint and saves the pictures."""
-    args = train_casn_pcb.parse_args(["--test-only", "--weights", checkpoint])
-    engine = train_casn_pcb.build_engine(args)
-    engine.run(test_only=True)
-    (name,) = engine.results
-    explained = engine.explain(name)
-    next(explained.best()).matches[0].pair.plot().savefig(IMAGES / "explained_pair.png")
-    failures = explained.ranked.failures()
-    typical = explained[failures[len(failures) // 2]]  # the middle of all failures
-    typical.plot().savefig(IMAGES / "explained_failure.png")
-    engine.writer = drawn = Drawn()
-    engine._log_attention()
-    matplotlib.image.imsave(IMAGES / "tensorboard.png", np.clip(drawn.picture, 0, 1))
-    if shutil.which("chromedriver"):
-        with tempfile.TemporaryDirectory() as folder:
-            page = str(Path(folder) / "report.html")
-            explain_matches.main(["--checkpoint", checkpoint, "--out", page])
-            photograph(Path(page), IMAGES / "report.png")
+def main(checkpoint: str | None = None) -> None:
+    """Draws all that can be drawn; what shows a trained model needs its checkpoint."""
+    write_report(DOCS / "results.md", DOCS / "results")
+    draw_memory()
+    draw_pedestrians()
+    if checkpoint is not None:
+        draw_model(checkpoint)
 
 
 if __name__ == "__main__":

@@ -3,51 +3,54 @@
 
     python examples/explain_matches.py --checkpoint log/casn_pcb/model/model.pth.tar-10
 
-Data and backbone are taken from the results.json that training left two folders above the
-checkpoint; without it, give the options of examples/train_casn_pcb.py that it was trained with.
+The checkpoint is one of train_casn_pcb.py, which must lie beside this file: it says how data and
+model are made. Which ones is read from the results.json that training left two folders above the
+checkpoint; without it, give the options that it was trained with.
 """
 
 import argparse
 import json
 import os
 from pathlib import Path
-from typing import Any
 
-from train_casn_pcb import build_engine, parse_args
+from train_casn_pcb import build_engine, make_parser, parse_args
 
-from casn_plugin.report import save_report
+from casn_plugin.explanation import save_report
 
-KEPT = ("sources", "targets", "root", "backbone", "height", "width", "cuhk03_labeled")
+KEPT = ("preset", "root", "backbone")
 
 
 def main(argv: list[str] | None = None) -> list[Path]:
-    """Ranks with the checkpoint and saves a page for each target; returns their paths."""
+    """Ranks with the checkpoint and saves a page for each data set; returns their paths."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--checkpoint", required=True, help="checkpoint of a trained model")
-    add("--out", default="report.html", help="file to write; of several targets, one each")
+    add("--out", default="report.html", help="file to write; of several data sets, one each")
     add("--number", type=int, default=5, help="so many of the worst and of the best queries")
     add("--topk", type=int, default=5, help="matches to show for each, 1 to 10")
     own, others = parser.parse_known_args(argv)
-    checkpoint = Path(own.checkpoint)
+    checkpoint, out = Path(own.checkpoint), Path(own.out)
     if not checkpoint.is_file():
         parser.error(f"--checkpoint: there is no file {checkpoint}")
     if own.number < 0 or not 1 <= own.topk <= 10:
         parser.error(
             f"--number must be >= 0 and --topk in 1 to 10, got {own.number} and {own.topk}"
         )
-    out = Path(own.out)
     if out.is_dir():
         parser.error(f"--out must name a file, but {out} is a folder")
     out.parent.mkdir(parents=True, exist_ok=True)
-    defaults: dict[str, Any] = {}
+    given = []
     trained = checkpoint.parent.parent / "results.json"
     if trained.is_file():
-        saved = json.loads(trained.read_text()).get("args", {})
-        defaults = {name: saved[name] for name in KEPT if saved.get(name) is not None}
-    args = parse_args([*others, "--test-only", "--weights", str(checkpoint)], defaults)
+        try:
+            saved = json.loads(trained.read_text())["args"]
+            given = [f"--{name}={saved[name]}" for name in KEPT if saved.get(name)]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            parser.error(f"{trained} can't be read ({error!r}): move it away, and give the options")
+    ranked = ["--test-only", "--weights", str(checkpoint)]
+    args = parse_args(make_parser(), [*given, *others, *ranked])
     engine = build_engine(args)
     engine.run(test_only=True)
     paths = []

@@ -1,10 +1,14 @@
 """Shape checking of the whole package, small models, and the data that the tests run on."""
 
+import copy
+import importlib
 import importlib.util
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from jaxtyping import config, install_import_hook
@@ -14,11 +18,13 @@ install_import_hook("casn_plugin", "beartype.beartype")
 
 import cv2  # noqa: E402
 import torch  # noqa: E402
+import torchreid  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
+PROGRAMS = Path(__file__).parent / "programs"
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPT = EXAMPLES / "train_casn_pcb.py"
 SHARED = Path(__file__).parents[2] / "shared"
@@ -59,6 +65,26 @@ def tiny_forward(backbone: TinyBackbone, imgs: Tensor) -> tuple[Tensor, Tensor]:
     return backbone.classifier(features), features
 
 
+PIDS = torch.tensor([0, 0, 3, 4])
+
+
+def build_backbone(name: str, **kwargs: Any) -> nn.Module:
+    """A backbone of torchreid's factory, untrained."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torchreid.models.build_model(name, 5, pretrained=False, use_gpu=False, **kwargs)
+
+
+def state_of(module: nn.Module) -> Any:
+    """Modes and hooks of every layer, which must be left as found."""
+    modes = {name: layer.training for name, layer in module.named_modules()}
+    hooks = {
+        name: (len(layer._forward_hooks), len(layer._forward_pre_hooks), len(layer._backward_hooks))
+        for name, layer in module.named_modules()
+    }
+    return modes, hooks, copy.deepcopy(module.__dict__.get("loss"))
+
+
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
     """examples/train_casn_pcb.py as a module, so that torch is imported once."""
@@ -68,10 +94,31 @@ def example() -> ModuleType:
     return module
 
 
+@pytest.fixture
+def lab(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Gives a module of examples/experiments, which import one another as scripts do."""
+    monkeypatch.syspath_prepend(EXAMPLES / "experiments")
+    return importlib.import_module
+
+
+@pytest.fixture
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Runs a test in a folder of its own, with a cache of its own for rendered pictures."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CASN_PLUGIN_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def cells(text: str) -> list[list[str]]:
+    """Returns the rows of all tables in Markdown, their headers among them."""
+    lines = [line for line in text.splitlines() if line.startswith("| ") and "| ---" not in line]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
 @pytest.fixture(scope="session")
 def market_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small data set in Market-1501's layout, of rendered pedestrians, with person masks."""
-    from casn_plugin.data import render_pedestrian
+    from casn_plugin.pedestrians import render_pedestrian
 
     root = tmp_path_factory.mktemp("reid-data")
     folder = root / "market1501" / "Market-1501-v15.09.15"

@@ -20,7 +20,6 @@ def test_the_documents_build_and_the_tutorial_runs(tmp_path):
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "docs", "html"]
     environment = {
         **os.environ,
-        "PYTHONPATH": str(ROOT),
         "CASN_PLUGIN_CACHE": str(tmp_path / "cache"),
         "OMP_NUM_THREADS": "1",
     }
@@ -33,12 +32,20 @@ def test_the_documents_build_and_the_tutorial_runs(tmp_path):
     assert "queries are wrong at rank 1" in page and "report.html" in page
     report = tmp_path / "docs" / "log" / "tutorial" / "report.html"
     assert report.read_text(encoding="utf-8").endswith("</html>\n")
-    assert "explain_ranking" in (tmp_path / "html" / "api.html").read_text(encoding="utf-8")
+    reference = (tmp_path / "html" / "api.html").read_text(encoding="utf-8")
+    assert 'id="casn_plugin.explanation.explain_ranking"' in reference and ".. py:" not in reference
 
 
 def test_the_tutorial_is_kept_without_outputs():
     for cell in json.loads((DOCS / "tutorial.ipynb").read_text())["cells"]:
         assert not cell.get("outputs") and cell.get("execution_count") is None
+
+
+def test_headings_of_a_document_are_unique():
+    for document in [ROOT / "README.md", *DOCS.glob("*.md")]:
+        text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
+        headings = re.findall(r"^#+ .*$", text, re.MULTILINE)
+        assert headings and len(set(headings)) == len(headings), document.name
 
 
 def test_links_and_pictures_of_the_documents_exist():

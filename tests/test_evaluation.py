@@ -1,4 +1,4 @@
-"""Equality with torchreid's evaluation, whatever the ties; attention's quality, pixel by pixel."""
+"""Equality with torchreid's evaluation, whatever the ties."""
 
 import numpy as np
 import pytest
@@ -10,8 +10,6 @@ from torchreid import metrics
 
 from casn_plugin import evaluation
 from casn_plugin.evaluation import (
-    attention_consistency,
-    attention_quality,
     evaluate_rank,
     ranked_lists,
     verification_auc,
@@ -137,24 +135,32 @@ def test_negative_zero_ties_with_zero():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("galleries", [40, 700])
-def test_rows_with_nan_and_infinities(dtype, galleries):
+def test_rows_with_infinities(dtype, galleries):
     for seed in range(8):
         arguments = make(seed, 10, galleries, 6, 3, dtype)
-        pool = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.5], dtype=dtype)
+        pool = torch.tensor([torch.inf, -torch.inf, 0.5], dtype=dtype)
         where = torch.rand(arguments[0].shape) < (0.02, 0.3, 1.0)[seed % 3]
-        arguments[0][where] = pool[torch.randint(4, (int(where.sum()),))]
+        arguments[0][where] = pool[torch.randint(3, (int(where.sum()),))]
         check(arguments)
 
 
-def test_nan_in_most_of_a_row_comes_last(monkeypatch):
-    monkeypatch.setattr(evaluation, "_sorted_positions", None)
-    distmat, *_ = make(4, 1, 40, 1, 1)
-    distmat[0, 10:] = torch.nan
-    pids = np.array([1, 2, 1, 2, 2, 1] + [2] * 34)
-    check((distmat, np.array([1]), pids, np.array([0]), np.ones(40, dtype=int)))
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.001])
+def test_nan_is_no_distance_and_no_score(share):
+    """All NaN would be an mAP of 0.75 and an AUC of 1."""
+    distmat, *ids = make(4, 20, 100, 3, 3)
+    bad = distmat.clone()
+    bad.view(-1)[: max(int(share * bad.numel()), 1)] = torch.nan
+    number = rf"must not be NaN, but {int(bad.isnan().sum())} of 2000 are"
+    with pytest.raises(ValueError, match=rf"distmat {number}"):
+        evaluate_rank(bad, *ids)
+    for matrices in ((bad, distmat), (distmat, bad)):
+        with pytest.raises(ValueError, match=rf"distmat {number}"):
+            ranked_lists(*matrices, *ids)
+    with pytest.raises(ValueError, match=rf"scores {number}"):
+        verification_auc(bad, distmat > 0.5)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf])
 @pytest.mark.parametrize("kind", ["match", "junk", "other"])
 def test_one_special_value(value, kind):
     distmat, *_ = make(3, 1, 30, 1, 1)
@@ -257,8 +263,11 @@ def test_tensors_any_layout_and_gradients_are_accepted():
         ({"distmat": np.zeros((2, 3))}, TypeError, "distmat must be a float tensor, got ndarray"),
         ({"distmat": torch.zeros(2, 3).long()}, TypeError, r"float tensor, got torch\.int64"),
         ({"distmat": torch.zeros(3)}, ValueError, r"\(queries, galleries\), got \(3,\)"),
-        ({"q_pids": np.zeros(3, int)}, ValueError, r"q_pids .* \(2,\) .* got shape \(3,\)"),
+        ({"q_pids": np.zeros(3, int)}, ValueError, r"q_pids .* \(2,\), .* got shape \(3,\)"),
         ({"g_camids": np.zeros((3, 1), int)}, ValueError, r"g_camids .* got shape \(3, 1\)"),
+        ({"g_pids": np.array([0, -2, 0])}, ValueError, "g_pids must be >= 0, or -1 .* got -2"),
+        ({"g_pids": ["a", "b", "c"]}, TypeError, "g_pids must be integers, got <U1"),
+        ({"q_pids": [True, False]}, TypeError, "q_pids must be integers, got bool"),
         ({"g_pids": np.zeros(3)}, TypeError, "g_pids must be integers, got float64"),
         ({"q_camids": torch.zeros(2)}, TypeError, "q_camids must be integers, got float32"),
         ({"max_rank": 0}, ValueError, "max_rank must be at least 1, got 0"),
@@ -318,14 +327,13 @@ def test_ranked_lists_are_those_of_a_plain_loop(
 ):
     fused, *ids = make(seed, queries, galleries, pids, camids, levels=levels)
     features = make(seed + 1, queries, galleries, pids, camids)[0]
-    if not any(plain(fused, *ids)[0]):
-        with pytest.raises(ValueError, match="none of the"):
-            ranked_lists(features, fused, *ids, topk=topk)
-        return
     found = ranked_lists(features, fused, *ids, topk=topk)
-    evaluated = evaluate_rank(fused, *ids)
-    np.testing.assert_array_equal(found.ap, evaluated.ap)
-    np.testing.assert_array_equal(found.truth_rank, evaluated.first_match + 1)  # ties too
+    if any(plain(fused, *ids)[0]):
+        evaluated = evaluate_rank(fused, *ids)
+        np.testing.assert_array_equal(found.ap, evaluated.ap)
+        np.testing.assert_array_equal(found.truth_rank, evaluated.first_match + 1)  # ties too
+    else:  # listed all the same
+        assert np.isnan(found.ap).all() and found.worst() == [] and not found.truth_rank.any()
     assert found.nearest.shape == found.right.shape == (queries, min(topk, galleries))
     q_pids, g_pids, q_camids, g_camids = ids
     for q in range(queries):
@@ -360,7 +368,7 @@ def test_ranked_lists_are_those_of_a_plain_loop(
 
 
 def test_ranked_lists_put_infinite_distances_before_junk():
-    distmat = torch.tensor([[0.0, torch.inf, torch.nan, 0.5]])
+    distmat = torch.tensor([[0.0, torch.inf, torch.inf, 0.5]])
     ids = np.array([7]), np.array([7, 7, 8, 9]), np.array([0]), np.array([0, 1, 1, 1])
     found = ranked_lists(distmat, distmat, *ids)
     assert found.nearest[0].tolist() == [3, 1, 2, -1] and found.truth[0] == 1
@@ -393,76 +401,51 @@ def test_ranked_lists_refuse_bad_arguments(unchecked):
             ranked_lists(*matrices, *ids)
 
 
-@pytest.mark.parametrize("size", [(8, 4), (12, 7), (5, 3), (2, 2)])
-@pytest.mark.parametrize("kind", [torch.bool, torch.float32, torch.float64])
-def test_attention_quality_equals_loops_over_pixels(size, kind):
-    maps = (torch.rand(40, 4, 2) - 0.3).relu() * 7
-    maps[0], maps[1] = 0, 1e-30
-    masks = torch.rand(40, *size)
-    masks[2], masks[3], masks[4, size[0] // 2 :] = 0, 1, 0
-    masks = masks > 0.5 if kind is torch.bool else masks.to(kind)
-    found = attention_quality(maps, masks, threshold=0.4, row_threshold=0.25)
-    expected = [
-        reference.attention_quality(*images, 0.4, 0.25)
-        for images in zip(maps.double().numpy(), masks.double().numpy(), strict=True)
-    ]
-    expected[1] = (np.nan,) * 4  # as good as blank
-    assert [np.isnan(row).any() for row in expected].count(True) >= 3
-    for values, column in zip(vars(found).values(), np.transpose(expected), strict=True):
-        np.testing.assert_allclose(values, column, rtol=1e-5)
+def test_unknown_identities_and_cameras_are_equal_to_nothing():
+    distmat = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.4]])
+    g_pids, g_camids = [-1, 7, 8, 7], [1, 1, 1, 1]
+    found = evaluate_rank(distmat, [7, -1], g_pids, [0, 0], g_camids)
+    assert found.first_match.tolist() == [1, -1] and np.isnan(found.ap[1])
+    assert found.mean_ap == pytest.approx((1 / 2 + 2 / 4) / 2)  # the unknown one is somebody else
+    nobody = evaluate_rank(distmat[:1], [7], [-1, 7, None, 7], [0], g_camids)
+    assert nobody.mean_ap == found.mean_ap
+    with pytest.raises(ValueError, match="none of the 2 queries has a match"):
+        evaluate_rank(distmat, [-1, None], [-1, None, 1, 2], [0, 0], g_camids)
+    # an unknown camera is not the query's own: everything counts
+    for camids in ([-1], None, [None]):
+        assert evaluate_rank(distmat[:1], [7], g_pids, camids, [-1] * 4).mean_ap == found.mean_ap
+        assert evaluate_rank(distmat[:1], [7], g_pids, camids).mean_ap == found.mean_ap
+    lists = ranked_lists(distmat, distmat, [7, -1], g_pids, [0, -1], [1, 1, -1, 1])
+    assert lists.nearest.tolist() == [[0, 1, 2, 3]] * 2  # listed all the same
+    assert lists.right.tolist() == [[False, True, False, True], [False] * 4]
+    assert lists.truth.tolist() == [1, -1] and np.isnan(lists.ap[1]) and lists.worst() == [0]
 
 
-def test_attention_quality_of_perfect_and_of_missing_attention():
-    person = torch.zeros(2, 6, 3, dtype=torch.bool)
-    person[:, 1:4, 1] = True
-    found = attention_quality(torch.stack([person[0], ~person[0]]).float(), person)
-    assert [values.tolist() for values in vars(found).values()] == [[1, 0], [1, 0], [1, 0], [1, 1]]
-    at = torch.tensor([[[1.0], [0.5]]])  # a value at the threshold is not above it
-    found = attention_quality(at, torch.ones_like(at), threshold=0.5, row_threshold=0.5)
-    assert (found.iou.item(), found.coverage.item()) == (0.5, 0.5)
-    for scale in (1e-3, 1e3):  # only the shape of a map counts
-        maps = torch.rand(2, 3, 2)
-        one, other = attention_quality(maps, person), attention_quality(maps * scale, person)
-        torch.testing.assert_close(vars(one), vars(other))
-    assert attention_quality(torch.zeros(0, 3, 2), torch.zeros(0, 6, 3)).iou.shape == (0,)
+def test_junk_is_left_out_by_request():
+    distmat = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
+    ids = [7], [-1, 7, 8, 7], [0], [1, 1, 1, 1]
+    found = evaluate_rank(distmat, *ids, junk_pids=[-1])
+    assert found.mean_ap == pytest.approx((1 + 2 / 3) / 2) and found.cmc.tolist() == [1.0] * 3
+    assert evaluate_rank(distmat, *ids).mean_ap == 0.5
+    lists = ranked_lists(distmat, distmat, *ids, junk_pids=[-1])
+    assert lists.nearest.tolist() == [[1, 2, 3, -1]] and lists.truth_rank.tolist() == [1]
+    assert lists.feature_ranks.tolist() == [[1, 2, 3, 0]]
+    tied = torch.zeros(1, 4)  # the slow way, by sorting
+    kept = [1, 2, 3]
+    sorted_out = evaluate_rank(tied[:, kept], [7], [7, 8, 7], [0], [1, 1, 1])
+    assert evaluate_rank(tied, *ids, junk_pids=(-1,)).mean_ap == sorted_out.mean_ap
 
 
-@pytest.mark.parametrize(
-    ("maps", "masks", "options", "message"),
-    [
-        (torch.ones(2, 3, 2), torch.ones(1, 6, 4), {}, r"got \(2, 3, 2\) and \(1, 6, 4\)"),
-        (torch.ones(3, 2), torch.ones(3, 6, 4), {}, r"got \(3, 2\) and \(3, 6, 4\)"),
-        (-torch.ones(2, 3, 2), torch.ones(2, 6, 4), {}, "maps must be finite and >= 0"),
-        (torch.full((2, 3, 2), torch.inf), torch.ones(2, 6, 4), {}, "maps must be finite"),
-        (torch.ones(2, 3, 2), torch.full((2, 6, 4), torch.nan), {}, r"masks must be in \[0, 1\]"),
-        (torch.ones(2, 3, 2), torch.full((2, 6, 4), 255), {}, r"masks must be in \[0, 1\]"),
-        (torch.ones(2, 0, 2), torch.ones(2, 6, 4), {}, "maps must have at least one cell"),
-        (torch.ones(2, 3, 2), torch.ones(2, 6, 0), {}, "masks must have at least one cell"),
-        (torch.ones(2, 3, 2), torch.ones(2, 6, 4), {"threshold": 1}, "threshold must lie in"),
-        (torch.ones(2, 3, 2), torch.ones(2, 6, 4), {"row_threshold": -1}, "got -1"),
-    ],
-)
-def test_attention_quality_refuses_bad_input(unchecked, maps, masks, options, message):
-    with pytest.raises(ValueError, match=message):
-        attention_quality(maps, masks, **options)
-
-
-def test_attention_consistency_counts_pairs(unchecked):
-    distances, same = torch.rand(5, 6), torch.rand(5, 6) > 0.5
-    found = attention_consistency(distances, same)
-    assert found.same == pytest.approx(distances[same].mean().item())
-    assert found.different == pytest.approx(distances[~same].mean().item())
-    nearer = [
-        float(one < other)
-        for one in distances[same].tolist()
-        for other in distances[~same].tolist()
-    ]
-    assert found.auc == pytest.approx(np.mean(nearer))
-    only = attention_consistency(distances, torch.ones_like(same))
-    assert only.same == pytest.approx(distances.mean().item())
-    assert np.isnan(only.different) and np.isnan(only.auc)
-    with pytest.raises(ValueError, match=r"got \(5, 6\) and \(5,\)"):
-        attention_consistency(distances, same[:, 0])
-    for bad in (-1.0, torch.nan):
-        with pytest.raises(ValueError, match="distances must be >= 0"):
-            attention_consistency(torch.full((5, 6), bad), same)
+def test_one_camera_ranks_by_request():
+    distmat, _, g_pids, _, _ = make(3, 6, 40, 5, 1)
+    q_pids, camids = np.arange(6) % 5, np.zeros(40, int)
+    with pytest.raises(ValueError, match="of its pid from another camera"):
+        evaluate_rank(distmat, q_pids, g_pids, camids[:6], camids)
+    ids = q_pids, g_pids, camids[:6], camids
+    found = evaluate_rank(distmat, *ids, cross_camera=False)
+    elsewhere = evaluate_rank(distmat, q_pids, g_pids, camids[:6], camids + 1)
+    np.testing.assert_array_equal(found.ap, elsewhere.ap)
+    one = ranked_lists(distmat, distmat, *ids, cross_camera=False)
+    other = ranked_lists(distmat, distmat, q_pids, g_pids, camids[:6], camids + 1)
+    for name, value in vars(one).items():
+        np.testing.assert_array_equal(value, getattr(other, name))

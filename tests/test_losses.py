@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import TinyBackbone, tiny_forward
+from conftest import PROGRAMS, TinyBackbone, tiny_forward
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from casn_plugin import IdentificationAttentionLoss, PairClassifier, SiameseAttentionLoss
-from casn_plugin.attention import capture, grad_cam
+from casn_plugin.attention import grad_cam
+from casn_plugin.hooks import capture
 from casn_plugin.losses import (
     casn_loss,
     consistency,
@@ -62,10 +64,10 @@ def test_pair_and_siamese_losses_agree_with_the_reference():
         reference.pair_loss(arrays[0], arrays[2])
     )
     expected = reference.siamese_attention_loss(*arrays, 0.7)
-    loss = siamese_attention_loss(scores, distances, same, attention_weight=0.7)
+    loss = siamese_attention_loss(scores, distances, same, consistency_weight=0.7)
     assert loss.item() == pytest.approx(expected)
     both = torch.stack([scores, scores], dim=1).flatten(0, 1)  # both orders of each pair
-    loss = siamese_attention_loss(both, distances, same, attention_weight=0.7)
+    loss = siamese_attention_loss(both, distances, same, consistency_weight=0.7)
     assert loss.item() == pytest.approx(expected)
 
 
@@ -173,7 +175,7 @@ def test_swapping_a_pair_changes_neither_score_sum_nor_distance():
     """With both orders shown, the two images of a pair may change places."""
     activations = torch.rand(4, 8, 6, 3, dtype=torch.float64, requires_grad=True)
     classifier = PairClassifier(8).double()
-    loss = SiameseAttentionLoss(attention_weight=0.0)
+    loss = SiameseAttentionLoss(consistency_weight=0.0)
     first = loss(classifier, activations.mean((2, 3)), PIDS, activations)
     order = [1, 0, 3, 2]
     swapped = activations.detach()[order].requires_grad_()
@@ -212,41 +214,31 @@ def test_losses_under_autocast(dtype):
     assert backbone.features[0].weight.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_function_with_checkpointing_inside_is_refused_and_a_module_is_not(reentrant):
+    class Lean(TinyBackbone):
+        def forward(self, imgs):
+            maps = checkpoint(self.features, imgs, use_reentrant=reentrant)
+            return self.classifier(self.embed(self.relu(maps).mean((2, 3))))
+
+    net, imgs = Lean(), torch.rand(4, 3, 48, 24)
+    norm = net.features[1]
+    with capture(net.features) as captured:
+        logits, _ = tiny_forward(net, imgs)
+    arguments = imgs, PIDS, logits, captured.require()
+    loss = IdentificationAttentionLoss()
+    message = "gradient checkpointing .* give the network itself as classify"
+    with pytest.raises(ValueError, match=message):
+        loss(lambda masked: net(masked), *arguments, net)
+    assert not net.features._forward_pre_hooks
+    loss(net, *arguments).backward()
+    assert norm.num_batches_tracked == 1 and net.features[0].weight.grad.abs().max() > 0
+
+
 def test_a_training_loop_of_ones_own_without_torchreid():
     """The losses in a plain loop: L falls, attention is trained, and torchreid is not imported."""
-    script = """
-import sys
-import torch
-from casn_plugin import IdentificationAttentionLoss, PairClassifier, SiameseAttentionLoss
-from casn_plugin.losses import casn_loss, identification_loss
-torch.manual_seed(0)
-body = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3, 4), torch.nn.ReLU())
-classifier, pairs = torch.nn.Linear(16, 4), PairClassifier(16, 32)
-loss_ia, loss_sa = IdentificationAttentionLoss(), SiameseAttentionLoss()
-modules = torch.nn.ModuleList([body, classifier, pairs])
-optimizer = torch.optim.SGD(modules.parameters(), lr=0.05, momentum=0.9)
-colours = torch.rand(4, 3, 1, 1)
-pids = torch.tensor([0, 0, 1, 1, 2, 3, 1, 2])
-losses = []
-for step in range(60):
-    imgs = colours[pids] + 0.1 * torch.rand(8, 3, 32, 16)
-    activations = body(imgs)
-    features = activations.mean((2, 3))
-    logits = classifier(features)
-    loss = casn_loss(
-        identification_loss(logits, pids),
-        loss_ia(lambda masked: classifier(body(masked).mean((2, 3))),
-                imgs, pids, logits, activations, modules),
-        loss_sa(pairs, features, pids, activations),
-    )
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    losses.append(loss.item())
-assert losses[-1] < 0.7 * losses[0], losses
-assert 'torchreid' not in sys.modules
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    program = PROGRAMS / "own_training_loop.py"
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -268,8 +260,8 @@ def test_bad_input_says_what_was_expected(unchecked):
         )
     with pytest.raises(ValueError, match="mask_scale must be positive, got 0"):
         IdentificationAttentionLoss(mask_scale=0)
-    with pytest.raises(ValueError, match=r"threshold must lie in \[0, 1\), got 1"):
-        SiameseAttentionLoss(threshold=1.0)
+    with pytest.raises(ValueError, match=r"row_threshold must lie in \[0, 1\), got 1"):
+        SiameseAttentionLoss(row_threshold=1.0)
     with pytest.raises(ValueError, match=r"logits must be .* got shapes \[\(3,\)\]"):
         identification_loss(torch.rand(3), PIDS)
     with pytest.raises(ValueError, match="even"):

@@ -1,17 +1,17 @@
-"""The wrapper: every backbone of torchreid, plain modules, and what torchreid does with a model."""
+"""The wrapper, and what torchreid and PyTorch do with a model."""
 
 import copy
 import io
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
-import numpy as np
 import pytest
-import reference
 import torch
 import torchreid
-from conftest import TinyBackbone, tiny_forward
+from conftest import PIDS, TinyBackbone, build_backbone, state_of, tiny_forward
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from casn_plugin import (
     CASN,
@@ -21,143 +21,15 @@ from casn_plugin import (
     SiameseAttentionLoss,
     attention_distmat,
 )
-from casn_plugin.attention import capture
-from casn_plugin.losses import casn_loss, identification_loss, siamese_attention_loss
-from casn_plugin.model import encode_batches
+from casn_plugin.hooks import capture
+from casn_plugin.losses import siamese_attention_loss
+from casn_plugin.model import as_casn
 
-FACTORY = list(getattr(torchreid.models, "__model_factory"))
-SIZES = {"hacnn": (160, 64), "mudeep": (256, 128), "inceptionresnetv2": (160, 128),
-         "inceptionv4": (160, 128)}  # fmt: skip
-PIDS = torch.tensor([0, 0, 3, 4])
 LOSSES = {"identification": IdentificationAttentionLoss(), "siamese": SiameseAttentionLoss()}
-
-
-def build(name: str, **kwargs):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torchreid.models.build_model(name, 5, pretrained=False, use_gpu=False, **kwargs)
 
 
 def tiny(**kwargs) -> CASN:
     return CASN(TinyBackbone(), forward=tiny_forward, input_size=(48, 24), hidden_dim=16, **kwargs)
-
-
-def state_of(module: nn.Module):
-    modes = {name: layer.training for name, layer in module.named_modules()}
-    hooks = {
-        name: (len(layer._forward_hooks), len(layer._forward_pre_hooks), len(layer._backward_hooks))
-        for name, layer in module.named_modules()
-    }
-    return modes, hooks, copy.deepcopy(module.__dict__.get("loss"))
-
-
-def test_the_factory_is_whole():
-    assert len(FACTORY) == 49
-
-
-@pytest.mark.parametrize("name", FACTORY)
-def test_every_backbone_trains_evaluates_and_ranks(name):
-    size = SIZES.get(name, (64, 64))
-    backbone = build(name)
-    backbone.train()
-    before = state_of(backbone)
-    model = CASN(backbone, input_size=size, hidden_dim=16)
-    imgs = torch.rand(4, 3, *size)
-    output = model(imgs, PIDS, **LOSSES)
-    assert isinstance(output, CASNOutput)
-    loss = casn_loss(
-        identification_loss(output.logits, PIDS),
-        output.masked_scores.mean(),
-        siamese_attention_loss(output.pair_scores, output.distances, PIDS[0::2] == PIDS[1::2]),
-    )
-    loss.backward()
-    assert loss.isfinite()
-    first = next(p for p in backbone.parameters() if p.ndim == 4)
-    assert first.grad.isfinite().all() and first.grad.abs().max() > 0
-    assert output.activations.ndim == 4 and min(output.activations.shape[2:]) > 1
-    assert state_of(backbone) == before
-
-    model.eval()
-    with torch.no_grad():
-        features = model(imgs)
-        torch.testing.assert_close(features, backbone(imgs), rtol=0, atol=0)
-        encoding = model.encode(imgs[:3])
-    # features of a batch of another size are equal up to rounding
-    torch.testing.assert_close(encoding.features, features[:3], rtol=1e-3, atol=1e-5)
-    distmat = attention_distmat(model, encoding[:1], encoding)
-    assert distmat.shape == (1, 3) and distmat.isfinite().all()
-    assert distmat[0, 0] <= 1e-4
-
-
-@pytest.mark.parametrize(
-    "name", ["resnet18", "osnet_x0_25", "pcb_p4", "densenet121_fc512", "mlfn", "resnet50mid",
-             "hacnn", "squeezenet1_0"],
-)  # fmt: skip
-def test_ranking_of_real_backbones_agrees_with_autograd(name):
-    """All three kinds of head, in float64, against autograd pair by pair."""
-    size = SIZES.get(name, (64, 32))
-    torch.set_default_dtype(torch.float64)  # hacnn makes tensors of its own
-    try:
-        backbone = build(name).double().eval()
-        for layer in backbone.modules():
-            if isinstance(layer, nn.BatchNorm2d):  # untrained statistics leave maps too alike
-                layer.running_mean.normal_(0, 0.1)
-        model = CASN(backbone, input_size=size, hidden_dim=16)
-        imgs = torch.rand(3, 3, *size)
-        encoding = model.encode(imgs)
-        distmat = attention_distmat(model, encoding[:1], encoding)
-        with capture(model._target_module(), at=model._at) as captured:
-            features = backbone(imgs)
-        for j in (1, 2):
-            alpha = reference.indicator(
-                model.pair_classifier, features[0].detach(), features[j].detach()
-            )
-            maps = [
-                reference.grad_cam((alpha * features[i]).sum(), captured.require(), i).numpy()
-                for i in (0, j)
-            ]
-            expected = reference.attention_distance(*maps, threshold=0.2)
-            assert distmat[0, j].item() == pytest.approx(expected, abs=1e-10)
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def vgg_forward(vgg, imgs):
-    features = vgg.classifier[:-1](vgg.avgpool(vgg.features(imgs)).flatten(1))
-    return vgg.classifier[-1](features), features
-
-
-def test_vgg16_of_torchvision():
-    """The paper names VGGNet; its pooled map is not pooled to one value."""
-    from torchvision.models import vgg16
-
-    vgg = vgg16(num_classes=5)
-    vgg.classifier[0], vgg.classifier[3] = nn.Linear(512 * 49, 64), nn.Linear(64, 64)
-    vgg.classifier[6] = nn.Linear(64, 5)
-    model = CASN(vgg, forward=vgg_forward, input_size=(96, 64), hidden_dim=16)
-    imgs = torch.rand(4, 3, 96, 64)
-    output = model(imgs, PIDS, **LOSSES)
-    assert output.activations.shape == (4, 512, 3, 2) and output.features.shape == (4, 64)
-    encoding = model.encode(imgs)
-    assert attention_distmat(model, encoding, encoding).diagonal().max() <= 1e-4
-
-
-def timm_forward(net, imgs):
-    maps = net.forward_features(imgs)
-    return net.forward_head(maps), net.forward_head(maps, pre_logits=True)
-
-
-def test_a_model_of_timm():
-    timm = pytest.importorskip("timm")
-    net = timm.create_model("resnet18", num_classes=5)
-    model = CASN(net, forward=timm_forward, input_size=(64, 64), hidden_dim=16)
-    imgs = torch.rand(4, 3, 64, 64)
-    # the head runs twice; the map is what its last call took
-    output = model(imgs, PIDS, siamese=SiameseAttentionLoss())
-    assert output.activations.shape == (4, 512, 2, 2)
-    torch.testing.assert_close(output.features, output.activations.mean((2, 3)))
-    by_name = CASN(net, forward=timm_forward, input_size=(64, 64), target_layer="layer3")
-    assert by_name(imgs).activations.shape == (4, 256, 4, 4)
 
 
 def test_eval_output_is_exactly_the_backbones():
@@ -184,10 +56,14 @@ def test_hooks_and_modes_are_left_as_found_after_an_exception():
     before = state_of(model)
     with pytest.raises(RuntimeError):
         model(torch.rand(2, 3, 1, 1).double())
-    with pytest.raises(RuntimeError):
+    with pytest.raises(TypeError, match="one dtype, got torch.float64 and torch.float32"):
         model.encode(torch.rand(2, 3, 48, 24).double())
+    model.backbone.embed[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    before = state_of(model)
+    with pytest.raises(ZeroDivisionError):
+        model.encode(torch.rand(2, 3, 48, 24))
     assert state_of(model) == before
-    backbone = build("resnet18")
+    backbone = build_backbone("resnet18")
     model = CASN(backbone, input_size=(64, 32), hidden_dim=16)
     with pytest.raises(RuntimeError):
         model(torch.rand(2, 3, 64, 32).double())
@@ -245,19 +121,11 @@ def test_forward_trains_what_the_loss_module_trains():
     )
 
 
-def test_features_of_pcb_in_training_are_its_eval_embedding():
-    model = CASN(build("pcb_p4"), input_size=(64, 32), hidden_dim=16)
-    output = model(torch.rand(2, 3, 64, 32))
-    expected = reference.pcb_embedding(output.activations.detach(), 4)
-    torch.testing.assert_close(output.features.detach(), expected)
-    assert len(output.logits) == 4
-
-
 def test_checkpoints_of_backbone_and_wrapped_model_fit_both_ways(tmp_path):
-    backbone = build("resnet18")
+    backbone = build_backbone("resnet18")
     path = tmp_path / "backbone.pth"
     torch.save(backbone.state_dict(), path)
-    model = CASN(build("resnet18"), input_size=(64, 32), hidden_dim=16)
+    model = CASN(build_backbone("resnet18"), input_size=(64, 32), hidden_dim=16)
     torchreid.utils.load_pretrained_weights(model, str(path))
     assert torch.equal(model.backbone.conv1.weight, backbone.conv1.weight)
     assert set(model.state_dict()) - set(backbone.state_dict()) == {
@@ -266,11 +134,11 @@ def test_checkpoints_of_backbone_and_wrapped_model_fit_both_ways(tmp_path):
     buffer = io.BytesIO()
     torch.save(nn.DataParallel(model).state_dict(), buffer)  # named module.*
     buffer.seek(0)
-    again = CASN(build("resnet18"), input_size=(64, 32), hidden_dim=16, seed=7)
+    again = CASN(build_backbone("resnet18"), input_size=(64, 32), hidden_dim=16, seed=7)
     nn.DataParallel(again).load_state_dict(torch.load(buffer, weights_only=True))
     for one, other in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)
-    plain = build("resnet18")
+    plain = build_backbone("resnet18")
     plain.load_state_dict(model.state_dict(), strict=False)
     assert torch.equal(plain.classifier.weight, model.backbone.classifier.weight)
     with pytest.raises(RuntimeError, match=r"Missing key.*conv1"):
@@ -306,22 +174,180 @@ def test_a_backbone_with_a_child_named_backbone():
     assert not loaded.unexpected_keys
 
 
-@pytest.mark.parametrize("target", ["layer3", "layer4", "layer4.0.conv2"])
-def test_features_of_pcb_do_not_depend_on_the_tapped_layer(target):
-    pcb = torchreid.models.pcb
-    net = pcb.PCB(5, "softmax", pcb.BasicBlock, [1, 1, 1, 1], parts=4)
-    for layer in net.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = 0.0  # so that the eval statistics stay
-    model = CASN(net, input_size=(64, 32), hidden_dim=16, target_layer=target)
-    imgs = torch.rand(4, 3, 64, 32)
-    with capture(net.parts_avgpool, at="input") as captured:
-        output = model(imgs, PIDS, **LOSSES)
-    assert output.distances.isfinite().all()
-    with capture(net.parts_avgpool, at="input") as captured:
-        output = model(imgs)
-    expected = reference.pcb_embedding(captured.require().detach(), 4)
-    torch.testing.assert_close(output.features.detach(), expected)
+def names_agree(model: CASN) -> bool:
+    """Every tool that walks a module finds the same names, and the checkpoint loads back."""
+    listed = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+    layers = {name for name, _ in model.named_modules()}
+    assert {name.rpartition(".")[0] for name in listed} <= layers
+    assert {name for name, _ in model.named_children()} <= layers
+    state = model.state_dict()
+    assert len(state) == len({value.data_ptr() for value in state.values()})
+    model.load_state_dict(state)
+    return listed == set(state)
+
+
+def test_names_are_the_same_wherever_they_are_asked_for():
+    assert names_agree(tiny()) and names_agree(
+        CASN(build_backbone("resnet18"), input_size=(64, 32))
+    )
+    net = Wrapped()
+    model = CASN(net, forward=wrapped_forward, input_size=(48, 24))
+    assert names_agree(model) and len(list(model.modules())) == len(list(net.modules())) + 5
+    assert set(model.get_parameter("weight").shape) == {8}
+
+
+@pytest.mark.parametrize("through", ["attribute", "backbone", "add_module", "_modules"])
+def test_a_layer_that_is_set_is_trained_saved_and_loaded(through):
+    model, new = tiny(), nn.Linear(6, 7)
+    if through == "attribute":
+        model.classifier = new
+    elif through == "backbone":
+        model.backbone.classifier = new
+    elif through == "add_module":
+        model.add_module("classifier", new)
+    else:  # as torch's own quantization sets layers
+        model._modules["classifier"] = new
+    before = new.weight.detach().clone()
+    assert model.classifier is model.backbone.classifier is new
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    nn.functional.cross_entropy(model(torch.rand(4, 3, 48, 24)).logits, PIDS).backward()
+    optimizer.step()
+    assert not torch.equal(new.weight, before)
+    assert torch.equal(model.state_dict()["classifier.weight"], new.weight)
+    assert names_agree(model)
+
+
+def test_parameters_buffers_and_settings_are_set_where_they_were():
+    model = CASN(Wrapped(), forward=wrapped_forward, input_size=(48, 24))
+    model.weight = nn.Parameter(torch.zeros(8))
+    assert model.backbone.weight is model.weight and names_agree(model)
+    backbone = build_backbone("resnet18")
+    model = CASN(backbone, input_size=(64, 32), hidden_dim=16)
+    model.loss, model.bn1.running_mean = "triplet", torch.ones(64)
+    assert backbone.loss == "triplet" and backbone.bn1.running_mean.sum() == 64
+    model.fc = nn.Linear(2, 2)  # torchreid's ResNet has one, None
+    assert backbone.fc is model.fc and "fc" not in model._modules
+    del model.fc
+    assert not hasattr(backbone, "fc") and names_agree(model)
+    backbone.fc = None
+    model.note = "mine"  # what the backbone does not have is the wrapper's
+    assert not hasattr(backbone, "note")
+    model.input_size = (96, 48)
+    assert model.input_size == (96, 48) and not hasattr(backbone, "input_size")
+    model.pair_classifier = PairClassifier(512, 4)
+    assert model(torch.rand(2, 3, 64, 32), siamese=LOSSES["siamese"]).pair_scores.shape == (2, 2)
+
+
+def test_dynamic_quantization_reaches_the_backbone():
+    model = tiny().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        small = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    for layer in (small.backbone.classifier, small.pair_classifier[0]):
+        assert type(layer) is torch.ao.nn.quantized.dynamic.Linear
+    assert set(small._modules) == {"backbone", "pair_classifier"}
+    imgs = torch.rand(3, 3, 48, 24)
+    torch.testing.assert_close(small(imgs), model(imgs), rtol=0.1, atol=0.05)
+
+
+class Checkpointed(TinyBackbone):
+    """Computes its convolutions again in the backward pass."""
+
+    on, reentrant = True, False
+
+    def __init__(self):
+        super().__init__()
+        self.global_avgpool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, imgs):
+        run = partial(checkpoint, self.features, use_reentrant=self.reentrant)
+        maps = run(imgs) if self.on and self.training else self.features(imgs)
+        features = self.embed(self.global_avgpool(self.relu(maps)).flatten(1))
+        return self.classifier(features), features
+
+
+@pytest.mark.parametrize("trains", ["attention", "network"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(trains, reentrant):
+    imgs = torch.rand(4, 3, 48, 24)
+    found = []
+    for on in (False, True):
+        torch.manual_seed(1)
+        net = Checkpointed()
+        net.on, net.reentrant = on, reentrant
+        model = CASN(net, forward=Checkpointed.forward, input_size=(48, 24))
+        norm = net.features[1]
+        before = norm.num_batches_tracked.item()
+        output = model(
+            imgs.clone().requires_grad_(), PIDS, IdentificationAttentionLoss(trains=trains)
+        )
+        loss = output.logits.logsumexp(1).mean() + 9 * output.masked_scores.mean()
+        loss.backward()
+        found.append([p.grad for p in net.parameters()])
+        # torch's checkpointing shows a BatchNorm its batch twice; never the masked one
+        assert norm.num_batches_tracked.item() - before == (2 if on else 1)
+    torch.testing.assert_close(found[1], found[0])
+    assert found[0][0].abs().max() > 0
+
+
+def test_a_map_inside_of_reentrant_checkpointing_is_refused():
+    net = Checkpointed()
+    options = {"forward": Checkpointed.forward, "input_size": (48, 24), "target_layer": "features"}
+    model = CASN(net, **options)
+    imgs = torch.rand(4, 3, 48, 24).requires_grad_()
+    assert model(imgs, PIDS, **LOSSES).masked_scores.isfinite().all()
+    net.reentrant = True
+    with pytest.raises(ValueError, match=r"'features' ran without gradients.*use_reentrant=False"):
+        model(imgs, PIDS, **LOSSES)
+    with torch.no_grad():
+        assert model(imgs).activations.shape == (4, 8, 6, 3)
+
+
+def test_threads_encode_with_one_model_in_any_mode():
+    model = tiny()
+    model.backbone.features[1].momentum = None
+    imgs = torch.rand(16, 2, 3, 48, 24)
+    expected = [copy.deepcopy(model).eval().encode(each).features for each in imgs]
+    before, statistics = state_of(model), copy.deepcopy(dict(model.named_buffers()))
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(10):
+            found = list(pool.map(model.encode, imgs))
+            for one, other in zip(found, expected, strict=True):
+                torch.testing.assert_close(one.features, other, rtol=1e-4, atol=1e-5)
+    assert state_of(model) == before
+    torch.testing.assert_close(dict(model.named_buffers()), statistics, rtol=0, atol=0)
+
+
+def test_the_model_traces_and_exports_as_the_backbone_does(tmp_path):
+    model = CASN(build_backbone("osnet_x0_25"), input_size=(64, 32), hidden_dim=16).eval()
+    imgs, others = torch.rand(2, 3, 64, 32), torch.rand(2, 3, 64, 32)
+    with torch.no_grad():
+        expected = model(others)
+    traced = torch.jit.trace(model, imgs)
+    torch.testing.assert_close(traced(others), expected)
+    traced.save(str(tmp_path / "traced.pt"))
+    torch.testing.assert_close(torch.jit.load(str(tmp_path / "traced.pt"))(others), expected)
+    exported = torch.export.export(model, (imgs,))
+    torch.testing.assert_close(exported.module()(others), expected)
+    assert set(exported.state_dict) <= set(model.state_dict())
+    assert [name for name, _ in model.named_children()][-1] == "pair_classifier"
+
+
+def test_wrappers_of_pytorch_are_seen_through():
+    model = tiny()
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    assert as_casn(nn.DataParallel(model)) is model
+    assert as_casn(torch.compile(model, backend="eager")) is model
+    assert isinstance(as_casn(nn.DataParallel(averaged)), CASN)
+    averaged.update_parameters(model)
+    torch.testing.assert_close(
+        dict(as_casn(averaged).named_parameters()), dict(model.named_parameters())
+    )
+    with pytest.raises(TypeError, match="must be a CASN.*got TinyBackbone"):
+        as_casn(nn.DataParallel(TinyBackbone()))
+    for wrap in (nn.DataParallel, torch.compile):
+        with pytest.raises(TypeError, match=r"got it inside of \w+: wrap CASN\(network\)"):
+            CASN(wrap(build_backbone("resnet18")))
 
 
 def test_conversion_to_sync_batchnorm():
@@ -340,7 +366,7 @@ def test_models_in_half_precision_train_and_are_told_how_to_rank():
 
 
 def test_torchreid_finds_the_layers_of_the_backbone():
-    model = CASN(build("resnet18"), input_size=(64, 32), hidden_dim=16)
+    model = CASN(build_backbone("resnet18"), input_size=(64, 32), hidden_dim=16)
     torchreid.utils.open_specified_layers(model, ["classifier", "pair_classifier"])
     opened = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {name.split(".")[-2] for name in opened} == {"classifier", "0", "2"}
@@ -373,33 +399,13 @@ def test_copies_and_pickles_work():
         model.no_such_thing  # noqa: B018
 
 
-def test_the_target_layer_can_be_named_or_given():
-    backbone = build("resnet18")
-    for target in ("layer3", backbone.layer3):
-        model = CASN(backbone, target_layer=target, input_size=(64, 32), hidden_dim=16)
-        assert model(torch.rand(2, 3, 64, 32)).activations.shape == (2, 256, 4, 2)
-
-
-@pytest.mark.parametrize(
-    "target", ["layer9", "", nn.Conv2d(3, 3, 1), "classifier", "global_avgpool.x"]
-)
-def test_a_wrong_target_layer_lists_the_candidates(target):
-    with pytest.raises(ValueError, match=r"candidates.*layer3, .*layer4"):
-        CASN(build("resnet18"), target_layer=target, input_size=(64, 32))
-
-
-def test_a_layer_that_is_never_called_is_an_error():
-    with pytest.raises(ValueError, match=r"not called.*'layer4'.*candidates"):
-        CASN(build("resnet50mid"), target_layer="layer4", input_size=(64, 32))
-
-
 def test_bad_input_says_what_was_expected(unchecked):
     with pytest.raises(TypeError, match="must be a torch.nn.Module, got str"):
         CASN("resnet50")
     with pytest.raises(TypeError, match="TinyBackbone is no model of torchreid's factory"):
         CASN(TinyBackbone())
     with pytest.raises(ValueError, match=r"HACNN does not take an image of 64x32.*input_size"):
-        CASN(build("hacnn"), input_size=(64, 32))
+        CASN(build_backbone("hacnn"), input_size=(64, 32))
     with pytest.raises(ValueError, match="no convolution found in Linear"):
         CASN(nn.Linear(3, 3), forward=tiny_forward)
     with pytest.raises(ValueError, match=r"\(B, D\) features in eval mode, got \(1, 8, 6, 3\)"):
@@ -410,7 +416,7 @@ def test_bad_input_says_what_was_expected(unchecked):
         tiny()(torch.rand(2, 3, 48, 24), identification=IdentificationAttentionLoss())
     with pytest.raises(ValueError, match="even.*has 3"):
         tiny()(torch.rand(3, 3, 48, 24), siamese=SiameseAttentionLoss())
-    with pytest.raises(ValueError, match="got 0 and 512"):
+    with pytest.raises(ValueError, match="feature_dim must be at least 1, got 0"):
         PairClassifier(0)
 
 
@@ -438,7 +444,7 @@ def test_the_pair_classifier_can_be_ones_own():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
 def test_on_cuda_as_on_the_cpu(dtype):
-    model = CASN(build("osnet_x0_25"), input_size=(64, 32), hidden_dim=16)
+    model = CASN(build_backbone("osnet_x0_25"), input_size=(64, 32), hidden_dim=16)
     imgs = torch.rand(8, 3, 64, 32)
     pids = torch.tensor([0, 0, 1, 2, 3, 3, 4, 1])
     reference_output = copy.deepcopy(model)(imgs, pids, **LOSSES)
@@ -457,7 +463,7 @@ def test_on_cuda_as_on_the_cpu(dtype):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_data_parallel_on_cuda():
-    model = CASN(build("osnet_x0_25"), input_size=(64, 32), hidden_dim=16).cuda()
+    model = CASN(build_backbone("osnet_x0_25"), input_size=(64, 32), hidden_dim=16).cuda()
     imgs = torch.rand(8, 3, 64, 32).cuda()
     pids = torch.tensor([0, 0, 1, 2, 3, 3, 4, 1]).cuda()
     output = nn.DataParallel(model)(imgs, pids, **LOSSES)
@@ -495,22 +501,3 @@ def test_replicas_in_threads_give_what_the_model_gives():
                 expected = getattr(whole, field)
                 torch.testing.assert_close(joined, expected, rtol=1e-4, atol=1e-5)
     assert not model.backbone.features._forward_hooks
-
-
-def test_batches_are_encoded_one_after_the_other():
-    model = tiny()
-    imgs = torch.rand(5, 3, 64, 32)
-    batches = [(imgs[:3], torch.tensor([1, 2, 3]), [0, 1, 0]), (imgs[3:], [7, 8], np.array([2, 2]))]
-    encoding, pids, camids = encode_batches(model, batches)
-    assert pids.tolist() == [1, 2, 3, 7, 8] and camids.tolist() == [0, 1, 0, 2, 2]
-    whole = model.encode(imgs)
-    torch.testing.assert_close(encoding.features, whole.features)
-    torch.testing.assert_close(encoding.maps, whole.maps)
-    with pytest.raises(ValueError, match="at least one encoding"):
-        encode_batches(model, [])
-
-
-def test_the_size_that_was_tried_out_is_kept():
-    backbone = build("osnet_x0_25")
-    assert CASN(backbone).input_size == (256, 128)
-    assert CASN(backbone, input_size=(96, 48)).input_size == (96, 48)

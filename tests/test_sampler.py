@@ -90,8 +90,10 @@ def test_pairs_meet_all_identities_and_both_orders():
         ([0, 1], {"batch_size": 2}, "an identity with two images"),
         ([0, 0, 1], {"batch_size": 2, "positive_fraction": 1.0}, "1 identities have one image"),
         ([0, 0, 1], {"batch_size": 2, "positive_fraction": 1.5}, r"\[0, 1\], got 1.5"),
-        ([0, 0, 1], {"batch_size": 2, "camids": [0]}, "one length, got 3 and 1"),
+        ([0, 0, 1], {"batch_size": 2, "camids": [0]}, r"camids must be .* got shape \(1,\)"),
         ([0, 0, 1], {"batch_size": 2, "seed": -1}, "seed must be >= 0, got -1"),
+        ([0, 0, -1], {"batch_size": 2}, "pairs need known identities, but 1 of 3 are unknown"),
+        ([0, 0, 1], {"batch_size": 2, "positive_fraction": float("nan")}, "got nan"),
     ],
 )
 def test_bad_input_says_what_was_expected(pids, options, message):
@@ -128,3 +130,18 @@ def test_install_replaces_the_loader_and_keeps_its_settings():
     for wrong in (SimpleNamespace(), SimpleNamespace(train_loader=[1])):
         with pytest.raises(TypeError, match="expected a torchreid data manager"):
             PairSampler.install(wrong)
+
+
+@pytest.mark.parametrize("pids", [[0.5, 0.5, 1.0], ["a", "a", "b"], [True, True, False]])
+def test_identities_are_integers(unchecked, pids):
+    with pytest.raises(TypeError, match="pids must be integers, got"):
+        PairSampler(pids, batch_size=2)
+
+
+@pytest.mark.parametrize("pids", [[1, 1, 2, 2], [0, 0, 2, 2], [0, 0, -1, -1]])
+def test_labels_that_are_no_classes_are_found_when_the_sampler_is_installed(pids):
+    rows = Rows()
+    rows.train = [(f"{i}.jpg", pid, i % 2, 0) for i, pid in enumerate(pids)]
+    manager = SimpleNamespace(train_loader=DataLoader(rows, batch_size=2))
+    with pytest.raises(ValueError, match=r"training images must be the classes 0 \.\.\. 1"):
+        PairSampler.install(manager)

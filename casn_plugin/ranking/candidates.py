@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from casn_plugin.attention import attention_distance
+from casn_plugin.doors import check_finite
 from casn_plugin.ranking.pairs import Pairs
 
 
@@ -65,6 +66,7 @@ def compare(
         attention = attention_distance(
             some.first, some.second, row_threshold=row_threshold, unit=unit
         )
+        check_finite("attention distances", attention)
         found.append(Compared(some.rows, some.columns, some.features, attention))
     return Compared.cat(*found)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from casn_plugin.doors import check_count
 from casn_plugin.ranking.processes import Processes
 
 
@@ -44,7 +45,7 @@ class Compute:
     def __post_init__(self) -> None:
         """Raises TypeError or ValueError for what can't be."""
         if self.max_memory is not None:
-            at_least_one("max_memory", self.max_memory)
+            check_count("max_memory", self.max_memory)
         if self.precision not in (None, torch.float16, torch.bfloat16):
             raise TypeError(
                 f"precision must be torch.float16 or torch.bfloat16, got {self.precision}"
@@ -125,15 +126,3 @@ class Buffer:
         if self._memory.numel() < numel:
             self._memory = self._memory.new_empty(numel)
         return self._memory[:numel].view(shape)
-
-
-def at_least_one(name: str, value: int) -> int:
-    """Returns a count, or raises ValueError.
-
-    Example:
-        >>> at_least_one("topk", 10)
-        10
-    """
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value

@@ -7,12 +7,13 @@ import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from casn_plugin.attention import ROW_THRESHOLD, align_profiles, attention_distance, check_share
+from casn_plugin.attention import ROW_THRESHOLD, align_profiles, attention_distance
+from casn_plugin.doors import check_count, check_finite, check_share
 from casn_plugin.encoding import Encoding, Encodings
 from casn_plugin.hooks import place_of
 from casn_plugin.ranking.candidates import compare, nearest
 from casn_plugin.ranking.closed_form import PairForm
-from casn_plugin.ranking.compute import Arithmetic, Compute, at_least_one
+from casn_plugin.ranking.compute import Arithmetic, Compute
 from casn_plugin.ranking.pairs import Pairs, Tile, check_alike, pair_classifier_of, undisturbed
 from casn_plugin.ranking.sides import Side
 
@@ -52,7 +53,7 @@ def attention_distmat(
     Raises:
         TypeError: encodings of unlike kinds or dtypes, features in half precision.
         ValueError: unlike feature or map sizes, no pair classifier, t outside [0, 1), shortlist
-            below 1, features that are not finite.
+            below 1, features, maps or a pair classifier that are not finite.
 
     Example:
         >>> model = nn.Module()
@@ -64,12 +65,13 @@ def attention_distmat(
     check_share("row_threshold", row_threshold)
     pairs = Pairs(model, query, gallery, compute)
     if shortlist is not None:
-        at_least_one("shortlist", shortlist)
+        check_count("shortlist", shortlist)
     if not len(query) or not len(gallery):
         return query.features.new_empty(len(query), len(gallery))
 
     def of_tile(tile: Tile) -> Tensor:
-        return attention_distance(*tile.profiles(), row_threshold=row_threshold, unit=unit)
+        distances = attention_distance(*tile.profiles(), row_threshold=row_threshold, unit=unit)
+        return check_finite("attention distances", distances)
 
     with pairs.working():
         if shortlist is not None:
@@ -90,7 +92,8 @@ def attention_distmat(
         if unit:
             first, second = F.normalize(first, dim=-1), F.normalize(second, dim=-1)
         mode = "donot_use_mm_for_euclid_dist"
-        return torch.cdist(first, second, compute_mode=mode).to(query.features.device)
+        distmat = torch.cdist(first, second, compute_mode=mode).to(query.features.device)
+        return check_finite("attention distances", distmat)
 
 
 def pair_attention(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -10,15 +10,26 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from casn_plugin.attention import ROW_THRESHOLD
+from casn_plugin.doors import check_choice, check_count, check_matrix, check_weight
 from casn_plugin.encoding import Encoding, Encodings
-from casn_plugin.ranking.compute import Compute, at_least_one
+from casn_plugin.identities import as_ids
+from casn_plugin.ranking.compute import Compute
 from casn_plugin.ranking.distances import attention_distmat
 
 Normalization = Literal["unit", "query", "global"]
 """How distances are "normalized" before they are summed: see :func:`fuse_distmats`."""
 
+_READINGS = ("unit", "query", "global")
+
 FeatureDistances = Callable[[Tensor, Tensor], Tensor]
 """Maps (Q, D) and (G, D) features to the (Q, G) matrix of their distances."""
+
+
+class Counting(TypedDict):
+    """What counts as a match: arguments of :func:`casn_plugin.evaluation.evaluate_rank`."""
+
+    cross_camera: bool
+    junk_pids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -34,9 +45,13 @@ class RankingOptions:
             normalization "unit": the other readings scale by the distances of all pairs.
         gallery_dir: keep the encodings of a gallery in a temporary folder made there instead of
             in memory: a :class:`GalleryIndex`, read block by block.
+        cross_camera: pictures of the query's own camera are no matches. False: they are, as where
+            there is one camera; the query itself must then not be in the gallery.
+        junk_pids: gallery pictures of these identities are left out, as Market-1501's -1.
         compute: with what the pairs are worked on.
 
     Raises:
+        TypeError: identities that are no integers.
         ValueError: an unknown normalization or one that does not go with `shortlist`, `shortlist`
             below 1, a weight that is negative or infinite.
 
@@ -49,19 +64,27 @@ class RankingOptions:
     attention_weight: float = 0.1
     shortlist: int | None = None
     gallery_dir: str | None = None
+    cross_camera: bool = True
+    junk_pids: tuple[int, ...] = ()
     compute: Compute = field(default_factory=Compute)
 
     def __post_init__(self) -> None:
         """Raises ValueError for what can't be."""
-        _check_normalization(self.normalization)
-        check_weight(self.attention_weight)
+        check_choice("normalization", self.normalization, _READINGS)
+        check_weight("attention_weight", self.attention_weight)
+        as_ids("junk_pids", self.junk_pids)
         if self.shortlist is not None:
-            at_least_one("shortlist", self.shortlist)
+            check_count("shortlist", self.shortlist)
             if self.normalization != "unit":
                 raise ValueError(
                     f"shortlist needs normalization='unit', got {self.normalization!r}: the other "
                     "readings scale by the distances of all pairs"
                 )
+
+    @property
+    def counting(self) -> Counting:
+        """What counts as a match."""
+        return {"cross_camera": self.cross_camera, "junk_pids": self.junk_pids}
 
 
 class Distmats(NamedTuple):
@@ -98,19 +121,24 @@ def fuse_distmats(
         attention_weight: weight of the attention distance; the features have weight 1.
 
     Raises:
-        ValueError: unlike shapes or an unknown normalization.
+        TypeError: distances that are no float tensors.
+        ValueError: unlike shapes, NaN, an unknown normalization, or a weight that is negative or
+            infinite.
 
     Example:
         >>> fuse_distmats(torch.tensor([[1.0, 3.0]]), torch.tensor([[8.0, 4.0]]),
         ...               normalization="query", attention_weight=0.5)
         tensor([[0.5000, 1.0000]])
     """
+    check_matrix("feature_distmat", feature_distmat)
+    check_matrix("attention_distmat", attention_distmat)
     if feature_distmat.shape != attention_distmat.shape:
         raise ValueError(
             "expected two matrices of one shape, got "
             f"{tuple(feature_distmat.shape)} and {tuple(attention_distmat.shape)}"
         )
-    _check_normalization(normalization)
+    check_choice("normalization", normalization, _READINGS)
+    check_weight("attention_weight", attention_weight)
     if normalization != "unit" and feature_distmat.numel():
         dims = (1,) if normalization == "query" else (0, 1)
         feature_distmat = _min_max(feature_distmat, dims)
@@ -171,19 +199,6 @@ def fused_distmats(
         attention_weight=options.attention_weight,
     )
     return Distmats(features, attention, fused)
-
-
-def check_weight(attention_weight: float) -> None:
-    """Raises ValueError for a weight of the attention distance that can't be."""
-    if not 0 <= attention_weight < float("inf"):
-        raise ValueError(f"attention_weight must be >= 0 and finite, got {attention_weight}")
-
-
-def _check_normalization(normalization: str) -> None:
-    if normalization not in ("unit", "query", "global"):
-        raise ValueError(
-            f"normalization must be 'unit', 'query' or 'global', got {normalization!r}"
-        )
 
 
 def _min_max(distmat: Tensor, dims: tuple[int, ...]) -> Tensor:

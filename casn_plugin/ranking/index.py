@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from tqdm import tqdm
 
+from casn_plugin.doors import check_count
 from casn_plugin.encoding import Encoding
 from casn_plugin.hooks import unwrapped
 from casn_plugin.loading import encode_images, read_batch
 from casn_plugin.model import CASN
-from casn_plugin.ranking.compute import at_least_one
 from casn_plugin.ranking.contents import Contents, Rows
 from casn_plugin.ranking.distances import pair_attention
 from casn_plugin.ranking.processes import Processes
@@ -216,7 +216,7 @@ class GalleryIndex:
                 changed, `distributed` without a process group or with a loader that has no
                 batch_size; as :meth:`add`.
         """
-        at_least_one("shard_size", shard_size)
+        check_count("shard_size", shard_size)
         processes, manifest = Processes(distributed), self._contents.manifest
         with Writer(self.folder, manifest) as writer, processes.together():
             self._check_model(model)

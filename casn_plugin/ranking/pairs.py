@@ -302,12 +302,15 @@ def pair_classifier_of(model: nn.Module) -> nn.Module:
     """Returns the pair classifier of a model.
 
     Raises:
-        ValueError: it has none.
+        ValueError: it has none, or one whose weights are not finite.
     """
     wrapped = unwrapped(model)
     pair_classifier = getattr(wrapped, "pair_classifier", None)
     if not isinstance(pair_classifier, nn.Module):
         raise ValueError(f"{type(wrapped).__name__} has no pair_classifier; is it a CASN?")
+    for name, parameter in pair_classifier.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise ValueError(f"the pair classifier must be finite, but its {name} is not")
     return pair_classifier
 
 

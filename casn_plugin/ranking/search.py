@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from casn_plugin.attention import ROW_THRESHOLD, check_share
+from casn_plugin.attention import ROW_THRESHOLD
+from casn_plugin.doors import check_count, check_share, check_weight
 from casn_plugin.encoding import Encoding, Encodings
 from casn_plugin.ranking.candidates import Compared, compare, nearest
-from casn_plugin.ranking.compute import Compute, at_least_one
-from casn_plugin.ranking.fused import check_weight, fuse_distmats
+from casn_plugin.ranking.compute import Compute
+from casn_plugin.ranking.fused import fuse_distmats
 from casn_plugin.ranking.pairs import Pairs
 
 
@@ -68,8 +69,8 @@ def rank_gallery(
     Raises:
         TypeError: encodings of unlike kinds or dtypes, features in half precision.
         ValueError: unlike feature or map sizes, an empty gallery, no pair classifier, t outside
-            [0, 1), topk below 1, a weight that is negative or infinite, features that are not
-            finite.
+            [0, 1), topk below 1, a weight that is negative or infinite, features, maps or a pair
+            classifier that are not finite.
 
     Example:
         >>> model = nn.Module()
@@ -78,10 +79,10 @@ def rank_gallery(
         >>> rank_gallery(model, images[:2], images, topk=3).indices[:, 0]
         tensor([0, 1])
     """
-    check_weight(attention_weight)
+    check_weight("attention_weight", attention_weight)
     if not len(gallery):
         raise ValueError("the gallery is empty")
-    topk = min(at_least_one("topk", topk), len(gallery))
+    topk = min(check_count("topk", topk), len(gallery))
     check_share("row_threshold", row_threshold)
     pairs = Pairs(model, query, gallery, compute)
     compare_listed = partial(compare, pairs, row_threshold=row_threshold, unit=True)

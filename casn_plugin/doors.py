@@ -1,0 +1,190 @@
+"""What public functions are given, checked at their doors: one check for each kind of thing.
+
+Types, shapes and ranges alone, which cost next to nothing; values are read by :func:`check_finite`
+and :func:`check_matrix` only, where a figure of merit or a file is made of them.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_tensor(name: str, value: Any, dims: str, *, floating: bool = True) -> Tensor:
+    """Returns a tensor of so many dimensions.
+
+    Args:
+        name: what it is called in errors.
+        value: what is to be one.
+        dims: names of its dimensions; "*" in front stands for any number of them. A number is
+            the size that a dimension must have.
+        floating: of a float dtype; else of an integer one.
+
+    Raises:
+        TypeError: no tensor, or one of another kind of dtype.
+        ValueError: another number of dimensions, or another size.
+
+    Example:
+        >>> check_tensor("maps", torch.rand(2, 6, 3), "*batch height width").shape
+        torch.Size([2, 6, 3])
+    """
+    kind = "a float tensor" if floating else "a tensor of integers"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")
+    if value.is_floating_point() != floating or value.dtype == torch.bool or value.is_complex():
+        raise TypeError(f"{name} must be {kind}, got {value.dtype}")
+    wanted = dims.split()
+    rest = wanted[1:] if wanted and wanted[0].startswith("*") else wanted
+    sizes = value.shape[len(value.shape) - len(rest) :]
+    enough = value.ndim == len(rest) if rest is wanted else value.ndim >= len(rest)
+    if not enough or any(
+        dim.isdigit() and size != int(dim) for dim, size in zip(rest, sizes, strict=False)
+    ):
+        shape = ", ".join(wanted) + ("," if len(wanted) == 1 else "")
+        raise ValueError(f"{name} must be of shape ({shape}), got {tuple(value.shape)}")
+    return value
+
+
+def check_lengths(**values: Any) -> int:
+    """Returns the length that all have; those that are None are not looked at.
+
+    Raises:
+        ValueError: they are of unlike lengths.
+
+    Example:
+        >>> check_lengths(features=torch.rand(3, 4), pids=[1, 2, 3], camids=None)
+        3
+    """
+    lengths = {name: len(value) for name, value in values.items() if value is not None}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(
+            f"{' and '.join(lengths)} must be of one length, got "
+            + " and ".join(map(str, lengths.values()))
+        )
+    return next(iter(lengths.values()), 0)
+
+
+def check_images(imgs: Any, name: str = "imgs") -> Tensor:
+    """Returns a batch of images: (B, 3, rows, columns), float, at least one.
+
+    Raises:
+        TypeError: no tensor, or no float tensor.
+        ValueError: another shape, or no image.
+
+    Example:
+        >>> check_images(torch.rand(2, 3, 8, 4)).shape
+        torch.Size([2, 3, 8, 4])
+    """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # sizes are tensors
+        return imgs  # type: ignore[no-any-return]
+    check_tensor(name, imgs, "batch 3 rows columns")
+    if not imgs.numel():
+        raise ValueError(f"{name} must hold at least one image, got {tuple(imgs.shape)}")
+    return imgs  # type: ignore[no-any-return]
+
+
+def check_share(name: str, value: Any) -> Any:
+    """Returns a share of a map's maximum, such as t, that something must exceed: in [0, 1).
+
+    Raises:
+        TypeError: no number.
+        ValueError: it lies outside.
+
+    Example:
+        >>> check_share("row_threshold", 0.2)
+        0.2
+    """
+    if not 0 <= _number(name, value) < 1:
+        raise ValueError(f"{name} must lie in [0, 1), got {value}")
+    return value
+
+
+def check_weight(name: str, value: Any) -> Any:
+    """Returns a weight: >= 0 and finite.
+
+    Raises:
+        TypeError: no number.
+        ValueError: it is negative, NaN or infinite.
+
+    Example:
+        >>> check_weight("lambda_ia", 0.5)
+        0.5
+    """
+    if not 0 <= _number(name, value) < math.inf:
+        raise ValueError(f"{name} must be >= 0 and finite, got {value}")
+    return value
+
+
+def check_count(name: str, value: Any, least: int = 1) -> Any:
+    """Returns a whole number, at least the least.
+
+    Raises:
+        TypeError: no integer.
+        ValueError: it is less.
+
+    Example:
+        >>> check_count("topk", 10)
+        10
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < least:
+        bound = f">= {least}" if least == 0 else f"at least {least}"
+        raise ValueError(f"{name} must be {bound}, got {value}")
+    return value
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
+    """Returns one of some choices.
+
+    Raises:
+        ValueError: it is none.
+
+    Example:
+        >>> check_choice("score", "logit", ("logit", "probability"))
+        'logit'
+    """
+    if value not in choices:
+        listed = [repr(choice) for choice in choices]
+        words = f"{', '.join(listed[:-1])} or {listed[-1]}" if len(listed) > 1 else listed[0]
+        raise ValueError(f"{name} must be {words}, got {value!r}")
+    return value
+
+
+def check_finite(name: str, values: Tensor) -> Tensor:
+    """Returns values none of which is NaN; infinity is allowed.
+
+    Raises:
+        ValueError: some are NaN.
+
+    Example:
+        >>> check_finite("scores", torch.tensor([1.0, torch.inf]))
+        tensor([1., inf])
+    """
+    if values.numel() and bool(values.detach().amin().isnan()):  # NaN is the least value of all
+        number = int(values.isnan().sum())
+        raise ValueError(f"{name} must not be NaN, but {number} of {values.numel()} are")
+    return values
+
+
+def check_matrix(name: str, distmat: Any) -> Tensor:
+    """Returns a (queries, galleries) float matrix without NaN.
+
+    Raises:
+        TypeError: no float tensor.
+        ValueError: another shape, or NaN in it.
+
+    Example:
+        >>> check_matrix("distmat", torch.zeros(1, 2))
+        tensor([[0., 0.]])
+    """
+    return check_finite(name, check_tensor(name, distmat, "queries galleries"))
+
+
+def _number(name: str, value: Any) -> float:
+    """Returns a number, or raises TypeError."""
+    if isinstance(value, bool | str) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)

@@ -1,0 +1,152 @@
+"""A ranking explained on one HTML page: figures, curves, the best and the worst queries.
+
+What the page says and how it looks stands in its template, report.html.jinja.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from casn_plugin.evaluation import RANKINGS
+from casn_plugin.explanation.curves import plot_cmc
+from casn_plugin.explanation.lists import ExplainedRankings, RankingExplanation
+from casn_plugin.explanation.pictures import (
+    RIGHT,
+    WRONG,
+    colour_key,
+    jpeg_uri,
+    png_uri,
+    verdict,
+)
+from casn_plugin.files import replacing
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+_CURVES = ("features", "fused")
+_RANKS = (1, 5, 10, 20)
+
+
+def html_report(
+    explained: ExplainedRankings,
+    results: Mapping[str, Any],
+    *,
+    title: str = "Why these matches?",
+    facts: Mapping[str, str] | None = None,
+    number: int = 5,
+    progress: bool = False,
+) -> str:
+    """Returns a self-contained HTML page: it loads nothing, works offline and on a phone.
+
+    It holds the rank-1, mAP and CMC of features, attention and both fused; the queries that went
+    worst and best with their ranked lists and the attention of each pair; and how to read all
+    that. Right and wrong are told by words and lines as well as by colour.
+
+    Args:
+        explained: the ranked lists, of :meth:`casn_plugin.ImageCASNEngine.explain` or
+            :func:`casn_plugin.explain_ranking`.
+        results: of the same data set in ``engine.results``.
+        title: the page's.
+        facts: what the reader should know of the model and the data, a name and a value each.
+        number: so many of the worst and of the best queries.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        ValueError: a negative `number`, or results without a ranking.
+    """
+    if number < 0:
+        raise ValueError(f"number must be >= 0, got {number}")
+    missing = sorted(set(RANKINGS) - set(results))
+    if missing:
+        raise ValueError(f"results must be of one data set in engine.results, lack {missing}")
+    valid = explained.ranked.worst()
+    worst, best = valid[:number], explained.ranked.best(number)
+    bar = tqdm(
+        total=len(worst) + len(best), desc="Explaining", unit="query", leave=False,
+        disable=None if progress else True,
+    )  # fmt: skip
+
+    def cards(queries: Iterable[int]) -> Iterator[RankingExplanation]:
+        """Yields queries as the page comes to them, so that one at a time is held."""
+        for query in queries:
+            yield explained[query]
+            bar.update()
+
+    curves = {name: results[name] for name in _CURVES}
+    with bar:
+        return _template().render(
+            title=title,
+            facts=facts or {},
+            queries=len(valid),
+            failures=len(explained.ranked.failures()),
+            table=_table(results),
+            auc=results.get("auc"),
+            curves=curves,
+            cmc=list(zip(*(curves[name]["cmc"] for name in _CURVES), strict=True))[:20],
+            cmc_picture=plot_cmc(curves),
+            row_threshold=explained.row_threshold,
+            worst=cards(worst),
+            best=cards(best),
+        )
+
+
+def save_report(
+    path: str | os.PathLike[str],
+    explained: ExplainedRankings,
+    results: Mapping[str, Any],
+    **options: Any,
+) -> Path:
+    """Returns the path of the saved :func:`html_report`; the file is whole or not there.
+
+    Args:
+        path: of the file, an existing one is replaced.
+        explained: as there.
+        results: as there.
+        **options: as there.
+
+    Raises:
+        ValueError: as there.
+        OSError: a folder that can't be made or written.
+    """
+    page = html_report(explained, results, **options)
+    with replacing(path) as partial:
+        partial.write_text(page, encoding="utf-8", errors="replace")
+    return Path(path)
+
+
+def _table(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Returns the figures of the three rankings: a row each, with a share in each column."""
+    length = min(len(results[name]["cmc"]) for name in RANKINGS)
+    return {
+        name: {
+            **{f"Rank-{rank}": results[name]["cmc"][rank - 1] for rank in _RANKS if rank <= length},
+            **{mean: results[name][mean] for mean in ("mAP", "mINP") if mean in results[name]},
+        }
+        for name in RANKINGS
+    }
+
+
+def _template() -> "Template":
+    """Returns the page with blanks, which escapes all that is put into them."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("casn_plugin.explanation", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.globals |= {
+        "RIGHT": RIGHT,
+        "WRONG": WRONG,
+        "colour_key": colour_key,
+        "jpeg_uri": jpeg_uri,
+        "png_uri": png_uri,
+        "verdict": verdict,
+    }
+    return environment.get_template("report.html.jinja")

@@ -1,0 +1,300 @@
+"""What keeps hours of training: no step with numbers that are none, no stop that loses an epoch."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from casn_plugin.checkpoint import random_state, set_random_state
+from casn_plugin.sampler import PairSampler
+
+
+class DivergedError(FloatingPointError):
+    """Losses or gradients were no finite numbers, several steps in a row."""
+
+
+class Interrupted(SystemExit):
+    """A signal has ended the run after the step that it met, with a checkpoint."""
+
+
+class FiniteSteps:
+    """Optimisation steps that leave no NaN and no infinity in the weights.
+
+    A step whose loss terms or gradients are not finite is skipped: weights, optimizer and the
+    statistics of BatchNorm stay as they were before its forward pass.
+
+    Args:
+        model: what is trained.
+        optimizer: of its parameters.
+        scaler: of the gradients under float16, which skips steps with infinite ones by itself.
+        patience: so many bad steps in a row end the training, >= 1.
+
+    Attributes:
+        skipped: one sentence for each step that was skipped.
+
+    Example:
+        >>> net = nn.Linear(2, 1)
+        >>> steps = FiniteSteps(net, torch.optim.SGD(net.parameters(), 0.1))
+        >>> with steps.watched():
+        ...     loss = net(torch.full((4, 2), torch.nan)).sum()
+        ...     steps.take(loss, {"loss": loss.detach()}, lambda: "step 1") is None
+        step 1: loss is nan, gradient is nan; the step is skipped
+        True
+        >>> bool(net.weight.isfinite().all())
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler | None = None,
+        *,
+        patience: int = 5,
+    ) -> None:
+        if patience < 1:
+            raise ValueError(f"patience must be at least 1, got {patience}")
+        self.model = model
+        self.optimizer = optimizer
+        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self.patience = patience
+        self.skipped: list[str] = []
+        self._in_a_row = 0
+        self._before: list[tuple[Tensor, Tensor]] = []
+
+    def check_weights(self) -> None:
+        """Keeps a model from being saved whose weights are no numbers.
+
+        Raises:
+            DivergedError: a weight or statistic is NaN or infinite.
+        """
+        for name, value in self.model.state_dict().items():
+            if not bool(value.isfinite().all()):
+                raise DivergedError(f"{name} is not finite: is the learning rate too high?")
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Remembers the statistics that a forward pass inside of this context may move."""
+        self._before = [(each, each.clone()) for each in self.model.buffers()]
+        try:
+            yield
+        finally:
+            self._before = []
+
+    def take(
+        self, loss: Tensor, terms: dict[str, Tensor], where: Callable[[], str]
+    ) -> dict[str, float] | None:
+        """Returns the terms as numbers, having taken a step; None where it was skipped.
+
+        All that is read from the device is read at once.
+
+        Args:
+            loss: of the forward pass in :meth:`watched`, with its graph.
+            terms: of the loss, without a graph.
+            where: gives epoch, step and pictures, where something is printed.
+
+        Raises:
+            DivergedError: the last `patience` steps were skipped.
+        """
+        self.optimizer.zero_grad()
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        read = dict(terms)
+        if self.scaler is None:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            norms = [norm.float() for norm in torch._foreach_norm(gradients)] if gradients else []
+            read["gradient"] = torch.stack([*norms, loss.new_zeros((), dtype=torch.float)]).sum()
+        values = torch.stack([each.detach().float() for each in read.values()])
+        numbers = dict(zip(read, values.tolist(), strict=True))
+        finite = [abs(number) < float("inf") for number in numbers.values()]
+        if all(finite):
+            self._in_a_row = 0
+            if self.scaler is None:
+                self.optimizer.step()
+            else:
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+            return {name: numbers[name] for name in terms}
+        bad = [f"{name} is {number}" for name, number in numbers.items()
+               if not abs(number) < float("inf")]  # fmt: skip
+        self._skip(f"{where()}: {', '.join(bad)}; the step is skipped")
+        return None
+
+    def _skip(self, sentence: str) -> None:
+        """Puts back what the forward pass has moved, and says so."""
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            for buffer, before in self._before:
+                buffer.copy_(before)
+        self.skipped.append(sentence)
+        tqdm.write(sentence)
+        self._in_a_row += 1
+        if self._in_a_row >= self.patience:
+            raise DivergedError(
+                f"{self._in_a_row} steps in a row had losses or gradients that are not finite, "
+                f"the last one at {sentence}"
+            )
+
+
+class Interruption:
+    """Lets SIGINT and SIGTERM wait for the end of a step, so that nothing trained is lost.
+
+    Outside of :meth:`deferred`, and at the second signal, the run ends at once. Signals of other
+    threads than the main one are left alone.
+
+    Attributes:
+        signum: the signal that waits, or None.
+
+    Example:
+        >>> with Interruption() as interruption, interruption.deferred():
+        ...     signal.raise_signal(signal.SIGTERM)
+        ...     interruption.signum == signal.SIGTERM
+        Stopping after this step (once more: at once) ...
+        True
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._deferred = False
+        self._found: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interruption":
+        """Takes over the signals."""
+        self.signum = None
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._found[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Gives the signals back."""
+        for signum, handler in self._found.items():
+            signal.signal(signum, handler)
+        self._found = {}
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside, a signal is only noted."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def _handle(self, signum: int, _: FrameType | None) -> None:
+        if not self._deferred or self.signum is not None:
+            raise Interrupted(128 + signum)
+        self.signum = signum
+        tqdm.write("Stopping after this step (once more: at once) ...")
+
+
+class Epoch:
+    """The batches of one epoch, from where an interrupted run has ended, and the terms' means.
+
+    Args:
+        loader: the train loader; where its sampler is a PairSampler, its epoch goes on too.
+        title: of the progress bar.
+        interruption: after the step in which its signal comes, :class:`Interrupted` is raised,
+            where batches are left.
+        resumed: what :meth:`interrupted_state` has given as "interrupted": the batches that were
+            trained on are drawn and left out.
+
+    Attributes:
+        done: batches that were trained on, those before the interruption included.
+
+    Example:
+        >>> epoch = Epoch([1, 2, 3], "Epoch 1", resumed={"batches": 1})
+        >>> list(epoch), epoch.done
+        ([2, 3], 3)
+    """
+
+    def __init__(
+        self,
+        loader: Any,
+        title: str,
+        *,
+        interruption: Interruption | None = None,
+        resumed: dict[str, Any] | None = None,
+    ) -> None:
+        self.loader = loader
+        self.title = title
+        self.interruption = interruption
+        self._resumed = resumed or {}
+        self._terms: dict[str, tuple[float, int]] = dict(self._resumed.get("terms", {}))
+        self._begun: dict[str, Any] = {"random_state": random_state()}
+        sampler = getattr(loader, "sampler", None)
+        if isinstance(sampler, PairSampler):
+            self._begun["sampler_epoch"] = sampler.epoch
+        self.done = self._resumed.get("batches", 0)
+
+    def __len__(self) -> int:
+        """Returns the number of batches of the whole epoch."""
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yields the batches that are left."""
+        batches = iter(self.loader)
+        for _ in range(self.done):
+            next(batches)
+        if "random_state" in self._resumed:
+            set_random_state(self._resumed["random_state"])
+        bar = tqdm(
+            total=len(self), initial=self.done, desc=self.title, unit="batch", leave=False,
+            disable=None,
+        )  # fmt: skip
+        with bar:
+            while self.done < len(self):
+                self._stop_if_interrupted()
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+                except RuntimeError:  # the signal may have ended the loader's processes too
+                    self._stop_if_interrupted()
+                    raise
+                yield batch
+                self.done += 1
+                bar.update()
+
+    def _stop_if_interrupted(self) -> None:
+        if self.interruption is not None and self.interruption.signum is not None:
+            raise Interrupted(128 + self.interruption.signum)
+
+    def add(self, summary: dict[str, float]) -> None:
+        """Takes the terms of a step into the means."""
+        for name, value in summary.items():
+            total, count = self._terms.get(name, (0.0, 0))
+            self._terms[name] = total + value, count + 1
+
+    def means(self) -> dict[str, float]:
+        """Returns the mean of every term."""
+        return {name: total / count for name, (total, count) in self._terms.items()}
+
+    def interrupted_state(self) -> dict[str, Any]:
+        """Returns what a checkpoint within this epoch holds in place of a finished epoch's state.
+
+        Going on from it, the epoch begins as it did, and leaves out what was done.
+        """
+        inner = {"batches": self.done, "terms": self._terms, "random_state": random_state()}
+        return {**self._begun, "interrupted": inner}
+
+
+def pictures_of(names: Sequence[str] | None, imgs: Tensor, limit: int = 4) -> str:
+    """Returns which pictures of a batch are to be looked at: those that are not finite, or some.
+
+    Example:
+        >>> pictures_of(["a.jpg", "b.jpg"], torch.tensor([0.0, torch.nan]).view(2, 1, 1, 1))
+        'b.jpg holds NaN or infinity'
+    """
+    finite = imgs.isfinite().flatten(1).all(1).tolist()
+    listed = list(names) if names is not None else [f"image {row}" for row in range(len(imgs))]
+    bad = [name for name, good in zip(listed, finite, strict=True) if not good]
+    shown = ", ".join(map(str, (bad or listed)[:limit]))
+    more = len(bad or listed) - limit
+    shown += f" and {more} more" if more > 0 else ""
+    return f"{shown} hold{'s' if len(bad) == 1 else ''} NaN or infinity" if bad else shown

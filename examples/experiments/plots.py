@@ -1,0 +1,152 @@
+"""The plots of the laboratory, and pictures as small as they can be without visible loss."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+from studies import FAMILIES, LAMBDAS, name_of
+
+from casn_plugin.explanation import COLOURS
+
+
+def save_small(picture: Figure | np.ndarray | Image.Image, path: Path) -> None:
+    """Saves a figure or an RGB picture: drawings as .png of 256 colours, photographs as .webp.
+
+    Raises:
+        ValueError: another ending.
+    """
+    if isinstance(picture, Figure):
+        drawn = io.BytesIO()
+        picture.savefig(drawn, format="png")
+        picture = Image.open(drawn)
+    elif isinstance(picture, np.ndarray):
+        picture = Image.fromarray(picture)
+    picture = picture.convert("RGB")
+    if path.suffix == ".png":
+        picture.quantize(256).save(path, optimize=True)
+    elif path.suffix == ".webp":
+        picture.save(path, quality=85, method=6)
+    else:
+        raise ValueError(f"expected a .png or .webp, got {path}")
+
+
+def plot_table(rows: Mapping[str, Mapping[str, list[list[float]]]]) -> Figure:
+    """Returns rank-1 and mAP of every run, with mean and standard deviation of each row.
+
+    Args:
+        rows: by the name of a row "features" and "fused": of rank-1 and of mAP the values in
+            percent.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained", dpi=100)
+    for number, (axis, label) in enumerate(
+        zip(figure.subplots(1, 2), ("rank-1 (%)", "mAP (%)"), strict=True)
+    ):
+        for shift, kind in ((-0.15, "features"), (0.25, "fused")):
+            for at, row in enumerate(rows.values()):
+                values = row[kind][number]
+                if not values:
+                    continue
+                axis.plot([at + shift - 0.1] * len(values), values, "o", color=COLOURS[kind],
+                          alpha=0.6, markersize=4, markeredgewidth=0)  # fmt: skip
+                axis.errorbar(at + shift, np.mean(values), _deviation(values), fmt="_", capsize=3,
+                              color=COLOURS[kind])  # fmt: skip
+            axis.plot([], "o-", color=COLOURS[kind], markersize=4, label=kind)
+        axis.set_xticks(range(len(rows)), list(rows), rotation=30, ha="right")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    return figure
+
+
+def plot_training(histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> Figure:
+    """Returns accuracy and loss terms over the epochs, mean and range of each row's runs.
+
+    Args:
+        histories: by the name of a row, the epochs of each of its runs.
+    """
+    terms = {
+        "acc": "training accuracy (%)",
+        "loss_ia": "L_ia",
+        "loss_bce": "L_bce",
+        "attention_distance": "attention distance",
+    }
+    styles = {
+        name_of(family, losses): (line, f"C{number}")
+        for family, line in zip(FAMILIES, ("-", "--"), strict=True)
+        for number, losses in enumerate(LAMBDAS)
+    }
+    figure = Figure(figsize=(10, 3.6), layout="constrained", dpi=100)
+    axes, lines = figure.subplots(1, len(terms)), {}
+    for name, runs in histories.items():
+        line, colour = styles[name]
+        for axis, term in zip(axes, terms, strict=True):
+            if not any(term in epoch for run in runs for epoch in run):
+                continue
+            values = np.array([[epoch.get(term) for epoch in run] for run in runs], dtype=float)
+            epochs = np.arange(1, values.shape[1] + 1)
+            (lines[name],) = axis.plot(epochs, values.mean(0), line, color=colour)
+            axis.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.12)
+    for axis, label in zip(axes, terms.values(), strict=True):
+        axis.set_title(label, fontsize=10)
+        axis.set_xlabel("epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=8, fontsize=8)
+    return figure
+
+
+def plot_choices(points: Mapping[str, Sequence[float]]) -> Figure:
+    """Returns the paired difference in mAP of the features of each choice.
+
+    Args:
+        points: by the name of a choice, the differences of its runs in points.
+    """
+    figure = Figure(figsize=(8, 1 + 0.3 * len(points)), layout="constrained", dpi=100)
+    axis = figure.subplots()
+    for at, values in enumerate(points.values()):
+        if not values:
+            continue
+        axis.plot(values, [at - 0.2] * len(values), "o", color=COLOURS["features"], alpha=0.6,
+                  markersize=4, markeredgewidth=0)  # fmt: skip
+        axis.errorbar(np.mean(values), at, xerr=_deviation(values), fmt="|", capsize=3,
+                      color=COLOURS["features"])  # fmt: skip
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(points)), list(points))
+    axis.invert_yaxis()
+    axis.set_xlabel("difference in mAP of the features (points)")
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def plot_memory(
+    images: Sequence[int], curves: Mapping[str, Sequence[float]], budget: float, device: str
+) -> Figure:
+    """Returns the peak memory of ranking as the gallery grows.
+
+    Args:
+        images: of the gallery.
+        curves: by what is measured, MiB at each number of images.
+        budget: the `max_memory` of the ranking, in MiB.
+        device: that it was measured on.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained", dpi=110)
+    axes = figure.subplots()
+    for (name, values), marker in zip(curves.items(), "osd^v", strict=False):
+        axes.plot(images, values, marker=marker, label=name)
+    axes.axhline(budget, color="black", linestyle=":", label="max_memory")
+    axes.set(xscale="log", yscale="log", xlabel="gallery images", ylabel="peak memory (MiB)")
+    axes.set_xticks(images, [f"{number:,}" for number in images])
+    axes.minorticks_off()
+    axes.legend(loc="upper left", fontsize="small")
+    axes.set_title(f"Peak memory of ranking an index on disk, 64 queries ({device})")
+    return figure
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """Returns the sample standard deviation, 0 of one value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0

@@ -1,0 +1,175 @@
+"""One check for each kind of thing, and that public functions have them at their doors."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import TinyBackbone, tiny_forward
+
+from casn_plugin import CASN, Encoding, attention, losses
+from casn_plugin.doors import (
+    check_choice,
+    check_count,
+    check_finite,
+    check_images,
+    check_lengths,
+    check_matrix,
+    check_share,
+    check_tensor,
+    check_weight,
+)
+
+
+@pytest.mark.parametrize(
+    ("value", "dims", "error", "message"),
+    [
+        (np.zeros(3), "pairs", TypeError, "it must be a float tensor, got ndarray"),
+        (None, "pairs", TypeError, "got NoneType"),
+        (torch.zeros(3, dtype=torch.uint8), "pairs", TypeError, "a float tensor, got torch.uint8"),
+        (torch.zeros(3, dtype=torch.complex64), "pairs", TypeError, "got torch.complex64"),
+        (torch.zeros(3), "pairs dim", ValueError, r"of shape \(pairs, dim\), got \(3,\)"),
+        (torch.zeros(3, 4), "pairs", ValueError, r"of shape \(pairs,\), got \(3, 4\)"),
+        (torch.zeros(3, 4), "pairs 2", ValueError, r"of shape \(pairs, 2\), got \(3, 4\)"),
+        (torch.zeros(3), "*batch height width", ValueError, r"got \(3,\)"),
+    ],
+)
+def test_tensors_of_another_kind_are_refused(value, dims, error, message):
+    with pytest.raises(error, match=message):
+        check_tensor("it", value, dims)
+
+
+def test_tensors_of_the_kind_come_back():
+    for value, dims in (
+        (torch.zeros(3, 2), "pairs 2"), (torch.zeros(()), ""), (torch.zeros(4, 3), "*b h w"),
+        (torch.zeros(1, 2, 4, 3).half(), "*b h w"),
+    ):  # fmt: skip
+        assert check_tensor("it", value, dims) is value
+    ids = torch.arange(3)
+    assert check_tensor("it", ids, "batch", floating=False) is ids
+    for wrong in (ids.float(), ids.bool()):
+        with pytest.raises(TypeError, match="a tensor of integers"):
+            check_tensor("it", wrong, "batch", floating=False)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, -1e-9])
+def test_weights_are_finite_and_not_negative(value):
+    with pytest.raises(ValueError, match="it must be >= 0 and finite, got"):
+        check_weight("it", value)
+    assert check_weight("it", 0) == 0 and check_weight("it", np.float32(2)) == 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1.0, 2, -1e-9])
+def test_shares_lie_below_one(value):
+    with pytest.raises(ValueError, match=r"it must lie in \[0, 1\), got"):
+        check_share("it", value)
+    assert check_share("it", 0) == 0
+
+
+@pytest.mark.parametrize("value", ["0.2", None, True, [0.2]])
+def test_numbers_are_numbers(value):
+    for check in (check_share, check_weight):
+        with pytest.raises(TypeError, match="it must be a number, got"):
+            check("it", value)
+
+
+def test_counts_are_whole():
+    assert check_count("it", np.int64(3)) == 3 and check_count("it", 0, least=0) == 0
+    for value in (1.0, "3", None, True):
+        with pytest.raises(TypeError, match="it must be an integer, got"):
+            check_count("it", value)
+    with pytest.raises(ValueError, match="it must be at least 1, got 0"):
+        check_count("it", 0)
+    with pytest.raises(ValueError, match="it must be >= 0, got -1"):
+        check_count("it", -1, least=0)
+
+
+def test_lengths_choices_images_and_matrices():
+    assert check_lengths(a=[1, 2], b=None, c=torch.zeros(2)) == 2 and check_lengths() == 0
+    with pytest.raises(ValueError, match="a and b must be of one length, got 1 and 2"):
+        check_lengths(a=[1], b=[1, 2])
+    with pytest.raises(ValueError, match="it must be 'a', 'b' or 'c', got 'd'"):
+        check_choice("it", "d", ("a", "b", "c"))
+    for imgs in (torch.zeros(0, 3, 8, 4), torch.zeros(2, 3, 0, 4)):
+        with pytest.raises(ValueError, match="at least one image"):
+            check_images(imgs)
+    for imgs in (torch.zeros(2, 4, 8, 4), torch.zeros(3, 8, 4)):
+        with pytest.raises(ValueError, match=r"imgs must be of shape \(batch, 3, rows, columns\)"):
+            check_images(imgs)
+    with pytest.raises(ValueError, match="it must not be NaN, but 1 of 2 are"):
+        check_matrix("it", torch.tensor([[0.0, torch.nan]]))
+    assert check_finite("it", torch.zeros(0)).shape == (0,)
+
+
+A, M = torch.rand(4, 3, 6, 2, requires_grad=True), torch.rand(4, 6, 2)
+SAME, PIDS = torch.tensor([True, False]), torch.tensor([0, 1, 2, 3])
+NET = torch.nn.Linear(3, 2)
+MODEL = CASN(TinyBackbone(), forward=tiny_forward, input_size=(48, 24), hidden_dim=4)
+NAN = float("nan")
+LOSS = losses.IdentificationAttentionLoss()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: attention.grad_cam(A.sum((1, 2, 3))[:3], A),
+        lambda: attention.grad_cam(A.sum((1, 2, 3)), A[0]),
+        lambda: attention.indicator(NET, torch.rand(3)),
+        lambda: attention.indicator(torch.nn.Linear(3, 5), torch.rand(2, 3)),
+        lambda: attention.siamese_attention(NET, A.mean((2, 3)), A[:2]),
+        lambda: attention.siamese_attention(NET, A.mean((2, 3))[0], A),
+        lambda: attention.soft_mask(M, (0, 4)),
+        lambda: attention.soft_mask(M, (8, 4), mask_scale=NAN),
+        lambda: attention.soft_mask(M, (8, 4), mask_threshold=NAN),
+        lambda: attention.soft_mask(M[0], (8, 4)),
+        lambda: attention.soft_mask(M.long(), (8, 4)),
+        lambda: attention.scale_maps(M[0, 0]),
+        lambda: attention.row_profiles(M.numpy()),
+        lambda: attention.attended_span(M[0], NAN),
+        lambda: attention.align_profiles(M[0], 2.0),
+        lambda: attention.align_profiles(M[0].long()),
+        lambda: attention.attention_distance(M[0], M[0, :2]),
+        lambda: attention.attention_distance(M[0], M[0], row_threshold=-1),
+        lambda: losses.identity_scores(torch.rand(4, 5), PIDS[:3]),
+        lambda: losses.identity_scores(torch.rand(4, 5), PIDS.float()),
+        lambda: losses.identification_loss(torch.rand(4, 5), PIDS[:3]),
+        lambda: losses.pair_loss(torch.rand(3, 2), SAME),
+        lambda: losses.pair_loss(torch.rand(2, 3), SAME),
+        lambda: losses.siamese_attention_loss(torch.rand(2, 2), torch.rand(2, 1), SAME),
+        lambda: losses.siamese_attention_loss(torch.rand(3, 2), torch.rand(2), SAME),
+        lambda: losses.siamese_attention_loss(
+            torch.rand(2, 2), torch.rand(2), SAME, consistency_weight=NAN
+        ),
+        lambda: losses.consistency(torch.rand(3), SAME),
+        lambda: losses.casn_loss(A.sum(), A.sum(), A.sum(), lambda_ia=NAN),
+        lambda: losses.casn_loss(A.sum(), A.sum(), A.sum(), lambda_sa=-1),
+        lambda: losses.IdentificationAttentionLoss(mask_scale=NAN),
+        lambda: losses.IdentificationAttentionLoss(mask_threshold=NAN),
+        lambda: losses.IdentificationAttentionLoss(fill=NAN),
+        lambda: losses.SiameseAttentionLoss(consistency_weight=-1),
+        lambda: losses.SiameseAttentionLoss(row_threshold=NAN),
+        lambda: MODEL.encode(torch.zeros(0, 3, 48, 24)),
+        lambda: MODEL.encode(torch.zeros(2, 1, 48, 24)),
+        lambda: MODEL.encode(torch.zeros(2, 3, 48, 24, dtype=torch.uint8)),
+        lambda: MODEL.encode(torch.zeros(2, 3, 48, 24).half()),
+        lambda: MODEL.encode(np.zeros((2, 3, 48, 24), np.float32)),
+        lambda: MODEL.encode(torch.zeros(3, 48, 24)),
+        lambda: MODEL.train()(torch.zeros(2, 3, 48, 24), PIDS[:1], LOSS),
+        lambda: MODEL.train()(torch.zeros(2, 3, 48, 24).long()),
+        lambda: Encoding(torch.rand(2, 4)),
+        lambda: Encoding(torch.rand(2, 4), torch.rand(3, 4, 6, 2)),
+        lambda: Encoding(torch.rand(2, 4), torch.rand(2, 4, 6)),
+        lambda: Encoding(torch.arange(4).view(2, 2), torch.rand(2, 2, 6, 2)),
+        lambda: Encoding.cat([torch.rand(2, 4)]),
+        lambda: Encoding.cat([
+            Encoding(torch.rand(2, 4), torch.rand(2, 4, 6, 2)),
+            Encoding(torch.rand(2, 4), torch.rand(2, 4, 5, 2)),
+        ]),
+    ],
+)  # fmt: skip
+def test_public_functions_say_what_they_expect(unchecked, call):
+    """A ValueError or TypeError of ours, with words of ours: never of somebody deep inside."""
+    with pytest.raises((ValueError, TypeError), match=r"must|expected|got") as raised:
+        call()
+    frame = raised.tb
+    while frame.tb_next is not None:
+        frame = frame.tb_next
+    assert "casn_plugin" in frame.tb_frame.f_code.co_filename, "raised elsewhere"

@@ -1,0 +1,78 @@
+"""The benchmark of ranking, on little."""
+
+import mmap
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import cells
+from PIL import Image
+
+from casn_plugin import CASN, GalleryIndex, attention_distmat, rank_gallery
+from casn_plugin.engine import EmbeddedPedestrians
+
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
+
+
+@pytest.fixture
+def benchmark(lab):
+    """The benchmark as a module."""
+    return lab("benchmark_ranking")
+
+
+def test_the_benchmark_measures_speed_and_exactness(benchmark, tmp_path):
+    arguments = [
+        *("--only", "speed", "exactness", "--heads", "OSNet", "--repeats", "1", "--scale", "0.1"),
+        *("--device", "cpu", "--save-dir", str(tmp_path)),
+    ]
+    speed, exactness = benchmark.main(arguments)
+    assert (tmp_path / "cpu.md").read_text(encoding="utf-8") == f"{speed}\n{exactness}"
+    rates = {row[1]: float(row[2].replace(",", "")) for row in cells(speed)[1:]}
+    assert rates["ours, float32"] > rates["autograd, one pair at a time"]
+    kinds = {row[1]: row[2:] for row in cells(exactness)}
+    assert kinds["float64"][0] == "0 of 65,536" and float(kinds["float64"][2]) < 1e-12
+    assert float(kinds["float32"][2]) < 1e-4 < float(kinds["bfloat16"][2])
+
+
+def test_the_benchmark_measures_what_shortlists_cost(benchmark, lab, monkeypatch, tmp_path):
+    sizes = {"num_train_pids": 2, "num_test_pids": 4, "images_per_camera": 2, "progress": False}
+    monkeypatch.setattr(EmbeddedPedestrians, "options", sizes)
+    checkpoint = tmp_path / "model.pth"
+    options = lab("protocols").parse_args(["--device", "cpu"])
+    torch.save({"state_dict": lab("backbones").build_model(options, 2).state_dict()}, checkpoint)
+    with pytest.raises(SystemExit):
+        benchmark.main(["--only", "quality"])
+    arguments = ["--only", "quality", "--checkpoint", str(checkpoint), "--device", "cpu"]
+    (table,) = benchmark.main([*arguments, "--save-dir", str(tmp_path)])
+    rows = {row[0]: row[1:] for row in cells(table)}
+    assert rows["all pairs, float32"][2:] == rows["shortlist of 500"][2:]
+    assert sum("exact top" in name for name in rows) == 3
+
+
+def test_the_benchmark_compares_processes_and_memory(benchmark, lab):
+    peaks = lab("benchmark_memory").Peak()
+    with peaks:  # from the system: what was freed before may be given out again
+        held = mmap.mmap(-1, 2**26, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        np.frombuffer(held, np.uint8)[:] = 1
+        time.sleep(0.05)
+    assert 60 < peaks.peak / 2**20 < 100 and len(held)
+    rows = cells(benchmark.processes(benchmark.parse_args(["--scale", "0.1"])))[1:]
+    assert rows[0][-1] == rows[2][-1] == "yes"  # with two threads, sums may round otherwise
+
+
+def test_the_benchmark_measures_the_memory_of_ranking_from_disk(lab, tmp_path):
+    memory, plots = lab("benchmark_memory"), lab("plots")
+    backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 512, 3, stride=16, padding=1))
+    model = CASN(backbone, forward=memory.pooled_forward, input_size=(256, 128))
+    index = GalleryIndex.create(tmp_path / "index", model)
+    index.add(memory.small_head().encode(128))
+    for function in (attention_distmat, rank_gallery):
+        peaks = memory.peak_of(str(tmp_path / "index"), function, "cpu")
+        assert 0 <= peaks["of the host"] < 2 * memory.BUDGET / 2**20
+    figure = plots.plot_memory([64, 128], {"on disk": [16.5, 33.0]}, 64, "cpu")
+    plots.save_small(figure, tmp_path / "memory.png")
+    with Image.open(tmp_path / "memory.png") as picture:
+        assert picture.mode == "P"  # 256 colours
+    with pytest.raises(ValueError, match=r"expected a \.png or \.webp"):
+        plots.save_small(figure, tmp_path / "memory.jpg")
