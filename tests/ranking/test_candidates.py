@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from heads import CHANNELS, Model, encode, parts, pooled
+from small_heads import CHANNELS, Model, encode, parts, pooled
 from torch import nn
 
 from casn_plugin import PairClassifier, attention_distmat, rank_gallery

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from heads import CHANNELS, CLASSIFIERS, Model, encode, pooled
+from small_heads import CHANNELS, CLASSIFIERS, Model, encode, pooled
 from torch import nn
 
 from casn_plugin import PairClassifier, attention_distmat

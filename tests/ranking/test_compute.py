@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from heads import CHANNELS, Model, encode, pooled
+from small_heads import CHANNELS, Model, encode, pooled
 
 from casn_plugin import Compute, PairClassifier, attention_distmat
 from casn_plugin.ranking.compute import Arithmetic, Buffer

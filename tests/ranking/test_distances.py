@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from heads import CHANNELS, CLASSIFIERS, HEADS, PARTS, Model, encode, parts, pooled
+from small_heads import CHANNELS, CLASSIFIERS, HEADS, PARTS, Model, encode, parts, pooled
 from torch import nn
 
 from casn_plugin import Compute, Encoding, PairClassifier, attention_distmat, rank_gallery

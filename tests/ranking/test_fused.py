@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from heads import CHANNELS, Blocks, Model, encode, pooled
+from small_heads import CHANNELS, Blocks, Model, encode, pooled
 from torch import nn
 
 from casn_plugin import PairClassifier, RankingOptions, attention_distmat, fuse_distmats

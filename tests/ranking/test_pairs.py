@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from heads import CHANNELS, HEADS, PARTS, Blocks, Model, encode, parts, pooled
+from small_heads import CHANNELS, HEADS, PARTS, Blocks, Model, encode, parts, pooled
 from starting import finish_two, start
 from torch import nn
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from heads import CHANNELS, CLASSIFIERS, HEADS, Model, encode, pooled
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_heads import CHANNELS, CLASSIFIERS, HEADS, Model, encode, pooled
 from torch import nn
 
 from casn_plugin import Compute, Encoding, PairClassifier, attention_distmat, rank_gallery

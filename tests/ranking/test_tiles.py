@@ -20,18 +20,15 @@ SIZES = st.fixed_dictionaries({
 @given(SIZES)
 def test_tiles_cover_every_pair_once(sizes):
     grid = Grid.fit(**sizes)
-    seen = [
-        (row, column)
-        for panel in grid.panels()
-        for block in grid.blocks()
-        for tile in grid.strips(panel)
-        for row in range(tile.start, tile.stop)
-        for column in range(block.start, block.stop)
-    ]
-    every = [(row, col) for row in range(grid.queries) for col in range(grid.galleries)]
-    assert sorted(seen) == every
-    compared = [row for rows in grid.comparisons() for row in range(rows.start, rows.stop)]
-    assert compared == list(range(grid.queries))
+    queries, galleries = list(range(grid.queries)), list(range(grid.galleries))
+    strips = [strip for panel in grid.panels() for strip in grid.strips(panel)]
+    for portions, every in ((strips, queries), (grid.blocks(), galleries)):
+        assert all(0 <= each.start < each.stop <= len(every) for each in portions)
+        assert [row for each in portions for row in every[each]] == every
+    assert [row for rows in grid.comparisons() for row in queries[rows]] == queries
+    for panel in grid.panels():
+        assert all(panel.start <= strip.start < panel.stop for strip in grid.strips(panel))
+        assert [row for strip in grid.strips(panel) for row in queries[strip]] == queries[panel]
 
 
 @given(SIZES)
