@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from casn_plugin.identities import check_labels, have_match
 from casn_plugin.loading import check_pictures
@@ -41,6 +42,23 @@ def check_datamanager(datamanager: Any, *, pairs: bool) -> None:
     if hasattr(loader.dataset, "train"):
         labels = [row[1] for row in loader.dataset.train]
         check_labels("pids of the training images", labels, datamanager.num_train_pids)
+
+
+def check_processes() -> None:
+    """Finds out whether this process trains alone.
+
+    Raises:
+        RuntimeError: it is one of several, which would all train on the same pairs.
+
+    Example:
+        >>> check_processes()
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise RuntimeError(
+            f"expected one process that trains, got {dist.get_world_size()}: all would train on "
+            "the same pairs and write the same files; for several GPUs wrap the model in "
+            "nn.DataParallel"
+        )
 
 
 def check_optimizer(model: CASN, optimizer: torch.optim.Optimizer, *, pairs: bool) -> None:

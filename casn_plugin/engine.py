@@ -28,7 +28,7 @@ from casn_plugin.checkpoint import (
     load_checkpoint,
     preserved_random_state,
 )
-from casn_plugin.checks import CheckedData, check_datamanager, check_optimizer
+from casn_plugin.checks import CheckedData, check_datamanager, check_optimizer, check_processes
 from casn_plugin.doors import check_count, check_weight
 from casn_plugin.evaluation import RankedLists, side_by_side
 from casn_plugin.explanation import AttentionBoard, ExplainedRankings, log_results
@@ -166,7 +166,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         kept. SIGINT and SIGTERM finish the step, write a checkpoint, and end the run.
 
         Raises:
-            RuntimeError: another run has the same `save_dir`.
+            RuntimeError: another run has the same `save_dir`, or this process is one of several.
             ValueError: queries without a match, pictures that can't be read, or what torchreid
                 rejects.
             DivergedError: several steps in a row whose losses or gradients were not finite.
@@ -180,6 +180,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             return
         if not options["ranks"] or min(options["ranks"]) < 1:
             raise ValueError(f"ranks must be at least 1, got {options['ranks']}")
+        check_processes()
         self._checked.check(self.train_loader.dataset, self._test_sets(), self.ranking.counting)
         keep = max(self.keep_checkpoints, 1)
         self._checkpoints = Checkpoints(osp.join(options["save_dir"], "model"), keep)

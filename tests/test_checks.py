@@ -8,7 +8,12 @@ from conftest import TinyBackbone, tiny_forward
 from torch.utils.data import DataLoader, Dataset
 
 from casn_plugin import CASN, PairSampler
-from casn_plugin.checks import check_datamanager, check_optimizer, check_test_set
+from casn_plugin.checks import (
+    check_datamanager,
+    check_optimizer,
+    check_processes,
+    check_test_set,
+)
 
 
 class Rows(Dataset):
@@ -73,3 +78,18 @@ def test_queries_have_a_match_in_the_gallery():
         with pytest.raises(ValueError, match="none of the 1 queries of set has a match"):
             check_test_set("set", query, Rows(rows))
     check_test_set("set", SimpleNamespace(), gallery)
+
+
+def test_several_processes_would_train_on_the_same_pairs(tmp_path, monkeypatch):
+    check_processes()
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1
+    )
+    try:
+        check_processes()
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        with pytest.raises(RuntimeError, match=r"one process that trains, got 2: .*DataParallel"):
+            check_processes()
+    finally:
+        monkeypatch.undo()
+        torch.distributed.destroy_process_group()
