@@ -40,7 +40,7 @@ def locked(folder: Path, timeout: float) -> Iterator[None]:
 
     Example:
         >>> from tempfile import TemporaryDirectory
-        >>> with TemporaryDirectory() as name, locked(Path(name), timeout=1):
+        >>> with TemporaryDirectory() as name, locked(Path(name), timeout=1.0):
         ...     [path.name for path in Path(name).iterdir()]
         ['index.lock']
     """

@@ -32,7 +32,7 @@ class Store:
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as name:
         ...     Manifest(model="0" * 64, dtype=None).write(Path(name))
-        ...     first, second = (Store(Path(name), verify=True, timeout=1) for _ in range(2))
+        ...     first, second = (Store(Path(name), verify=True, timeout=1.0) for _ in range(2))
         ...     with first.locked():
         ...         first.commit(Manifest(model="0" * 64, dtype=None, added=3))
         ...     with second.locked():

@@ -15,8 +15,24 @@ from starting import start
 from torch import nn
 from torch.utils.data import DataLoader
 
-from casn_plugin import CASN, GalleryIndex
+from casn_plugin import CASN, Encoding, GalleryIndex
 from casn_plugin.ranking.company import aside, locked
+
+
+def encoding(n, seed=0) -> Encoding:
+    """Returns images as the model's, which those that it encodes can follow."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.rand(n, 6, 6, 3, generator=generator)
+    return Encoding(torch.rand(n, 6, generator=generator), basis=basis)
+
+
+def three_shards(folder) -> GalleryIndex:
+    """Three shards, one image removed."""
+    index = GalleryIndex.create(folder, MODEL)
+    for shard in range(3):
+        index.add(encoding(4, shard), names=[f"{shard}{row}" for row in "abcd"])
+    index.remove([1])
+    return index
 
 
 @pytest.fixture
@@ -27,9 +43,9 @@ def index(tmp_path) -> GalleryIndex:
 def test_adding_takes_in_what_another_has_changed(index):
     second, reader = GalleryIndex(index.folder), GalleryIndex(index.folder)
     before = reader.names, reader[:].maps.clone()
-    index.add(encoding("basis", 2, 7), names=["x", "y"])
+    index.add(encoding(2, 7), names=["x", "y"])
     index.remove([0, 1, 2, 3])
-    second.add(encoding("basis", 1, 8), names=["z"])
+    second.add(encoding(1, 8), names=["z"])
     index.extend(MODEL, DataLoader(Images(2), 1))
     names = [*before[0][4:], "x", "y", "z", "img0.jpg", "img1.jpg"]
     assert index.names == GalleryIndex(index.folder).names == names
@@ -53,7 +69,7 @@ def test_an_index_made_anew_is_not_added_to(index):
     nn.init.normal_(other.pair_classifier[0].weight)
     GalleryIndex.create(index.folder, other)
     for change in (
-        lambda: index.add(encoding("basis", 1)),
+        lambda: index.add(encoding(1)),
         lambda: index.extend(MODEL, DataLoader(Images(2, fail_at=0), 1)),  # before any work
     ):
         with pytest.raises(ValueError, match="open it anew"):
@@ -66,7 +82,7 @@ def test_images_without_names_are_renumbered(index, monkeypatch):
 
     def encode(self, imgs):
         monkeypatch.setattr(CASN, "encode", genuine)
-        second.add(encoding("basis", 2, 9))  # not kept waiting
+        second.add(encoding(2, 9))  # not kept waiting
         return genuine(self, imgs)
 
     monkeypatch.setattr(CASN, "encode", encode)
@@ -80,10 +96,10 @@ def test_images_without_names_are_renumbered(index, monkeypatch):
 def test_who_waits_too_long_is_told(index):
     waiting = GalleryIndex(index.folder, timeout=0.1)
     before = snapshot(index.folder)
-    with locked(index.folder, 1):
+    with locked(index.folder, 1.0):
         assert GalleryIndex(index.folder).names == index.names  # readers need no lock
         for change in (
-            lambda: waiting.add(encoding("basis", 1)),
+            lambda: waiting.add(encoding(1)),
             lambda: waiting.extend(MODEL, DataLoader(Images(2), 1)),
             lambda: waiting.remove([0]),
         ):
@@ -91,11 +107,11 @@ def test_who_waits_too_long_is_told(index):
                 change()
     assert snapshot(index.folder) == before
     with pytest.raises(ValueError, match="timeout must be >= 0"):
-        GalleryIndex(index.folder, timeout=-1)
+        GalleryIndex(index.folder, timeout=-1.0)
 
 
 def test_what_lives_is_not_tidied(index):
-    with locked(index.folder, 1):
+    with locked(index.folder, 1.0):
         place = aside(index.folder)
         path = place.__enter__()
     (path / "shard").write_bytes(b"being written")
@@ -148,7 +164,7 @@ def test_files_have_the_mode_that_the_umask_says(tmp_path, umask):
 
 def test_names_that_are_taken(index):
     before = snapshot(index.folder)
-    images = encoding("basis", 3, 5)
+    images = encoding(3, 5)
     with pytest.raises(ValueError, match="'0c' is there already"):
         index.add(images, names=["new", "0c", "0d"])
     with pytest.raises(ValueError, match="'new' is there already"):
@@ -186,7 +202,7 @@ def test_extending_twice(index, monkeypatch):
 @pytest.mark.parametrize("what", ["features", "maps"])
 def test_what_is_not_finite_is_refused(index, what, value):
     before = snapshot(index.folder)
-    images = encoding("basis", 2)
+    images = encoding(2)
     getattr(images, what).view(-1)[3] = value
     with pytest.raises(ValueError, match=f"{what} must be finite, but 1 of .* are not"):
         index.add(images)
@@ -218,7 +234,7 @@ def test_no_path_leads_out_of_the_folder(index, name):
 WRONG = [
     None, True, False, -1, 0, 1, 3, 10**9, 10**30, 1.0, 0.5, float("nan"), float("inf"), "", "x",
     "../x", "float32", "int64", "float99", "a" * 64, [], [0], [0, 0], [1.5], [-1], [10**30],
-    ["a"], [None], {}, {"a": 1}, [[]], [{}], ["float32", -4], ["float32", 4, 3, 2], "é\ud800",
+    ["a"], [None], {}, {"a": 1}, [[]], [{}], ["float32", -6], ["float32", 6, 3, 6], "é\ud800",
 ]  # fmt: skip
 
 
@@ -233,7 +249,7 @@ def places(value, path=()):
 def test_manifests_that_nobody_wrote(index, tmp_path):
     """Each value in turn by each wrong one, and left out; then two at a time by chance."""
     genuine = json.loads((index.folder / "index.json").read_text())
-    maps = dict(zip(index.names, index[:].maps, strict=True))
+    maps = {f"{i}{row}": encoding(4, i).maps[j] for i in range(3) for j, row in enumerate("abcd")}
     every = [path for path in places(genuine) if path]
     chance = random.Random(0)
     cases = [[(path, wrong)] for path in every for wrong in ("left out", *WRONG)]
@@ -271,7 +287,7 @@ def test_shards_that_nobody_wrote(index):
     path = index.folder / genuine["shards"][1]["file"]
     names = ["1a", "1b", "1c", "1d"]
     good = {
-        "features": torch.rand(4, 4), "maps": torch.rand(4, 3, 2, 4),
+        "features": torch.rand(4, 6), "maps": torch.rand(4, 6, 3, 6),
         "pids": torch.zeros(4).long(), "camids": torch.zeros(4).long(),
     }  # fmt: skip
     wrong = [
