@@ -1,6 +1,6 @@
 """What a data loader gives, encoded and joined to shards: all of it, or one process's share."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from casn_plugin.model import CASN
 from casn_plugin.ranking.processes import Processes
 from casn_plugin.ranking.shards import taken_error
 
-_Labels = list[int | None] | None
+_Labels = Sequence[int | None] | None
 
 
 class Images(NamedTuple):

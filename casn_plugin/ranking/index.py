@@ -261,7 +261,7 @@ class GalleryIndex:
             if processes.rank == 0:
                 with store.locked():
                     store.refresh()
-                    written = [shard for _, shards in every for shard in shards]
+                    written = [shard.within(self.folder) for _, own in every for shard in own]
                     shift = self._store.contents.manifest.added - before.added
                     store.take(writer.renumbered(written, shift), skip=skip)
             after = processes.gather(self._store.contents.manifest)[0]

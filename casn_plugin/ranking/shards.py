@@ -105,6 +105,10 @@ class Written(NamedTuple):
     entry: Entry
     names: list[str | int]
 
+    def within(self, folder: Path) -> "Written":
+        """Returns it as it is found in an index's folder, which another process may call else."""
+        return self._replace(path=folder / self.path.parent.name / self.path.name)
+
 
 class Writer:
     """Writes new shards into a folder, from where they are moved to the index's.

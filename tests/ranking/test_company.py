@@ -9,7 +9,7 @@ import stat
 
 import pytest
 import torch
-from indexes import MODEL, Images, assert_tidy, encoding, files, snapshot, three_shards
+from indexes import MODEL, Images, assert_tidy, files, snapshot
 from safetensors.torch import save_file
 from starting import start
 from torch import nn
@@ -162,7 +162,7 @@ def test_files_have_the_mode_that_the_umask_says(tmp_path, umask):
         assert stat.S_IMODE((index.folder / name).stat().st_mode) == 0o666 & ~umask, name
 
 
-def test_names_that_are_taken(index):
+def test_names_that_are_taken(index, unchecked):
     before = snapshot(index.folder)
     images = encoding(3, 5)
     with pytest.raises(ValueError, match="'0c' is there already"):
