@@ -11,7 +11,8 @@ from jaxtyping import Bool, Int, Int64
 from torch import Tensor
 
 from casn_plugin.encoding import Encoding
-from casn_plugin.ranking.shards import Entry, Manifest, Shard, no_images
+from casn_plugin.ranking.manifest import Entry, Manifest
+from casn_plugin.ranking.shards import Shard, no_images
 
 Rows = (
     slice
@@ -45,10 +46,12 @@ class Contents:
         >>> from tempfile import TemporaryDirectory
         >>> from casn_plugin.ranking.shards import Writer
         >>> images = Encoding(torch.rand(3, 4), basis=torch.rand(3, 4, 6, 2))
-        >>> before = Manifest(model="its checksum", dtype=None)
-        >>> with TemporaryDirectory() as name, Writer(Path(name), before) as writer:
+        >>> before = Manifest(model="0" * 64, dtype=None)
+        >>> with TemporaryDirectory() as name:
+        ...     writer = Writer(Path(name), before)
         ...     writer.write(images, names=["a", "b", "c"])
-        ...     contents = Contents(Path(name), before.of([], writer.entries), verify=True)
+        ...     after = before.of([], [shard.entry for shard in writer.written])
+        ...     contents = Contents(Path(name), after, verify=True)
         ...     contents.names, contents.encoding([2, 0]).features.shape
         (['a', 'b', 'c'], torch.Size([2, 4]))
     """

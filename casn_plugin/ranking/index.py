@@ -2,33 +2,37 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from casn_plugin.doors import check_count
+from casn_plugin.doors import check_choice, check_count
 from casn_plugin.encoding import Encoding
 from casn_plugin.hooks import unwrapped
-from casn_plugin.loading import encode_images, read_batch
+from casn_plugin.identities import Ids
+from casn_plugin.loading import encode_images
 from casn_plugin.model import CASN
-from casn_plugin.ranking.contents import Contents, Rows
+from casn_plugin.ranking.company import aside, locked
+from casn_plugin.ranking.contents import Rows
 from casn_plugin.ranking.distances import pair_attention
+from casn_plugin.ranking.filling import encoded, in_shards, share
+from casn_plugin.ranking.manifest import DTYPES, MANIFEST, Manifest, dtype_name
 from casn_plugin.ranking.processes import Processes
 from casn_plugin.ranking.search import Ranking, rank_gallery
-from casn_plugin.ranking.shards import MANIFEST, Entry, Manifest, Numbers, Writer, dtype_name, tidy
+from casn_plugin.ranking.shards import Writer
+from casn_plugin.ranking.store import Store
 
-_Labels = list[int] | None
-_Batch = tuple[Encoding, list[str], _Labels, _Labels]
-"""Encoded images, their names, pids and camids."""
+Duplicates = Literal["refuse", "skip"]
+"""What becomes of images whose name is taken."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +64,24 @@ class GalleryIndex:
     a killed process leaves behind are deleted by the next change.
 
     Rows are numbered 0 ... ``len(index) - 1`` in the order of adding; removing closes the gaps.
-    One process at a time may change an index. ``index[10:20]`` is the encoding of ten images,
-    ``index[index.pids == 5]`` that of one person; an index goes wherever ranking takes a gallery.
+    ``index[10:20]`` is the encoding of ten images, ``index[index.pids == 5]`` that of one person;
+    an index goes wherever ranking takes a gallery.
+
+    Several processes may change an index: one at a time, behind a lock. What one has opened stays
+    as it is while others change the folder; adding takes their changes in, and adds to them.
+    Removing is refused then, as rows may have other numbers. Reading needs no lock.
 
     Args:
         folder: where :meth:`create` made it.
         verify: compare every byte with the checksums, which reads the whole index once.
+        timeout: a change waits so many seconds for that of another process, >= 0.
 
     Attributes:
         folder: where it is.
 
     Raises:
         FileNotFoundError: no index in that folder, or one of its shards is missing.
-        ValueError: a damaged file, or one that something else has written.
+        ValueError: a damaged file, or one that something else has written; a negative timeout.
 
     Example:
         >>> model = CASN(nn.Sequential(nn.Conv2d(3, 8, 3, stride=4)), input_size=(32, 16),
@@ -87,9 +96,11 @@ class GalleryIndex:
         (4, torch.Size([2, 3]), torch.Size([2, 3, 8, 4]))
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, verify: bool = True) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], *, verify: bool = True, timeout: float = 60.0
+    ) -> None:
         self.folder = Path(folder)
-        self._contents = Contents(self.folder, Manifest.read(self.folder), verify=verify)
+        self._store = Store(self.folder, verify=verify, timeout=timeout)
 
     @classmethod
     def create(
@@ -105,36 +116,38 @@ class GalleryIndex:
 
         Raises:
             FileExistsError: there is an index in that folder already.
-            TypeError: a dtype that is no float.
+            TimeoutError: another process is making one.
+            TypeError: a dtype that is no float, or one of 8 bits.
         """
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a float dtype, got {dtype}")
-        path = Path(folder) / MANIFEST
-        if path.exists():
-            raise FileExistsError(f"{path} exists: open it with GalleryIndex({str(folder)!r})")
-        path.parent.mkdir(parents=True, exist_ok=True)
         name = None if dtype is None else dtype_name(dtype)
-        Manifest(_fingerprint(model), name).write(path.parent)
+        if name not in (None, *DTYPES):
+            raise TypeError(f"dtype must be a float dtype, got {dtype}")
+        path, manifest = Path(folder) / MANIFEST, Manifest(_fingerprint(model), name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path.parent, timeout=60.0):
+            if path.exists():
+                raise FileExistsError(f"{path} exists: open it with GalleryIndex({str(folder)!r})")
+            manifest.write(path.parent)
         return cls(folder)
 
     @property
     def names(self) -> list[str]:
         """Name of each image."""
-        return self._contents.names
+        return self._store.contents.names
 
     @property
     def pids(self) -> Int64[np.ndarray, " images"]:
         """Identity of each image, -1 where none was given."""
-        return self._contents.pids
+        return self._store.contents.pids
 
     @property
     def camids(self) -> Int64[np.ndarray, " images"]:
         """Camera of each image, -1 where none was given."""
-        return self._contents.camids
+        return self._store.contents.camids
 
     def __len__(self) -> int:
         """Returns the number of images."""
-        return len(self._contents)
+        return len(self._store.contents)
 
     def __getitem__(self, rows: Rows) -> Encoding:
         """Returns the encoding of some of the images: a slice, a list of rows, or a mask.
@@ -146,7 +159,7 @@ class GalleryIndex:
             TypeError: a single number, or anything else that is no list of rows.
             ValueError: an index to which nothing has been added yet: its maps have no size.
         """
-        return self._contents.encoding(rows)
+        return self._store.contents.encoding(rows)
 
     def features_of(self, rows: Rows) -> Float[Tensor, "images dim"]:
         """Returns the features of some of the images; nothing of their maps is read.
@@ -156,36 +169,42 @@ class GalleryIndex:
             TypeError: a single number, or anything else that is no list of rows.
             ValueError: as for ``index[rows]``.
         """
-        return self._contents.features(rows)
+        return self._store.contents.features(rows)
 
     def add(
         self,
         encoding: Encoding,
         *,
         names: Sequence[str] | None = None,
-        pids: Numbers | None = None,
-        camids: Numbers | None = None,
+        pids: Ids | None = None,
+        camids: Ids | None = None,
+        duplicates: Duplicates = "refuse",
     ) -> None:
         """Adds encoded images as one shard; best some thousands at a time.
 
         Args:
             encoding: the images, as ``model.encode`` gives them.
             names: their names; by default numbers in the order of adding, none used twice.
-            pids: their identities.
-            camids: their cameras.
+            pids: their identities, None or -1 where unknown.
+            camids: their cameras, likewise.
+            duplicates: what becomes of images whose name another image has: "refuse" adds none,
+                "skip" adds all others.
 
         Raises:
+            TimeoutError: another process is changing the index, and does not finish.
             TypeError: pids or camids that are no integers.
-            ValueError: lists of another length, an encoding of another kind, size or dtype than
-                those before, maps too large for the index's dtype, or an index that another
-                process has changed.
+            ValueError: a name that is taken, lists of another length, an encoding of another kind,
+                size or dtype than those before, one that is not finite, or too large for the
+                index's dtype, or an index that another process has made anew.
         """
-        if names is None:
-            start = self._contents.manifest.added
-            names = [str(start + row) for row in range(len(encoding))]
-        with Writer(self.folder, self._contents.manifest) as writer:
-            writer.write(encoding, names, pids, camids)
-            self._commit(self._contents.manifest.shards, writer.entries)
+        check_choice("duplicates", duplicates, ("refuse", "skip"))
+        with self._store.locked() as store, aside(self.folder) as place:
+            store.refresh()
+            added = self._store.contents.manifest.added
+            given = range(added, added + len(encoding)) if names is None else map(str, names)
+            writer = Writer(place, self._store.contents.manifest)
+            writer.write(encoding, [*given], pids, camids)
+            store.take(writer.written, skip=duplicates == "skip")
 
     def extend(
         self,
@@ -193,6 +212,7 @@ class GalleryIndex:
         loader: DataLoader[Any],
         *,
         shard_size: int = 1024,
+        duplicates: Duplicates = "refuse",
         distributed: bool = False,
         progress: bool = False,
     ) -> None:
@@ -203,6 +223,7 @@ class GalleryIndex:
             loader: gives batches of images, or torchreid's dictionaries of "img" and, where
                 there are, "impath", "pid" and "camid".
             shard_size: images to a shard, about. One shard is held in memory.
+            duplicates: as in :meth:`add`; images that are skipped are not encoded.
             distributed: every process of ``torch.distributed``'s group calls this on one folder
                 and encodes a share of the shards; the index is the same as one process makes.
                 Batches are then taken in the order of the data set. An exception in one process
@@ -211,29 +232,41 @@ class GalleryIndex:
 
         Raises:
             RuntimeError: another process of the group failed.
+            TimeoutError: as :meth:`add`.
             TypeError: batches that hold no images.
-            ValueError: another model, shard_size below 1, an index that another process has
-                changed, `distributed` without a process group or with a loader that has no
-                batch_size; as :meth:`add`.
+            ValueError: another model, shard_size below 1, `distributed` without a process group
+                or with a loader that has no batch_size; as :meth:`add`.
         """
         check_count("shard_size", shard_size)
-        processes, manifest = Processes(distributed), self._contents.manifest
-        with Writer(self.folder, manifest) as writer, processes.together():
+        check_choice("duplicates", duplicates, ("refuse", "skip"))
+        processes, skip = Processes(distributed), duplicates == "skip"
+        with ExitStack() as stack, processes.together():
             self._check_model(model)
-            self._check_unchanged()
+            with self._store.locked() as store:  # not while images are encoded
+                if not distributed:  # else all have to have opened the same
+                    store.refresh()
+                place = stack.enter_context(aside(self.folder))
+            before, taken = self._store.contents.manifest, set(self._store.contents.names)
             per_shard = -(-shard_size // (loader.batch_size or 1))
-            share, starts = _share(loader, per_shard, processes) if distributed else (loader, None)
-            batches = tqdm(share, desc="Encoding", leave=False, disable=None if progress else True)
-            encoded = _encoded(model, batches, starts, manifest.added)
-            for shard in _in_shards(encoded, shard_size, per_shard):
-                writer.write(*shard)
-            every = processes.gather((manifest, writer.entries))
-            if any(other != manifest for other, _ in every):
+            part, first = share(loader, per_shard, processes) if distributed else (loader, None)
+            batches = tqdm(part, desc="Encoding", leave=False, disable=None if progress else True)
+            images = encoded(model, batches, first, added=before.added, taken=taken, skip=skip)
+            writer = Writer(place, before)
+            for shard in in_shards(images, shard_size, per_shard):
+                assert shard.encoding is not None  # for the type checker: in_shards saw to it
+                writer.write(shard.encoding, *shard[1:])
+            every = processes.gather((before, writer.written))
+            if any(other != before for other, _ in every):
                 raise ValueError(f"not all processes have opened the same {self.folder}")
             if processes.rank == 0:
-                self._commit(manifest.shards, [entry for _, new in every for entry in new])
-        if processes.rank:
-            self._contents = self._open(Manifest.read(self.folder))
+                with store.locked():
+                    store.refresh()
+                    written = [shard.within(self.folder) for _, own in every for shard in own]
+                    shift = self._store.contents.manifest.added - before.added
+                    store.take(writer.renumbered(written, shift), skip=skip)
+            after = processes.gather(self._store.contents.manifest)[0]
+            if processes.rank:
+                store.open(after)
 
     def remove(self, rows: Rows) -> None:
         """Removes images by their rows, or by a mask: ``index.remove(index.pids == -1)``.
@@ -243,9 +276,12 @@ class GalleryIndex:
         Raises:
             IndexError: no such row.
             TypeError: a single number, or anything else that is no list of rows.
-            ValueError: an index that another process has changed.
+            TimeoutError: as :meth:`add`.
+            ValueError: an index that another process has changed: rows may have other numbers.
         """
-        self._commit(self._contents.without(rows))
+        with self._store.locked() as store:
+            store.check_unchanged()
+            store.commit(store.contents.manifest.of(store.contents.without(rows)))
 
     def search(
         self,
@@ -279,94 +315,11 @@ class GalleryIndex:
         return SearchResult(ranking, names, self.pids[rows], self.camids[rows], maps[0], maps[1])
 
     def _check_model(self, model: CASN) -> None:
-        if _fingerprint(model) != self._contents.manifest.model:
+        if _fingerprint(model) != self._store.contents.manifest.model:
             raise ValueError(
                 f"the index in {self.folder} was created for a model with other weights: its maps "
                 "mean nothing to this one"
             )
-
-    def _check_unchanged(self) -> None:
-        if Manifest.read(self.folder) != self._contents.manifest:
-            raise ValueError(
-                f"the index in {self.folder} has been changed by another process: open it anew"
-            )
-
-    def _open(self, manifest: Manifest) -> Contents:
-        """Returns other contents; shards that are open already are not read again."""
-        return Contents(self.folder, manifest, verify=False, opened=self._contents)
-
-    def _commit(self, kept: Sequence[Entry], new: Sequence[Entry] = ()) -> None:
-        """Writes a manifest of other shards, if no one else has done so, and takes it over.
-
-        Then deletes the shards that it does not name, and what a killed process left.
-        """
-        self._check_unchanged()
-        manifest = self._contents.manifest.of(kept, new)
-        contents = self._open(manifest)
-        manifest.write(self.folder)
-        self._contents = contents
-        tidy(self.folder, manifest)
-
-
-def _encoded(
-    model: CASN, batches: Iterable[Any], starts: list[int] | None, added: int
-) -> Iterator[_Batch]:
-    """Yields the encodings of batches; images without a name are numbered in the order of adding.
-
-    Those of batch i from added + starts[i], or, without starts, from where the one before ended.
-    """
-    count = 0
-    for i, data in enumerate(batches):
-        imgs, names, pids, camids = read_batch(data)
-        start = added + (count if starts is None else starts[i])
-        names = names or [str(start + row) for row in range(len(imgs))]
-        yield encode_images(model, imgs), names, pids, camids
-        count += len(imgs)
-
-
-def _in_shards(batches: Iterable[_Batch], shard_size: int, per_shard: int) -> Iterator[_Batch]:
-    """Yields batches joined to shards: per_shard of them, or shard_size images, to each."""
-    held: list[_Batch] = []
-    for batch in batches:
-        held.append(batch)
-        if len(held) == per_shard or sum(len(names) for _, names, *_ in held) >= shard_size:
-            yield _joined(held)
-            held = []
-    if held:
-        yield _joined(held)
-
-
-def _joined(batches: list[_Batch]) -> _Batch:
-    """Returns several batches as one, without pids or camids that are not there for all."""
-    encodings, names, *labels = zip(*batches, strict=True)
-    pids, camids = (None if None in each else list(chain(*each)) for each in labels)
-    return Encoding.cat(encodings), list(chain(*names)), pids, camids
-
-
-def _share(
-    loader: DataLoader[Any], per_shard: int, processes: Processes
-) -> tuple[DataLoader[Any], list[int]]:
-    """Returns one process's share of a loader, and the first row of each of its batches."""
-    if loader.batch_size is None or isinstance(loader.dataset, IterableDataset):
-        raise ValueError(
-            "distributed encoding needs a loader with a batch_size, of a data set with a length"
-        )
-    rows = range(len(loader.dataset))  # type: ignore[arg-type]
-    batches = list(BatchSampler(rows, loader.batch_size, loader.drop_last))
-    shards = [batches[start : start + per_shard] for start in range(0, len(batches), per_shard)]
-    own = list(chain(*processes.share(shards)))
-    share: DataLoader[Any] = DataLoader(
-        loader.dataset,
-        batch_sampler=own,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        prefetch_factor=loader.prefetch_factor,
-    )
-    return share, [batch[0] for batch in own]
 
 
 def _fingerprint(model: nn.Module) -> str:

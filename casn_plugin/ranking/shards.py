@@ -1,137 +1,36 @@
-"""The files of an index: shards of encoded images, and the manifest that names those that count.
+"""The shards of an index: files of encoded images, each named after its content.
 
-A shard is one safetensors file, named after its content. Every file is written beside its place
-and then moved there, the manifest last: whatever interrupts a change, the folder holds either the
-old index or the new one.
+A shard is one safetensors file. It is written aside and moved to its place before a manifest
+names it: whatever interrupts a change, the folder holds either the old index or the new one.
 """
 
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int, Int64
+from jaxtyping import Int64
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from casn_plugin.encoding import Encoding
-from casn_plugin.files import TEMPORARY, move, replacing, temporary
-
-MANIFEST = "index.json"
-FORMAT = "casn-plugin gallery index"
-VERSION = 1
-
-Numbers = Sequence[int] | Int[np.ndarray, " images"] | Int[Tensor, " images"]
-"""Identities or cameras of images."""
-
-Common = dict[str, Any]
-"""What the images of an index have in common: their "kind", dtype and size of features and maps."""
-
-_OWN_FILE = re.compile(rf"[0-9a-f]{{24}}\.safetensors|{TEMPORARY}")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What a manifest says of a shard.
-
-    Attributes:
-        file: its name.
-        sha256: the checksum of its content.
-        rows: how many images it holds.
-        images: what they have in common.
-        removed: the rows that are removed.
-    """
-
-    file: str
-    sha256: str
-    rows: int
-    images: Common
-    removed: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What an index holds, as its folder keeps it.
-
-    Attributes:
-        model: checksum of the model that the index is for.
-        dtype: name of the dtype that maps are kept in; None: that of the encodings.
-        images: what all images have in common; None before the first.
-        added: how many images have ever been added.
-        shards: those that count, in order.
-
-    Example:
-        >>> from tempfile import TemporaryDirectory
-        >>> with TemporaryDirectory() as name:
-        ...     Manifest(model="its checksum", dtype=None).write(Path(name))
-        ...     Manifest.read(Path(name)).added
-        0
-    """
-
-    model: str
-    dtype: str | None
-    images: Common | None = None
-    added: int = 0
-    shards: tuple[Entry, ...] = ()
-
-    @classmethod
-    def read(cls, folder: Path) -> "Manifest":
-        """Returns the manifest of a folder.
-
-        Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is damaged, or of another format or version.
-        """
-        path = folder / MANIFEST
-        if not path.is_file():
-            raise FileNotFoundError(f"no gallery index in {folder}: it lacks {MANIFEST}")
-        try:
-            content = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"{path} is no manifest of a {FORMAT}")
-        if content.get("version") != VERSION:
-            raise ValueError(
-                f"{path} is of version {content.get('version')}, but this casn_plugin reads "
-                f"{VERSION}"
-            )
-        if content.pop("checksum", None) != _checksum(content):
-            raise ValueError(f"{path} is damaged: its checksum does not fit")
-        del content["format"], content["version"]
-        try:
-            shards = tuple(Entry(**entry) for entry in content.pop("shards"))
-            return cls(**content, shards=shards)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-
-    def write(self, folder: Path) -> None:
-        """Puts the manifest into its place."""
-        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        content["shards"] = list(content["shards"])
-        content["checksum"] = _checksum(content)
-        with replacing(folder / MANIFEST) as path:
-            path.write_text(json.dumps(content, indent=1))
-
-    def of(self, kept: Iterable[Entry], new: Sequence[Entry] = ()) -> "Manifest":
-        """Returns the manifest of other shards: some that are kept, and new ones.
-
-        Raises:
-            ValueError: new images that have not in common what the others have.
-        """
-        images = self.images
-        for entry in new:
-            images = same_images(images, entry.images)
-        added = self.added + sum(entry.rows for entry in new)
-        return replace(self, images=images, added=added, shards=(*kept, *new))
+from casn_plugin.files import move
+from casn_plugin.identities import Ids, as_ids
+from casn_plugin.ranking.manifest import (
+    DTYPES,
+    MANIFEST,
+    Common,
+    Entry,
+    Manifest,
+    dtype_name,
+    same_images,
+    size_of,
+)
 
 
 class Shard(NamedTuple):
@@ -175,81 +74,98 @@ class Shard(NamedTuple):
                 pids, camids = (file.get_tensor(name).numpy() for name in ("pids", "camids"))
             maps = maps.permute(0, 3, 1, 2)
             lengths = {len(each) for each in (names, features, maps, pids, camids)}
-            if lengths != {entry.rows} or [_size(features), _size(maps)] != [
-                images["features"],
-                images["maps"],
-            ]:
+            sizes = [size_of(features), size_of(maps)]
+            if lengths != {entry.rows} or sizes != [images["features"], images["maps"]]:
                 raise ValueError(f"it does not hold what {MANIFEST} says")
-        except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise ValueError("its names are no list of text")
+            if pids.dtype != np.int64 or camids.dtype != np.int64:
+                raise ValueError(f"its labels are {pids.dtype} and {camids.dtype}, not int64")
+            pids, camids = as_ids("pids", pids), as_ids("camids", camids)
+            encoding = Encoding(features, **{images["kind"]: maps})
+        except FileNotFoundError:
+            raise
+        except (
+            SafetensorError, AttributeError, KeyError, RuntimeError, TypeError, ValueError,
+        ) as error:  # fmt: skip
             raise ValueError(f"{path} is damaged: {error}") from error
-        return cls(Encoding(features, **{images["kind"]: maps}), names, pids, camids)
+        return cls(encoding, names, pids, camids)
+
+
+class Written(NamedTuple):
+    """A shard that is written, but does not count yet.
+
+    Attributes:
+        path: where it lies.
+        entry: what a manifest has to say of it.
+        names: of its images; a number for one that has been given none.
+    """
+
+    path: Path
+    entry: Entry
+    names: list[str | int]
+
+    def within(self, folder: Path) -> "Written":
+        """Returns it as it is found in an index's folder, which another process may call else."""
+        return self._replace(path=folder / self.path.parent.name / self.path.name)
 
 
 class Writer:
-    """Writes new shards into a folder; after an exception in its context they are deleted again.
+    """Writes new shards into a folder, from where they are moved to the index's.
 
     Args:
-        folder: of the index.
+        folder: where they are written.
         manifest: whose dtype and images they take.
 
     Attributes:
-        entries: what a manifest has to say of those that are written.
+        written: the shards.
 
     Example:
         >>> from tempfile import TemporaryDirectory
         >>> images = Encoding(torch.rand(2, 4), basis=torch.rand(2, 4, 6, 3))
-        >>> manifest = Manifest(model="its checksum", dtype="float16")
-        >>> with TemporaryDirectory() as name, Writer(Path(name), manifest) as writer:
+        >>> with TemporaryDirectory() as name:
+        ...     writer = Writer(Path(name), Manifest(model="0" * 64, dtype="float16"))
         ...     writer.write(images, names=["a", "b"])
-        ...     Shard.read(Path(name), writer.entries[0], verify=True).encoding.maps.dtype
+        ...     entry = writer.written[0].entry
+        ...     Shard.read(Path(name), entry, verify=True).encoding.maps.dtype
         torch.float16
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.entries: list[Entry] = []
+        self.written: list[Written] = []
         self._folder, self._manifest = folder, manifest
-
-    def __enter__(self) -> "Writer":
-        """Begins to write."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
-        """Deletes what no manifest names, after an exception."""
-        if error is None:
-            return
-        with suppress(OSError, ValueError):  # of the manifest
-            named = {entry.file for entry in Manifest.read(self._folder).shards}
-            for file in {entry.file for entry in self.entries} - named:
-                (self._folder / file).unlink(missing_ok=True)
 
     def write(
         self,
         encoding: Encoding,
-        names: Sequence[str],
-        pids: Numbers | None = None,
-        camids: Numbers | None = None,
+        names: Sequence[str | int],
+        pids: Ids | None = None,
+        camids: Ids | None = None,
     ) -> None:
         """Writes images as one shard; none where there are none.
 
         Args:
             encoding: the images.
-            names: their names.
+            names: their names; a number for one that has been given none.
             pids: their identities.
             camids: their cameras.
 
         Raises:
-            TypeError: pids or camids that are no integers.
+            TypeError: pids or camids that are no integers, an encoding of no float dtype.
             ValueError: lists of another length, images of another kind or size than those before,
-                maps too large for the index's dtype.
+                features or maps that are not finite, or too large for the index's dtype.
         """
         rows = len(encoding)
         if len(names) != rows:
             raise ValueError(f"expected {rows} names, one an image, got {len(names)}")
-        labels = {"pids": _labels("pids", pids, rows), "camids": _labels("camids", camids, rows)}
+        labels = {
+            name: torch.from_numpy(as_ids(name, ids, rows))
+            for name, ids in (("pids", pids), ("camids", camids))
+        }
         if not rows:
             return
+        for name, values in (("features", encoding.features), ("maps", encoding.maps)):
+            _check_kept(name, values)
         maps = encoding.maps
         if self._manifest.dtype is not None:
             maps = maps.to(getattr(torch, self._manifest.dtype))
@@ -259,20 +175,93 @@ class Writer:
                     f"{encoding.maps.abs().max():.3g}"
                 )
         kind = "basis" if encoding.basis is not None else "activations"
-        images = {"kind": kind, "features": _size(encoding.features), "maps": _size(maps)}
-        same_images(self.entries[0].images if self.entries else self._manifest.images, images)
+        images = {"kind": kind, "features": size_of(encoding.features), "maps": size_of(maps)}
+        same_images(self.written[0].entry.images if self.written else self._manifest.images, images)
         tensors = {
             "features": encoding.features.detach().cpu().contiguous(),
             "maps": maps.detach().permute(0, 2, 3, 1).cpu().contiguous(),
             **labels,
         }
         metadata = {"names": json.dumps([str(name) for name in names])}  # one: order is random
-        with temporary(self._folder) as path:
-            save_file(tensors, path, metadata)
-            sha256 = _sha256(path)
-            entry = Entry(f"{sha256[:24]}.safetensors", sha256, rows, images)
-            self.entries.append(entry)
-            move(path, self._folder / entry.file)
+        path = self._folder / "new"
+        path.touch()
+        mode = path.stat().st_mode  # as the umask says; safetensors' own is 0600
+        save_file(tensors, path, metadata)
+        path.chmod(mode)
+        sha256 = _sha256(path)
+        entry = Entry(f"{sha256[:24]}.safetensors", sha256, rows, images)
+        move(path, self._folder / entry.file)
+        self.written.append(Written(self._folder / entry.file, entry, list(names)))
+
+    def renumbered(self, shards: Sequence[Written], shift: int) -> list[Written]:
+        """Returns shards in which images without names have other numbers: higher by a shift.
+
+        Those that have such images are written anew, if there is a shift.
+        """
+        others = []
+        for shard in shards:
+            if shift and any(isinstance(name, int) for name in shard.names):
+                images = Shard.read(shard.path.parent, shard.entry, verify=False)
+                names = [name + shift if isinstance(name, int) else name for name in shard.names]
+                self.write(images.encoding, names, images.pids, images.camids)
+                shard = self.written[-1]
+            others.append(shard)
+        return others
+
+
+def without_taken(
+    shards: Sequence[Written], taken: set[str], *, skip: bool
+) -> list[tuple[Path, Entry]]:
+    """Returns the paths of new shards and what a manifest has to say of them.
+
+    Args:
+        shards: the shards, in order.
+        taken: names that an index has already.
+        skip: leave out images whose name is taken, by an image of the shards before too.
+
+    Raises:
+        ValueError: a name that is taken: any without `skip`, a number with it.
+
+    Example:
+        >>> images = {"kind": "basis", "features": ["float32", 4], "maps": ["float32", 4, 6, 3]}
+        >>> shard = Written(Path("aside"), Entry("file", "sha256", 3, images), ["a", "b", "a"])
+        >>> [(_, entry)] = without_taken([shard], {"b"}, skip=True)
+        >>> entry.removed
+        [1, 2]
+    """
+    taken, kept = set(taken), []
+    for (
+        path,
+        entry,
+        names,
+    ) in shards:
+        gone = []
+        for row, name in enumerate(names):
+            if str(name) not in taken:
+                taken.add(str(name))
+            elif skip and isinstance(name, str):
+                gone.append(row)
+            else:
+                raise taken_error(name)
+        if len(gone) < len(names):
+            kept.append((path, replace(entry, removed=gone)))
+    return kept
+
+
+def taken_error(name: str | int) -> ValueError:
+    """Returns the error that a name is taken.
+
+    Example:
+        >>> print(taken_error("a.jpg"))
+        an image named 'a.jpg' is there already: duplicates="skip" leaves out those that are
+    """
+    if isinstance(name, int):
+        return ValueError(
+            f"images without names are numbered, but one is named {str(name)!r} already: give names"
+        )
+    return ValueError(
+        f'an image named {name!r} is there already: duplicates="skip" leaves out those that are'
+    )
 
 
 def no_images(images: Common) -> Encoding:
@@ -290,61 +279,15 @@ def no_images(images: Common) -> Encoding:
     return Encoding(features, **{images["kind"]: maps})
 
 
-def same_images(expected: Common | None, got: Common) -> Common:
-    """Returns what images have in common, where it is what is expected.
-
-    Raises:
-        ValueError: it is not.
-
-    Example:
-        >>> same_images(None, {"kind": "basis"})
-        {'kind': 'basis'}
-    """
-    if expected is not None and expected != got:
-        first, second = (
-            ", ".join(f"{key} {value}" for key, value in each.items()) for each in (expected, got)
-        )
+def _check_kept(name: str, values: Tensor) -> None:
+    """Raises an error for values that an index does not keep."""
+    if dtype_name(values.dtype) not in DTYPES:
+        raise TypeError(f"{name} must be of one of the dtypes {DTYPES}, got {values.dtype}")
+    finite = values.isfinite()
+    if not finite.all():
         raise ValueError(
-            f"the index holds {first}, got {second}: expected images of one model and one size"
+            f"{name} must be finite, but {int((~finite).sum())} of {values.numel()} values are not"
         )
-    return got
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Returns the name of a dtype as a manifest has it.
-
-    Example:
-        >>> dtype_name(torch.float16)
-        'float16'
-    """
-    return str(dtype).removeprefix("torch.")
-
-
-def tidy(folder: Path, manifest: Manifest) -> None:
-    """Deletes shards that a manifest does not name, and what a killed process has left."""
-    named = {entry.file for entry in manifest.shards}
-    for path in folder.iterdir():
-        if _OWN_FILE.fullmatch(path.name) and path.name not in named:
-            path.unlink(missing_ok=True)
-
-
-def _labels(name: str, values: Numbers | None, rows: int) -> Int64[Tensor, " images"]:
-    """Returns pids or camids as a tensor, -1 where there are none."""
-    numbers = np.full(rows, -1) if values is None else np.asarray(values)
-    if len(numbers) != rows:
-        raise ValueError(f"expected {rows} {name}, one an image, got {len(numbers)}")
-    if rows and (numbers.ndim != 1 or not np.issubdtype(numbers.dtype, np.integer)):
-        raise TypeError(f"{name} must be integers, got an array of {numbers.dtype}")
-    return torch.from_numpy(numbers.astype(np.int64))
-
-
-def _size(tensor: Tensor) -> list[Any]:
-    """Returns the dtype and the size of one image's part of a tensor."""
-    return [dtype_name(tensor.dtype), *tensor.shape[1:]]
-
-
-def _checksum(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

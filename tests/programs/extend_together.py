@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from casn_plugin import CASN, GalleryIndex
-from casn_plugin.ranking.shards import Manifest
+from casn_plugin.ranking.manifest import Manifest
 
 folder, rank = sys.argv[1], int(sys.argv[2])
 dist.init_process_group(
@@ -42,7 +42,12 @@ class Images(Dataset):
             raise OSError("a broken image")
         if not self.labels:
             return self.imgs[i]
-        return {"img": self.imgs[i], "pid": i // 2, "camid": i % 2, "impath": f"img{i}.jpg"}
+        return {
+            "img": self.imgs[i],
+            "pid": i // 2,
+            "camid": i % 2,
+            "impath": f"img{len(self)}-{i}.jpg",
+        }
 
 
 class Endless(IterableDataset):

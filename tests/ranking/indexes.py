@@ -9,7 +9,8 @@ from torch.utils.data import Dataset
 
 from casn_plugin import CASN, Encoding, GalleryIndex
 from casn_plugin.encoding import part_embedding
-from casn_plugin.ranking.shards import Entry, Manifest
+from casn_plugin.ranking.company import LOCK
+from casn_plugin.ranking.manifest import Entry, Manifest
 
 DIM, SIZE = 4, (3, 2)
 KINDS = {"basis": (DIM, DIM), "activations": (2 * DIM, DIM)}
@@ -52,7 +53,8 @@ def assert_same(first: Encoding, second: Encoding):
 
 
 def files(folder) -> set[str]:
-    return {path.name for path in Path(folder).iterdir()}
+    """Returns the names of all files but the lock, which stays once something has been changed."""
+    return {path.name for path in Path(folder).iterdir()} - {LOCK}
 
 
 def entries(index) -> tuple[Entry, ...]:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from casn_plugin import Encoding, GalleryIndex
-from casn_plugin.ranking.shards import Manifest
+from casn_plugin.ranking.manifest import Manifest
 
 
 @pytest.fixture
@@ -148,16 +148,33 @@ def test_lists_of_another_length(index, name, unchecked):
     before = snapshot(index.folder)
     for n, length in ((2, 3), (2, 0), (0, 1)):
         values = [str(i) for i in range(length)] if name == "names" else list(range(length))
-        with pytest.raises(ValueError, match=f"expected {n} {name}, one an image, got {length}"):
+        message = f"{name} must be of shape .{n},., one an image, got shape .{length},."
+        if name == "names":
+            message = f"expected {n} names, one an image, got {length}"
+        with pytest.raises(ValueError, match=message):
             index.add(encoding("basis", n), **{name: values})
     assert snapshot(index.folder) == before
 
 
-@pytest.mark.parametrize("values", [[1.0, 2.0], ["a", "b"], [True, False], [[1], [2]], [2**70, 1]])
+@pytest.mark.parametrize(
+    "values", [[1.0, 2.0], ["a", "b"], [True, False], [[1.0], [2.0]], [2**70, 1]]
+)
 def test_labels_that_are_no_integers(index, values, unchecked):
     with pytest.raises(TypeError, match="pids must be integers"):
         index.add(encoding("basis", 2), pids=values)
     assert_tidy(index)
+
+
+def test_labels_that_are_no_list_or_below_unknown(index, unchecked):
+    for values in ([[1], [2]], [0, -2]):
+        with pytest.raises(ValueError, match="pids must be"):
+            index.add(encoding("basis", 2), pids=values)
+    assert_tidy(index)
+
+
+def test_unknown_labels_are_minus_one(index):
+    index.add(encoding("basis", 3), pids=[7, None, -1], camids=[None, 2, None])
+    assert index.pids[-3:].tolist() == [7, -1, -1] and index.camids[-3:].tolist() == [-1, 2, -1]
 
 
 def test_labels_of_any_integer_type(index):
