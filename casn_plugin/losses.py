@@ -21,7 +21,14 @@ from casn_plugin.attention import (
     soft_mask,
     split_pairs,
 )
-from casn_plugin.doors import check_choice, check_lengths, check_share, check_tensor, check_weight
+from casn_plugin.doors import (
+    check_choice,
+    check_lengths,
+    check_same,
+    check_share,
+    check_tensor,
+    check_weight,
+)
 from casn_plugin.hooks import (
     constant_parameters,
     frozen_batchnorm,
@@ -48,6 +55,10 @@ def identification_loss(
         tensor(1.3863)
     """
     parts = _parts(logits, pids)
+    pids = pids.long()
+    if not 0 <= check_weight("label_smoothing", label_smoothing) <= 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+    _check_classes(pids, parts)
     losses = [F.cross_entropy(part, pids, label_smoothing=label_smoothing) for part in parts]
     return torch.stack(losses).mean()
 
@@ -75,6 +86,7 @@ def identity_scores(
         tensor([5.])
     """
     parts = _parts(logits, pids)
+    pids = pids.long()  # uint8 would be a mask
     check_choice("score", score, _SCORES)
     classes = parts[0].shape[1]
     if len(pids) and not 0 <= int(pids.min()) <= int(pids.max()) < classes:
@@ -98,6 +110,7 @@ def identification_attention_loss(masked_scores: Float[Tensor, " batch"]) -> Flo
         >>> identification_attention_loss(torch.tensor([1.0, 3.0]))
         tensor(2.)
     """
+    check_tensor("masked_scores", masked_scores, "batch")
     return masked_scores.mean() if len(masked_scores) else masked_scores.sum()
 
 
@@ -117,7 +130,7 @@ def pair_loss(
         tensor(0.6931)
     """
     check_tensor("pair_scores", pair_scores, "pairs 2")
-    check_lengths(pair_scores=pair_scores, same=same)
+    check_same("same", same, pair_scores.shape[:1])
     if not len(pair_scores):
         return pair_scores.sum()
     return F.cross_entropy(pair_scores, same.long())
@@ -148,6 +161,8 @@ def siamese_attention_loss(
         tensor(0.8931)
     """
     check_weight("consistency_weight", consistency_weight)
+    check_tensor("pair_scores", pair_scores, "rows 2" if len(pair_scores) else "pairs 2")
+    check_same("same", same, check_tensor("distances", distances, "pairs").shape)
     orders = len(pair_scores) // max(len(same), 1)
     loss_bce = pair_loss(pair_scores, same.repeat_interleave(orders))
     return loss_bce + consistency_weight * consistency(distances, same)
@@ -163,7 +178,7 @@ def consistency(
         tensor(1.)
     """
     check_tensor("distances", distances, "pairs")
-    check_lengths(distances=distances, same=same)
+    check_same("same", same, distances.shape)
     positives = torch.where(same, distances, torch.zeros_like(distances))
     return positives.sum() / same.sum().clamp(min=1)
 
@@ -184,6 +199,8 @@ def casn_loss(
     """
     check_weight("lambda_ia", lambda_ia)
     check_weight("lambda_sa", lambda_sa)
+    for name, term in (("loss_ide", loss_ide), ("loss_ia", loss_ia), ("loss_sa", loss_sa)):
+        check_tensor(name, term, "")
     return loss_ide + lambda_ia * loss_ia + lambda_sa * loss_sa
 
 
@@ -443,12 +460,11 @@ def same_identity(pids: Int[Tensor, " batch"]) -> Bool[Tensor, " pairs"]:
 
 def _parts(logits: Logits, pids: Tensor) -> Sequence[Tensor]:
     """Returns logits as a sequence of (B, classes) tensors, as many as there are identities."""
-    parts = [logits] if isinstance(logits, Tensor) else list(logits)
-    if not parts or any(part.ndim != 2 for part in parts):
-        raise ValueError(
-            "logits must be a (B, classes) tensor or a sequence of them, got shapes "
-            f"{[tuple(part.shape) for part in parts]}"
-        )
+    parts = logits if isinstance(logits, list | tuple) else [logits]
+    if not parts:
+        raise ValueError("logits must be a (B, classes) tensor or a sequence of them, got none")
+    for part in parts:
+        check_tensor("logits", part, "batch classes")
     check_tensor("pids", pids, "batch", floating=False)
     check_lengths(logits=parts[0], pids=pids)
     return parts

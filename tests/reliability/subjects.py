@@ -8,8 +8,19 @@ import torch
 from torch import Tensor, nn
 
 import casn_plugin
-from casn_plugin import CASN, Encoding, attention, encoding, evaluation, identities, loading, losses, quality
-from casn_plugin import ranking, retrieval
+from casn_plugin import (
+    CASN,
+    Encoding,
+    attention,
+    encoding,
+    evaluation,
+    identities,
+    loading,
+    losses,
+    quality,
+    ranking,
+    retrieval,
+)
 from casn_plugin.explanation.pictures import colour_key, overlay, pair_mosaic
 
 SIZE = (32, 16)
@@ -72,7 +83,8 @@ def cases() -> dict[str, Case]:
         ),
         "siamese_attention": (
             attention.siamese_attention,
-            {"pair_classifier": model.pair_classifier, "features": features, "activations": maps_of},
+            {"pair_classifier": model.pair_classifier, "features": features,
+             "activations": maps_of},
         ),
         "split_pairs": (attention.split_pairs, {"rows": maps}),
         "scale_maps": (attention.scale_maps, {"maps": maps}),
@@ -81,7 +93,9 @@ def cases() -> dict[str, Case]:
             {"maps": maps, "size": (12, 6), "mask_scale": 10.0, "mask_threshold": 0.5},
         ),
         "row_profiles": (attention.row_profiles, {"maps": maps}),
-        "attended_span": (attention.attended_span, {"profiles": maps[..., 0], "row_threshold": 0.2}),
+        "attended_span": (
+            attention.attended_span, {"profiles": maps[..., 0], "row_threshold": 0.2},
+        ),
         "align_profiles": (
             attention.align_profiles, {"profiles": maps[..., 0], "row_threshold": 0.2},
         ),
