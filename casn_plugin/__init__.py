@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from casn_plugin.attention import grad_cam
 from casn_plugin.encoding import Encoding
 from casn_plugin.explanation import explain_pair, explain_ranking
-from casn_plugin.index import GalleryIndex
 from casn_plugin.loading import Preprocessing
 from casn_plugin.losses import IdentificationAttentionLoss, SiameseAttentionLoss
 from casn_plugin.model import CASN, CASNOutput, PairClassifier
 from casn_plugin.ranking import (
     Compute,
+    GalleryIndex,
     RankingOptions,
     attention_distmat,
     fuse_distmats,

@@ -1,17 +1,25 @@
 """Attention as pure functions of tensors: maps, soft mask, row profiles, distance.
 
-Grad-CAM (Section 3.1.2), the indicator of Eq. 4, Siamese attention (Section 3.2.2), the soft mask,
-row profiles, their alignment and the attention distance of Eq. 5.
+The score y_c of the true identity, its Grad-CAM (Section 3.1.2), the indicator of Eq. 4, Siamese
+attention (Section 3.2.2), the soft mask, row profiles, alignment, and the distance of Eq. 5.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from casn_plugin.doors import check_lengths, check_share, check_size, check_tensor, check_weight
+from casn_plugin.doors import (
+    check_choice,
+    check_lengths,
+    check_share,
+    check_size,
+    check_tensor,
+    check_weight,
+)
 from casn_plugin.hooks import place_of
 
 PairScorer = Callable[[Tensor], Tensor]
@@ -19,6 +27,75 @@ PairScorer = Callable[[Tensor], Tensor]
 
 ROW_THRESHOLD = 0.2
 """t of Section 3.2.2: the share of a map's maximum above which a row counts as attended."""
+
+
+SCORES = ("logit", "probability")
+"""What y_c may be: a class score itself, or its softmax probability."""
+
+Logits = Tensor | Sequence[Tensor]
+"""(B, classes) scores y, or one such tensor for each part classifier (PCB) or branch (HACNN)."""
+
+
+def identity_scores(
+    logits: Logits,
+    pids: Int[Tensor, " batch"],
+    score: Literal["logit", "probability"] = "logit",
+) -> Float[Tensor, " batch"]:
+    """Returns y_c, the score of each image's true identity.
+
+    Args:
+        logits: scores y of all identities; of several part classifiers, the scores are summed
+            ("logit", unbounded) or averaged ("probability", in [0, 1]).
+        pids: the true identities c, in [0, classes).
+        score: the class score itself (the paper's y_c), or its softmax probability.
+
+    Raises:
+        TypeError: logits that are no float tensors, identities that are no integers.
+        ValueError: an unknown `score`, unlike numbers of logits and identities, or identities
+            outside of the classes.
+
+    Example:
+        >>> identity_scores(torch.tensor([[1.0, 5.0]]), torch.tensor([1]))
+        tensor([5.])
+    """
+    parts = parts_of(logits, pids)
+    pids = pids.long()  # uint8 would be a mask
+    check_choice("score", score, SCORES)
+    classes = parts[0].shape[1]
+    if len(pids) and not 0 <= int(pids.min()) <= int(pids.max()) < classes:
+        raise ValueError(
+            f"pids must lie in [0, {classes}), the classes of the logits, but they go from "
+            f"{int(pids.min())} to {int(pids.max())}"
+        )
+    stacked = torch.stack([at_least_float32(part) for part in parts])
+    if score == "probability":
+        stacked = stacked.softmax(-1)
+    chosen = stacked[:, torch.arange(len(pids), device=pids.device), pids]
+    return chosen.sum(0) if score == "logit" else chosen.mean(0)
+
+
+def parts_of(logits: Logits, pids: Tensor) -> Sequence[Tensor]:
+    """Returns logits as a sequence of (B, classes) tensors, as many as there are identities.
+
+    Raises:
+        TypeError: logits that are no float tensors, identities that are no integers.
+        ValueError: logits of another shape, or unlike numbers of them and of identities.
+
+    Example:
+        >>> len(parts_of([torch.zeros(2, 5)] * 6, torch.tensor([0, 1])))
+        6
+    """
+    parts = logits if isinstance(logits, list | tuple) else [logits]
+    for part in parts:
+        check_tensor("logits", part, "*batch classes")
+    if len({part.shape for part in parts}) != 1 or parts[0].ndim != 2:
+        raise ValueError(
+            "logits must be a (B, classes) tensor or a sequence of them, got shapes "
+            f"{[tuple(part.shape) for part in parts]}"
+        )
+    check_tensor("pids", pids, "batch", floating=False)
+    check_lengths(logits=parts[0], pids=pids)
+    return parts
 
 
 def grad_cam(
@@ -161,6 +238,20 @@ def split_pairs(rows: Tensor) -> tuple[Tensor, Tensor]:
             f"but this batch (or this replica's share of it) has {len(rows)}"
         )
     return rows[0::2], rows[1::2]
+
+
+def same_identity(pids: Int[Tensor, " batch"]) -> Bool[Tensor, " pairs"]:
+    """Returns whether each pair (rows 2i and 2i+1) shows one identity.
+
+    Raises:
+        ValueError: an odd number of identities.
+
+    Example:
+        >>> same_identity(torch.tensor([4, 4, 1, 2]))
+        tensor([ True, False])
+    """
+    first, second = split_pairs(pids)
+    return first == second
 
 
 def scale_maps(maps: Float[Tensor, "*batch height width"]) -> Float[Tensor, "*batch height width"]:

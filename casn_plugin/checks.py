@@ -1,10 +1,12 @@
 """What would fail after hours, found before the first step: data, labels, optimizer, test sets."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from casn_plugin.identities import check_labels, have_match
+from casn_plugin.loading import check_pictures
 from casn_plugin.model import CASN
 from casn_plugin.sampler import PairSampler
 
@@ -75,7 +77,9 @@ def check_optimizer(model: CASN, optimizer: torch.optim.Optimizer, *, pairs: boo
         )
 
 
-def check_test_set(name: str, query: Any, gallery: Any) -> None:
+def check_test_set(
+    name: str, query: Any, gallery: Any, *, cross_camera: bool = True, junk_pids: Sequence[int] = ()
+) -> None:
     """Finds out whether there is anybody to be found in a test set.
 
     Data sets that list no (path, pid, camid) as `data`, as torchreid's do, are not looked at.
@@ -84,6 +88,8 @@ def check_test_set(name: str, query: Any, gallery: Any) -> None:
         name: what the test set is called in errors.
         query: the data set of the queries.
         gallery: the data set of the gallery.
+        cross_camera: as in :func:`casn_plugin.evaluation.evaluate_rank`.
+        junk_pids: likewise.
 
     Raises:
         TypeError: identities or cameras that are no integers.
@@ -93,8 +99,42 @@ def check_test_set(name: str, query: Any, gallery: Any) -> None:
     if queries is None or galleries is None:
         return
     ids = [[row[column] for row in part] for column in (1, 2) for part in (queries, galleries)]
-    if not have_match(*ids).any():
+    if not have_match(*ids, cross_camera=cross_camera, junk_pids=junk_pids).any():
         raise ValueError(
             f"none of the {len(queries)} queries of {name} has a match in its gallery: expected "
-            "pictures of the same identities from other cameras"
+            f"pictures of the same identities{' from other cameras' if cross_camera else ''}"
         )
+
+
+class CheckedData:
+    """What was looked at of the data already: no picture is read twice to be checked.
+
+    Example:
+        >>> CheckedData().check(None, {}, {})
+    """
+
+    def __init__(self) -> None:
+        self._paths: set[str] = set()
+
+    def check(
+        self, train: Any, tests: Mapping[str, tuple[Any, Any]], counting: Mapping[str, Any]
+    ) -> None:
+        """Finds before the first step what would fail after the last.
+
+        Args:
+            train: the training data set, whose `train` lists (path, pid, camid); or None.
+            tests: data sets of the queries and of the gallery of each test set.
+            counting: what counts as a match: see :func:`check_test_set`.
+
+        Raises:
+            TypeError: identities or cameras that are no integers.
+            ValueError: pictures that can't be read, or queries without a match.
+        """
+        rows = list(getattr(train, "train", []))
+        for parts in tests.values():
+            rows += [row for part in parts for row in getattr(part, "data", [])]
+        new = {row[0] for row in rows if isinstance(row[0], str)} - self._paths
+        check_pictures(sorted(new), progress=True)
+        self._paths |= new
+        for name, (query, gallery) in tests.items():
+            check_test_set(name, query, gallery, **counting)

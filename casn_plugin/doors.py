@@ -74,8 +74,8 @@ def check_same(name: str, value: Any, shape: torch.Size) -> Tensor:
         raise TypeError(f"{name} must be a bool tensor, got {came}")
     if value.shape != shape or value.layout != torch.strided:
         raise ValueError(
-            f"{name} must be dense and of one shape with the pairs, got {tuple(value.shape)} and "
-            f"{tuple(shape)}"
+            f"the pairs and {name}, dense, must be of one shape, got {tuple(shape)} and "
+            f"{tuple(value.shape)}"
         )
     return value
 
@@ -110,9 +110,11 @@ def check_images(imgs: Any, name: str = "imgs") -> Tensor:
         >>> check_images(torch.rand(2, 3, 8, 4)).shape
         torch.Size([2, 3, 8, 4])
     """
-    check_tensor(name, imgs, "batch 3 rows columns")
-    if not imgs.numel():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # sizes are tensors
+        return imgs  # type: ignore[no-any-return]
+    if isinstance(imgs, Tensor) and imgs.ndim == 4 and not imgs.numel():
         raise ValueError(f"{name} must hold at least one image, got {tuple(imgs.shape)}")
+    check_tensor(name, imgs, "batch 3 rows columns")
     return imgs  # type: ignore[no-any-return]
 
 

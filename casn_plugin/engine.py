@@ -10,7 +10,6 @@ import math
 import os
 import os.path as osp
 import tempfile
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -29,16 +28,15 @@ from casn_plugin.checkpoint import (
     load_checkpoint,
     preserved_random_state,
 )
-from casn_plugin.checks import check_datamanager, check_optimizer, check_test_set
-from casn_plugin.data import load_pedestrians
+from casn_plugin.checks import CheckedData, check_datamanager, check_optimizer
 from casn_plugin.doors import check_count, check_weight
-from casn_plugin.evaluation import RANKINGS, RankedLists, side_by_side
-from casn_plugin.explanation import ExplainedRankings, FixedPairs
-from casn_plugin.index import GalleryIndex
-from casn_plugin.loading import Preprocessing, check_pictures, encode_loader
+from casn_plugin.evaluation import RankedLists, side_by_side
+from casn_plugin.explanation import AttentionBoard, ExplainedRankings, log_results
+from casn_plugin.loading import Preprocessing, encode_loader
 from casn_plugin.losses import IdentificationAttentionLoss, SiameseAttentionLoss
 from casn_plugin.model import as_casn, loss_terms
-from casn_plugin.ranking import RankingOptions
+from casn_plugin.pedestrians import load_pedestrians
+from casn_plugin.ranking import GalleryIndex, RankingOptions
 from casn_plugin.retrieval import FeatureMetric, LabelledEncodings, retrieve
 from casn_plugin.training import Epoch, FiniteSteps, Interrupted, Interruption, pictures_of
 
@@ -135,7 +133,6 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         self.scaler = torch.amp.GradScaler(
             self._device.type, enabled=autocast == torch.float16 and self.use_gpu
         )
-        self.logged_pairs = logged_pairs
         self.keep_checkpoints = keep_checkpoints
         self.results: dict[str, dict[str, Any]] = {}
         self.ranked: dict[str, RankedLists] = {}
@@ -145,11 +142,12 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         self._epoch: Epoch | None = None
         self._steps = FiniteSteps(casn, optimizer, self.scaler)
         self._folder: str | None = None
-        self._logged: FixedPairs | None = None
+        self.logged_pairs = logged_pairs
+        self._board: AttentionBoard | None = None
         self._checkpoints: Checkpoints | None = None
         self._interruption = Interruption()
         self._resumed: dict[str, Any] = {}
-        self._checked: set[str] = set()
+        self._checked = CheckedData()
 
     @property
     def _device(self) -> torch.device:
@@ -182,7 +180,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             return
         if not options["ranks"] or min(options["ranks"]) < 1:
             raise ValueError(f"ranks must be at least 1, got {options['ranks']}")
-        self._check_data(train=True)
+        self._checked.check(self.train_loader.dataset, self._test_sets(), self.ranking.counting)
         keep = max(self.keep_checkpoints, 1)
         self._checkpoints = Checkpoints(osp.join(options["save_dir"], "model"), keep)
         try:
@@ -229,7 +227,12 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         if self._interruption.signum is not None:  # it came in the last step
             raise Interrupted(128 + self._interruption.signum)
         if self.writer is not None and self.logged_pairs:
-            self._log_attention()
+            name = next(iter(self.test_loader))
+            self._board = self._board or AttentionBoard(
+                name, *self._test_data(name), self.logged_pairs
+            )
+            preprocessing = Preprocessing.of(self.datamanager)
+            self._board.log(self.writer, self.casn, preprocessing, self.epoch + 1)
 
     def forward_backward(self, data: dict[str, Any]) -> dict[str, float]:
         """Returns the loss terms of one optimisation step, as numbers; none where it was skipped.
@@ -241,26 +244,25 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         """
         imgs, pids = self.parse_data_for_train(data)
         imgs, pids = imgs.to(self._device), pids.to(self._device)
-        with (
-            self._steps.watched(),
-            torch.autocast(
-                self._device.type, dtype=self.autocast, enabled=self.autocast is not None
-            ),
-        ):
-            output = self.model(
-                imgs,
-                pids,
-                self.identification if self.lambda_ia else None,
-                self.siamese if self.lambda_sa else None,
-            )
-            loss, terms = loss_terms(
-                output,
-                pids,
-                self.compute_loss(self.criterion, output.logits, pids),
-                lambda_ia=self.lambda_ia,
-                lambda_sa=self.lambda_sa,
-                siamese=self.siamese,
-            )
+        autocast = torch.autocast(
+            self._device.type, dtype=self.autocast, enabled=self.autocast is not None
+        )
+        with self._steps.watched():
+            with autocast:
+                output = self.model(
+                    imgs,
+                    pids,
+                    self.identification if self.lambda_ia else None,
+                    self.siamese if self.lambda_sa else None,
+                )
+                loss, terms = loss_terms(
+                    output,
+                    pids,
+                    self.compute_loss(self.criterion, output.logits, pids),
+                    lambda_ia=self.lambda_ia,
+                    lambda_sa=self.lambda_sa,
+                    siamese=self.siamese,
+                )
             terms["acc"] = torchreid.metrics.accuracy(output.logits, pids)[0][0]
             where = f"epoch {self.epoch + 1}, step {self.batch_idx + 1}, "
             summary = self._steps.take(
@@ -284,7 +286,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             Path(self.ranking.gallery_dir).mkdir(parents=True, exist_ok=True)
             folder = tempfile.TemporaryDirectory(dir=self.ranking.gallery_dir)
         with preserved_random_state(), folder as self._folder:
-            self._check_data(train=False)
+            self._checked.check(None, self._test_sets(), self.ranking.counting)
             try:
                 return float(super().test(*args, **kwargs))
             finally:
@@ -332,7 +334,8 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         self.results[dataset_name] = results
         self.ranked[dataset_name] = found.ranked
         print(side_by_side(results, ranks))
-        self._log_results(dataset_name, results)
+        if self.writer is not None:
+            log_results(self.writer, dataset_name, results, self.epoch)
         if visrank:
             torchreid.utils.visualize_ranked_results(
                 found.distmats["fused"].numpy(),
@@ -359,16 +362,6 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         rows, dim = found.encoding.features.shape
         print(f"Done, encoded {rows} {name} images, {dim} features each")
         return LabelledEncodings(*found)
-
-    def _log_results(self, dataset_name: str, results: dict[str, Any]) -> None:
-        """Writes an evaluation to TensorBoard."""
-        if self.writer is None:
-            return
-        for name in RANKINGS:
-            tag = f"Test/{dataset_name}/{name}"
-            self.writer.add_scalar(f"{tag}/rank1", results[name]["cmc"][0], self.epoch)
-            self.writer.add_scalar(f"{tag}/mAP", results[name]["mAP"], self.epoch)
-        self.writer.add_scalar(f"Test/{dataset_name}/pair_auc", results["auc"], self.epoch)
 
     def explain(self, dataset_name: str | None = None, *, topk: int = 5) -> ExplainedRankings:
         """Returns the ranked lists of the last evaluation, each explained when it is asked for.
@@ -399,27 +392,13 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             row_threshold=self.siamese.row_threshold,
         )
 
+    def _test_sets(self) -> dict[str, tuple[Any, Any]]:
+        return {name: self._test_data(name) for name in self.test_loader}
+
     def _test_data(self, name: str) -> tuple[Any, Any]:
         """Returns the queries and the gallery of a target, as data sets."""
         query, gallery = (self.test_loader[name][part].dataset for part in ("query", "gallery"))
         return query, gallery
-
-    def _log_attention(self) -> None:
-        """Draws the attention of the fixed pairs to TensorBoard."""
-        name = next(iter(self.test_loader))
-        if self._logged is None:
-            query, gallery = self._test_data(name)
-            if not hasattr(query, "data") or not hasattr(gallery, "data"):
-                warnings.warn(
-                    f"no attention is drawn to TensorBoard: the data sets of {name} list no images "
-                    "in .data, as torchreid's do",
-                    stacklevel=2,
-                )
-                self.logged_pairs = 0
-                return
-            self._logged = FixedPairs(query, gallery, self.logged_pairs)
-        mosaic = self._logged.mosaic(self.casn, Preprocessing.of(self.datamanager))
-        self.writer.add_image(f"Attention/{name}", mosaic, self.epoch + 1, dataformats="HWC")
 
     def save_model(self, epoch: int, rank1: float, save_dir: str, is_best: bool = False) -> None:
         """Saves the checkpoint of an epoch again, with its rank-1, once it was evaluated."""
@@ -457,22 +436,6 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         self._steps.check_weights()
         return {**self._training.state(epoch), "history": self.history, "best": self.best}
 
-    def _check_data(self, *, train: bool) -> None:
-        """Finds before the first step what would fail after the last.
-
-        Raises:
-            ValueError: queries without a match, or pictures that can't be read.
-        """
-        paths = [row[0] for row in getattr(self.train_loader.dataset, "train", [])] if train else []
-        sets = [(name, *self._test_data(name)) for name in self.test_loader]
-        for _, *parts in sets:
-            paths += [row[0] for part in parts for row in getattr(part, "data", [])]
-        new = [path for path in paths if isinstance(path, str) and path not in self._checked]
-        check_pictures(new, progress=True)
-        self._checked.update(new)
-        for each in sets:
-            check_test_set(*each)
-
 
 class EmbeddedPedestrians(torchreid.data.ImageDataset):  # type: ignore[misc]
     """The embedded data set as torchreid takes it: ``sources="casn_pedestrians"``.
@@ -482,8 +445,8 @@ class EmbeddedPedestrians(torchreid.data.ImageDataset):  # type: ignore[misc]
         **kwargs: torchreid's own.
 
     Attributes:
-        options: what :func:`casn_plugin.data.load_pedestrians` takes beside `root`; a subclass
-            with other sizes can be registered under another name.
+        options: what :func:`casn_plugin.pedestrians.load_pedestrians` takes beside `root`;
+            a subclass with other sizes can be registered under another name.
     """
 
     options: dict[str, Any] = {}  # noqa: RUF012

@@ -39,6 +39,7 @@ class Evaluation:
     first_match: Int64[np.ndarray, "queries"]
 
 
+# the first six arguments are torchreid's; the others say what counts, and with what it is counted
 def evaluate_rank(
     distmat: Float[Tensor, "queries galleries"],
     q_pids: Ids,
@@ -93,7 +94,7 @@ def evaluate_rank(
     distmat, (queries, galleries) = distmat.detach(), distmat.shape
     q_pids, q_camids = as_ids("q_pids", q_pids, queries), as_ids("q_camids", q_camids, queries)
     g_pids, g_camids = as_ids("g_pids", g_pids, galleries), as_ids("g_camids", g_camids, galleries)
-    kept = np.flatnonzero(~np.isin(g_pids, list(junk_pids)))
+    kept = np.flatnonzero(~np.isin(g_pids, as_ids("junk_pids", junk_pids)))
     g_pids, g_camids = g_pids[kept], g_camids[kept]
     columns = None if len(kept) == galleries else torch.from_numpy(kept).to(distmat.device)
     galleries = len(kept)
@@ -122,19 +123,7 @@ def evaluate_rank(
             same = by_pid[np.where(present, at, 0)]
             match = present & (g_camids[same] != own[rows, None])
             block = distmat[rows] if columns is None else distmat[rows].index_select(1, columns)
-            positions, unsure = _positions(block, same, present, match)
-            numbers = match.sum(1)
-            for row in unsure.nonzero()[0]:
-                query = top + row
-                junk = (g_pids == q_pids[query]) & (g_camids == own[query])
-                place = _sorted_positions(block[row], g_pids == q_pids[query], junk)
-                positions[row, : len(place)] = place
-            valid = numbers.nonzero()[0]
-            numbers, positions = numbers[valid], positions[valid]
-            precision = np.where(slots < numbers[:, None], (slots + 1) / positions, 0)
-            ap[top + valid] = precision.sum(1) / numbers
-            inp[top + valid] = precision[np.arange(len(valid)), numbers - 1]
-            first_match[top + valid] = positions[:, 0] - 1
+            ap[rows], inp[rows], first_match[rows] = _precisions(block, same, present, match)
             bar.update(len(at))
 
     found = first_match[first_match >= 0]
@@ -198,6 +187,7 @@ class RankedLists:
         return self.worst()[::-1][:number]
 
 
+# two matrices, and the arguments of evaluate_rank that say what counts
 def ranked_lists(
     feature_distmat: Float[Tensor, "queries galleries"],
     fused_distmat: Float[Tensor, "queries galleries"],
@@ -259,7 +249,7 @@ def ranked_lists(
     truth, (truth_rank, truth_feature_rank) = np.full(queries, -1), np.zeros((2, queries), np.int64)
     for query in range(queries):
         same = (g_pids == q_pids[query]) & (g_pids != UNKNOWN)
-        junk = left_out | (same & (g_camids == q_camids[query]) & ~unknown & cross_camera)
+        junk = left_out | (same & (g_camids == q_camids[query]) & ~unknown & bool(cross_camera))
         order, by_features = (_order(d[query], junk) for d in (fused_distmat, feature_distmat))
         ranks = np.zeros(galleries, np.int64)
         ranks[by_features] = np.arange(1, len(by_features) + 1)
@@ -355,6 +345,31 @@ def _sorted(values: Tensor) -> Tensor:
     if values.dtype == torch.bfloat16:  # unknown to NumPy; float32 holds every value of it
         return _sorted(values.float()).to(values.dtype)
     return torch.from_numpy(np.sort(values))  # several times faster than PyTorch on the CPU
+
+
+def _precisions(
+    distmat: Float[Tensor, "queries galleries"],
+    same: Int64[np.ndarray, "queries slots"],
+    present: Bool[np.ndarray, "queries slots"],
+    match: Bool[np.ndarray, "queries slots"],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns AP, INP and rank of the first match of some queries: NaN, NaN and -1 without one.
+
+    The arguments are those of :func:`_positions`.
+    """
+    positions, unsure = _positions(distmat, same, present, match)
+    for row in unsure.nonzero()[0]:
+        of_pid, junk = np.zeros((2, distmat.shape[1]), dtype=bool)
+        of_pid[same[row, present[row]]] = True
+        junk[same[row, present[row] & ~match[row]]] = True
+        place = _sorted_positions(distmat[row], of_pid, junk)
+        positions[row, : len(place)] = place
+    numbers, slots = match.sum(1), np.arange(match.shape[1])
+    precision = np.where(slots < numbers[:, None], (slots + 1) / positions, 0)
+    found = numbers > 0
+    last = precision[np.arange(len(numbers)), np.maximum(numbers, 1) - 1]
+    ap = np.where(found, precision.sum(1) / np.maximum(numbers, 1), np.nan)
+    return ap, np.where(found, last, np.nan), np.where(found, positions[:, 0] - 1, -1)
 
 
 def _positions(

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from casn_plugin.doors import check_images, check_size, check_weight
 from casn_plugin.encoding import Encoding
-from casn_plugin.hooks import place_of, unwrapped
+from casn_plugin.hooks import place_of
 from casn_plugin.identities import as_ids
-from casn_plugin.model import CASN
+from casn_plugin.model import CASN, as_casn
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -268,19 +268,22 @@ class Encoded(NamedTuple):
     camids: Int64[np.ndarray, " images"]
 
 
-def encode_images(model: CASN, imgs: Float[Tensor, "images 3 rows columns"]) -> Encoding:
+def encode_images(model: nn.Module, imgs: Float[Tensor, "images 3 rows columns"]) -> Encoding:
     """Returns the encoding of images on the CPU; they are encoded where the model is.
 
+    Args:
+        model: a CASN, or one in any of PyTorch's wrappers.
+        imgs: normalised images; they are brought to the model's device and dtype.
+
     Raises:
-        TypeError, ValueError: as :meth:`CASN.encode`.
+        TypeError: another model; otherwise as :meth:`CASN.encode`.
+        ValueError: as :meth:`CASN.encode`.
     """
-    if not isinstance(model, nn.Module) or not hasattr(unwrapped(model), "encode"):
-        raise TypeError(f"model must be a CASN, got {type(model).__name__}")
-    check_images(imgs)
-    return model.encode(imgs.to(*place_of(model))).to("cpu")
+    casn = as_casn(model)
+    return casn.encode(check_images(imgs).to(*place_of(casn))).to("cpu")
 
 
-def encode_loader(model: CASN, batches: Iterable[Any]) -> Encoded:
+def encode_loader(model: nn.Module, batches: Iterable[Any]) -> Encoded:
     """Returns the encodings of all batches, and whom the images show: -1 where it is not said.
 
     Raises:

@@ -1,7 +1,7 @@
 """The losses of the paper: one pure function an equation, and the two drop-in loss modules."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Literal
 
@@ -12,18 +12,21 @@ from torch import Tensor, nn
 
 from casn_plugin.attention import (
     ROW_THRESHOLD,
+    SCORES,
+    Logits,
     PairScorer,
-    at_least_float32,
     attention_distance,
     grad_cam,
+    identity_scores,
+    parts_of,
     row_profiles,
+    same_identity,
     siamese_attention,
     soft_mask,
     split_pairs,
 )
 from casn_plugin.doors import (
     check_choice,
-    check_lengths,
     check_same,
     check_share,
     check_tensor,
@@ -35,11 +38,6 @@ from casn_plugin.hooks import (
     never_computed_again,
     twin,
 )
-
-_SCORES = ("logit", "probability")
-
-Logits = Tensor | Sequence[Tensor]
-"""(B, classes) scores y, or one such tensor for each part classifier (PCB) or branch (HACNN)."""
 
 
 def identification_loss(
@@ -54,51 +52,18 @@ def identification_loss(
         >>> identification_loss(torch.zeros(2, 4), torch.tensor([0, 3]))
         tensor(1.3863)
     """
-    parts = _parts(logits, pids)
-    pids = pids.long()
-    if not 0 <= check_weight("label_smoothing", label_smoothing) <= 1:
+    parts = parts_of(logits, pids)
+    if check_weight("label_smoothing", label_smoothing) > 1:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
-    _check_classes(pids, parts)
-    losses = [F.cross_entropy(part, pids, label_smoothing=label_smoothing) for part in parts]
-    return torch.stack(losses).mean()
-
-
-def identity_scores(
-    logits: Logits,
-    pids: Int[Tensor, " batch"],
-    score: Literal["logit", "probability"] = "logit",
-) -> Float[Tensor, " batch"]:
-    """Returns y_c, the score of each image's true identity.
-
-    Args:
-        logits: scores y of all identities; of several part classifiers, the scores are summed
-            ("logit", unbounded) or averaged ("probability", in [0, 1]).
-        pids: the true identities c, in [0, classes).
-        score: the class score itself (the paper's y_c), or its softmax probability.
-
-    Raises:
-        TypeError: logits that are no float tensors, identities that are no integers.
-        ValueError: an unknown `score`, unlike numbers of logits and identities, or identities
-            outside of the classes.
-
-    Example:
-        >>> identity_scores(torch.tensor([[1.0, 5.0]]), torch.tensor([1]))
-        tensor([5.])
-    """
-    parts = _parts(logits, pids)
-    pids = pids.long()  # uint8 would be a mask
-    check_choice("score", score, _SCORES)
-    classes = parts[0].shape[1]
-    if len(pids) and not 0 <= int(pids.min()) <= int(pids.max()) < classes:
+    try:
+        losses = [
+            F.cross_entropy(part, pids.long(), label_smoothing=label_smoothing) for part in parts
+        ]
+    except IndexError as error:  # found by PyTorch, so that nothing is read here
         raise ValueError(
-            f"pids must lie in [0, {classes}), the classes of the logits, but they go from "
-            f"{int(pids.min())} to {int(pids.max())}"
-        )
-    stacked = torch.stack([at_least_float32(part) for part in parts])
-    if score == "probability":
-        stacked = stacked.softmax(-1)
-    chosen = stacked[:, torch.arange(len(pids), device=pids.device), pids]
-    return chosen.sum(0) if score == "logit" else chosen.mean(0)
+            f"pids must lie in [0, {parts[0].shape[1]}), the classes of the logits: {error}"
+        ) from error
+    return torch.stack(losses).mean()
 
 
 def identification_attention_loss(masked_scores: Float[Tensor, " batch"]) -> Float[Tensor, ""]:
@@ -249,7 +214,7 @@ class IdentificationAttentionLoss(nn.Module):
         statistics: Literal["batch", "running"] = "batch",
     ) -> None:
         super().__init__()
-        check_choice("score", score, _SCORES)
+        check_choice("score", score, SCORES)
         check_choice("trains", trains, ("network", "attention"))
         check_choice("statistics", statistics, ("batch", "running"))
         if check_weight("mask_scale", mask_scale) == 0:
@@ -442,29 +407,3 @@ class SiameseAttentionLoss(nn.Module):
         return siamese_attention_loss(
             pair_scores, distances, same_identity(pids), consistency_weight=self.consistency_weight
         )
-
-
-def same_identity(pids: Int[Tensor, " batch"]) -> Bool[Tensor, " pairs"]:
-    """Returns whether each pair (rows 2i and 2i+1) shows one identity.
-
-    Raises:
-        ValueError: an odd number of identities.
-
-    Example:
-        >>> same_identity(torch.tensor([4, 4, 1, 2]))
-        tensor([ True, False])
-    """
-    first, second = split_pairs(pids)
-    return first == second
-
-
-def _parts(logits: Logits, pids: Tensor) -> Sequence[Tensor]:
-    """Returns logits as a sequence of (B, classes) tensors, as many as there are identities."""
-    parts = logits if isinstance(logits, list | tuple) else [logits]
-    if not parts:
-        raise ValueError("logits must be a (B, classes) tensor or a sequence of them, got none")
-    for part in parts:
-        check_tensor("logits", part, "batch classes")
-    check_tensor("pids", pids, "batch", floating=False)
-    check_lengths(logits=parts[0], pids=pids)
-    return parts

@@ -7,20 +7,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from casn_plugin.attention import at_least_float32
+from casn_plugin.attention import Logits, at_least_float32, same_identity
 from casn_plugin.backbones import Forward, Reader, input_size_of
 from casn_plugin.doors import check_count, check_images, check_lengths
 from casn_plugin.encoding import Encoding, encode_head
 from casn_plugin.hooks import place_of, twin, unwrapped
 from casn_plugin.losses import (
     IdentificationAttentionLoss,
-    Logits,
     SiameseAttentionLoss,
     casn_loss,
     consistency,
     identification_attention_loss,
     pair_loss,
-    same_identity,
     siamese_attention_loss,
 )
 

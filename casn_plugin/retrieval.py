@@ -144,15 +144,15 @@ def retrieve(
     ids = query.pids, gallery.pids, query.camids, gallery.camids
     results: dict[str, Any] = {}
     for name, distmat in distmats.items():
-        found = evaluate_rank(distmat, *ids)
+        found = evaluate_rank(distmat, *ids, **options.counting)
         results[name] = {
             "mAP": found.mean_ap, "mINP": found.mean_inp, "cmc": found.cmc.tolist()
         }  # fmt: skip
-    same, counted = pairs_by_identity(*ids)
+    same, counted = pairs_by_identity(*ids, **options.counting)
     queries = query.encoding[: len(query.encoding)]
     logits = same_identity_logits(model, queries, gallery.encoding, compute=options.compute)
     results["auc"] = verification_auc(logits.cpu()[counted], same[counted])
-    ranked = ranked_lists(distmats["features"], distmats["fused"], *ids)
+    ranked = ranked_lists(distmats["features"], distmats["fused"], *ids, **options.counting)
     return Retrieval(results, ranked, distmats)
 
 

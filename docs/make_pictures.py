@@ -32,9 +32,9 @@ import train_casn_pcb  # noqa: E402
 from plots import plot_memory, save_small  # noqa: E402
 from tables import write_report  # noqa: E402
 
-from casn_plugin.data import render_pedestrian  # noqa: E402
 from casn_plugin.explanation import FixedPairs  # noqa: E402
 from casn_plugin.loading import Preprocessing  # noqa: E402
+from casn_plugin.pedestrians import render_pedestrian  # noqa: E402
 
 
 def draw_memory() -> None:

@@ -44,8 +44,11 @@ def main(argv: list[str] | None = None) -> list[Path]:
     given = []
     trained = checkpoint.parent.parent / "results.json"
     if trained.is_file():
-        saved = json.loads(trained.read_text()).get("args", {})
-        given = [f"--{name}={saved[name]}" for name in KEPT if saved.get(name)]
+        try:
+            saved = json.loads(trained.read_text())["args"]
+            given = [f"--{name}={saved[name]}" for name in KEPT if saved.get(name)]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            parser.error(f"{trained} can't be read ({error!r}): move it away, and give the options")
     ranked = ["--test-only", "--weights", str(checkpoint)]
     args = parse_args(make_parser(), [*given, *others, *ranked])
     engine = build_engine(args)

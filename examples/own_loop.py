@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from casn_plugin import IdentificationAttentionLoss, PairSampler, SiameseAttentionLoss
-from casn_plugin.data import render_pedestrian
 from casn_plugin.losses import casn_loss, identification_loss
 from casn_plugin.model import PairClassifier
+from casn_plugin.pedestrians import render_pedestrian
 
 torch.manual_seed(0)
 shots = [(person, camera, index) for person in range(8) for camera in (0, 4) for index in range(4)]

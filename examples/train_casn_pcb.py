@@ -23,6 +23,7 @@ from torch import nn
 from casn_plugin import CASN, ImageCASNEngine, PairSampler, RankingOptions
 from casn_plugin.checkpoint import load_weights
 from casn_plugin.explanation import plot_curves
+from casn_plugin.files import replacing
 
 # below --root; torchreid would make a folder that is missing, and try to download
 FOLDERS = {"market1501": "market1501", "cuhk03": "cuhk03", "dukemtmcreid": "dukemtmc-reid",
@@ -59,10 +60,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lambda-ia", type=float, default=0.5, help="weight of identification attention (Eq. 6)")
     add("--lambda-sa", type=float, default=0.05, help="weight of Siamese attention (Eq. 6)")
     add("--gallery-dir", help="keep the gallery's encodings on disk there while ranking")
+    add("--one-camera", action="store_true", help="matches of the query's own camera count too")
     add("--seed", type=int, default=0)
     add("--device", choices=["cpu", "cuda"], help="by default CUDA where there is one")
     add("--workers", type=int, default=0 if sys.platform == "win32" else 2)
-    add("--resume", metavar="CHECKPOINT", help="go on from a checkpoint of this script")
+    add("--resume", nargs="?", const="newest", metavar="CHECKPOINT",
+        help="go on from a checkpoint, by default the newest in --save-dir")  # fmt: skip
     add("--test-only", action="store_true", help="rank with --resume or --weights, do not train")
     add("--save-dir", default="log/casn_pcb", help="folder for checkpoints, curves and pictures")
     return parser
@@ -77,9 +80,10 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> argpa
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no CUDA device is available here")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.resume = args.save_dir if args.resume == "newest" else args.resume
     for option in ("resume", "weights"):
         file = getattr(args, option)
-        if file and file not in ("imagenet", "none") and not Path(file).is_file():
+        if file and file not in ("imagenet", "none") and not Path(file).exists():
             parser.error(f"--{option}: there is no file {file}")
     if args.test_only and not args.resume and args.weights in ("imagenet", "none"):
         parser.error("--test-only ranks with a model: name it with --resume or --weights FILE")
@@ -139,11 +143,10 @@ def start_from(args: argparse.Namespace, model: CASN) -> None:
 def build_engine(args: argparse.Namespace) -> ImageCASNEngine:
     """Returns the engine, with data and model, that the options ask for, all seeded."""
     torchreid.utils.set_random_seed(args.seed)
-    use_gpu = args.device == "cuda"
     datamanager = torchreid.data.ImageDataManager(
         root=args.root, sources=args.sources, height=args.height, width=args.width,
         batch_size_train=args.batch_size, batch_size_test=64, workers=args.workers,
-        use_gpu=use_gpu, cuhk03_labeled="cuhk03-labeled" in args.preset,
+        use_gpu=args.device == "cuda", cuhk03_labeled="cuhk03-labeled" in args.preset,
     )  # fmt: skip
     backbone = build_backbone(args, datamanager.num_train_pids)
     model = CASN(backbone, input_size=(args.height, args.width), seed=args.seed)
@@ -152,21 +155,24 @@ def build_engine(args: argparse.Namespace) -> ImageCASNEngine:
     optimizer = torchreid.optim.build_optimizer(model, optim=args.optim, lr=args.lr)
     scheduler = torchreid.optim.build_lr_scheduler(optimizer, "single_step", args.stepsize)
     return ImageCASNEngine(
-        datamanager, model, optimizer, scheduler, use_gpu, args.label_smooth,
+        datamanager, model, optimizer, scheduler, args.device == "cuda", args.label_smooth,
         lambda_ia=args.lambda_ia, lambda_sa=args.lambda_sa,
-        ranking=RankingOptions(gallery_dir=args.gallery_dir),
+        ranking=RankingOptions(gallery_dir=args.gallery_dir, cross_camera=not args.one_camera),
     )  # fmt: skip
 
 
 def run(engine: ImageCASNEngine, args: argparse.Namespace, **options: Any) -> dict[str, Any]:
     """Trains, ranks and saves; returns the results of each data set."""
     save_dir = Path(args.save_dir)
-    save_dir.mkdir(parents=True, exist_ok=True)
-    start_epoch = engine.resume(args.resume) if args.resume else 0
+    try:
+        start_epoch = engine.resume(args.resume) if args.resume else 0
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"--resume: {error}") from error
     engine.run(save_dir=args.save_dir, start_epoch=start_epoch, max_epoch=args.max_epoch,
                eval_freq=args.eval_freq, test_only=args.test_only, **options)  # fmt: skip
     saved = {"args": vars(args), "results": engine.results, "history": engine.history}
-    (save_dir / "results.json").write_text(json.dumps(saved))
+    with replacing(save_dir / "results.json") as file:
+        file.write_text(json.dumps(saved))
     for name, results in engine.results.items():
         plot_curves(engine.history, results).savefig(save_dir / f"curves_{name}.png")
         engine.explain(name)[0].plot().savefig(save_dir / f"pairs_{name}.png")

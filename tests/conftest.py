@@ -118,7 +118,7 @@ def cells(text: str) -> list[list[str]]:
 @pytest.fixture(scope="session")
 def market_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small data set in Market-1501's layout, of rendered pedestrians, with person masks."""
-    from casn_plugin.data import render_pedestrian
+    from casn_plugin.pedestrians import render_pedestrian
 
     root = tmp_path_factory.mktemp("reid-data")
     folder = root / "market1501" / "Market-1501-v15.09.15"

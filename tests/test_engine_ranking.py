@@ -100,7 +100,7 @@ def test_evaluation_is_that_of_torchreid_and_has_minp(market_root, monkeypatch, 
     ours = engine.results["market1501"]
     assert 0 < ours["fused"]["mINP"] <= 1
 
-    def theirs(distmat, *ids):
+    def theirs(distmat, *ids, **counting):
         cmc, mean_ap = torchreid.metrics.evaluate_rank(distmat.numpy(), *ids)
         return Evaluation(cmc, float(mean_ap), 0.0, np.zeros(1), np.zeros(1, dtype=np.int64))
 

@@ -3,8 +3,10 @@
 import importlib
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 import urllib.error
 from pathlib import Path
 
@@ -28,34 +30,66 @@ def market(root: Path, *options: object) -> list[str]:
     return [str(option) for option in common]
 
 
-def test_train_from_the_command_line_resume_and_test_only(example, market_root):
+def test_train_from_the_command_line(market_root):
     options = [
         *("--preset", "market1501-pcb", "--backbone", "pcb_slim", "--weights", "none"),
-        *("--workers", "0", "--device", "cpu", "--root", str(market_root)),
+        *("--workers", "0", "--device", "cpu", "--root", str(market_root), "--max-epoch", "1"),
     ]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(SCRIPT), *options,
-         "--max-epoch", "1", "--save-dir", "log"],
+        [sys.executable, "-W", "ignore", str(SCRIPT), *options, "--save-dir", "log"],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "features  attention      fused" in done.stdout
-    log = Path("log")
-    names = {path.name for path in log.iterdir()}
+    names = {path.name for path in Path("log").iterdir()}
     assert {"model", "results.json", "curves_market1501.png", "pairs_market1501.png"} <= names
-    checkpoint = log / "model" / "model.pth.tar-1"
+    checkpoint = Path("log", "model", "model.pth.tar-1")
     assert torch.load(checkpoint, weights_only=True)["epoch"] == 1
 
-    example.main([*options, "--max-epoch", "2", "--resume", str(checkpoint), "--save-dir", "log"])
+
+def test_resume_and_test_only(example, small, market_root):
+    log = Path("log")
+    example.main(market(market_root, "--max-epoch", 1, "--save-dir", log))
+    checkpoint = log / "model" / "model.pth.tar-1"
+    example.main(market(market_root, "--max-epoch", 2, "--resume", checkpoint, "--save-dir", log))
     trained = json.loads((log / "results.json").read_text())
     assert [entry["epoch"] for entry in trained["history"]] == [1, 2]
 
     # testing the checkpoint gives the figures that training ended with
-    last = str(log / "model" / "model.pth.tar-2")
-    results = example.main([*options, "--test-only", "--resume", last, "--save-dir", "test"])
+    last = log / "model" / "model.pth.tar-2"
+    results = example.main(
+        market(market_root, "--test-only", "--resume", last, "--save-dir", "test")
+    )
     assert results == trained["results"]
-    by_weights = example.main([*options, "--test-only", "--weights", last, "--save-dir", "weights"])
+    by_weights = example.main(
+        market(market_root, "--test-only", "--weights", last, "--save-dir", "weights")
+    )
     assert by_weights == results  # the pair classifier came along
+
+
+def test_ctrl_c_loses_nothing_and_resume_goes_on(example, small, market_root):
+    options = [
+        *("--preset", "market1501-pcb", "--backbone", "pcb_slim", "--weights", "none"),
+        *("--workers", "0", "--device", "cpu", "--root", str(market_root), "--max-epoch", "500"),
+    ]
+    done = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-u", str(SCRIPT), *options, "--save-dir", "log"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not list(Path("log").glob("model/model.pth.tar-*")) and done.poll() is None:
+        time.sleep(0.1)
+    done.send_signal(signal.SIGINT)
+    said, errors = done.communicate(timeout=60)
+    assert done.returncode == 128 + signal.SIGINT, errors
+    assert "Traceback" not in errors and 'The last checkpoint is "log/model/' in said
+    trained = len(list(Path("log").glob("model/model*")))
+    assert trained >= 1
+    with pytest.raises(SystemExit, match="--resume: there is no whole checkpoint in"):
+        example.main(market(market_root, "--save-dir", Path("log").parent, "--resume"))
+    options = ["--preset", "market1501-pcb", "--backbone", "pcb_slim", "--weights", "none"]
+    options += ["--workers", "0", "--device", "cpu", "--root", str(market_root)]
+    example.main([*options, "--save-dir", "log", "--max-epoch", "1", "--resume"])
+    assert json.loads(Path("log", "results.json").read_text())["history"]
 
 
 @pytest.mark.parametrize(

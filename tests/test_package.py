@@ -18,20 +18,28 @@ ROOMS = (
     "files", "doors", "identities", "hooks", "attention", "losses", "sampler", "encoding",
     "evaluation", "quality", "backbones", "model", "loading",
     *(f"ranking.{name}" for name in (
-        "processes", "closed_form", "tiles", "sides", "distances", "search", "fused", "shards",
-        "index",
+        "processes", "compute", "tiles", "closed_form", "sides", "pairs", "candidates",
+        "distances", "fused", "search", "shards", "contents", "index",
     )),
     "ranking", "retrieval",
     *(f"explanation.{name}" for name in (
-        "pictures", "figures", "curves", "pair", "lists", "fixed_pairs", "report",
+        "pictures", "figures", "curves", "pair", "lists", "fixed_pairs", "board", "report",
     )),
     "explanation", "checkpoint", "checks", "training",
     *(f"pedestrians.{name}" for name in (
-        "looks", "cameras", "body", "street", "picture", "dataset",
+        "colours", "looks", "cameras", "surfaces", "solids", "body", "street", "picture",
+        "dataset",
     )),
     "pedestrians", "engine",
 )  # fmt: skip
-WITHOUT_EXAMPLES = {"engine", "ranking", "explanation", "pedestrians", "explanation.report"}
+WITHOUT_EXAMPLES = {
+    "engine",
+    "ranking",
+    "explanation",
+    "pedestrians",
+    "explanation.report",
+    "explanation.board",
+}
 
 
 def file_of(room: str) -> Path:

@@ -21,7 +21,7 @@ import pytest
 from scipy.io import savemat
 
 from casn_plugin import CASN, ImageCASNEngine
-from casn_plugin.data import render_pedestrian
+from casn_plugin.pedestrians import render_pedestrian
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "protocols.md"
 HEIGHT, WIDTH = 64, 32

@@ -5,6 +5,7 @@ pair, lists, fixed_pairs, and the report as an HTML page. matplotlib and Jinja2 
 something is drawn.
 """
 
+from casn_plugin.explanation.board import AttentionBoard, log_results
 from casn_plugin.explanation.curves import COLOURS, plot_cmc, plot_curves
 from casn_plugin.explanation.figures import plot_pair, plot_ranking
 from casn_plugin.explanation.fixed_pairs import FixedPairs
@@ -21,6 +22,7 @@ from casn_plugin.explanation.report import html_report, save_report
 __all__ = [
     "COLOURS",
     "AttendedImage",
+    "AttentionBoard",
     "ExplainedRankings",
     "FixedPairs",
     "Match",
@@ -29,6 +31,7 @@ __all__ = [
     "explain_pair",
     "explain_ranking",
     "html_report",
+    "log_results",
     "overlay",
     "pair_mosaic",
     "plot_cmc",

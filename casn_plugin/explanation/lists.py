@@ -316,7 +316,7 @@ def explain_ranking(
         feature_distances=_exact_distances,
     )
     ids = first.pids, second.pids, first.camids, second.camids
-    ranked = ranked_lists(features, fused, *ids, topk=topk)
+    ranked = ranked_lists(features, fused, *ids, topk=topk, **ranking.counting)
     return ExplainedRankings(
         casn,
         query.dataset,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from heads import Head, table
+from benchmark_heads import Head, table
 from plots import plot_memory, save_small
 from torch import Tensor, nn
 from tqdm import tqdm

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from heads import make_head, table
+from benchmark_heads import make_head, table
 from torch import Tensor
 
 from casn_plugin import Compute, attention_distmat, rank_gallery

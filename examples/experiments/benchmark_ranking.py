@@ -23,10 +23,10 @@ import protocols
 import torch
 import torchreid
 from backbones import build_model
+from benchmark_heads import table
 from benchmark_memory import memory
 from benchmark_processes import processes
 from benchmark_speed import evaluation, exactness, half, speed
-from heads import table
 from torch import Tensor
 
 from casn_plugin import RankingOptions, rank_gallery

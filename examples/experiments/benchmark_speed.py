@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torchreid
-from heads import MARKET, autograd_distances, make_head, table
+from benchmark_heads import MARKET, autograd_distances, make_head, table
 from tqdm import tqdm
 
 from casn_plugin import Compute, attention_distmat

@@ -216,6 +216,7 @@ def build_engine(
         ranking=RankingOptions(
             attention_weight=args.attention_weight, shortlist=args.topk,
             gallery_dir=args.gallery_dir,
+            cross_camera=not args.one_camera,
         ),
     )  # fmt: skip
 

@@ -1,10 +1,8 @@
-"""Tests of the embedded data set."""
+"""The set on disk: its lists, its files, its folder, and what happens when it is damaged."""
 
-import inspect
 import json
 import threading
 from collections.abc import Iterator
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +10,16 @@ import cv2
 import numpy as np
 import pytest
 
-from casn_plugin import data
-from casn_plugin.data import (
+from casn_plugin.pedestrians import (
     PedestrianSet,
-    contact_sheet,
+    dataset,
     load_pedestrians,
     mask_path,
     render_pedestrian,
 )
+from casn_plugin.pedestrians.looks import look_of, twin_of
+from casn_plugin.pedestrians.street import scene
+from casn_plugin.pedestrians.surfaces import noise_tiles
 
 TINY: dict[str, Any] = {
     "num_train_pids": 3,
@@ -52,7 +52,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int, int]
         shape = size["height"], size["width"]
         return np.zeros((*shape, 3), np.uint8), np.zeros(shape, np.uint8)
 
-    monkeypatch.setattr(data, "render_pedestrian", blank)
+    monkeypatch.setattr(dataset, "render_pedestrian", blank)
     yield asked
 
 
@@ -75,9 +75,8 @@ def only_set(root: Path) -> Path:
 def test_same_arguments_give_the_same_bytes(
     tiny: PedestrianSet, root: Path, tmp_path: Path
 ) -> None:
-    data._scene.cache_clear()
-    data._look.cache_clear()
-    data._tiles.cache_clear()
+    for cached in (scene, look_of, noise_tiles):
+        cached.cache_clear()
     load_pedestrians(tmp_path, **TINY)
     assert contents(only_set(tmp_path)) == contents(only_set(root))
 
@@ -91,19 +90,6 @@ def test_an_image_does_not_depend_on_the_size_of_the_set(
     shared = [name for name in small if name != "manifest.json"]
     assert len(shared) == 2 * 3 * 2 * 2
     assert all(small[name] == large[name] for name in shared)
-
-
-def test_another_seed_pid_camera_or_index_gives_another_picture() -> None:
-    size = {"height": 64, "width": 32}
-    first = render_pedestrian(1, 0, 0, **size)[0]
-    others = [
-        render_pedestrian(1, 0, 0, seed=1, **size),
-        render_pedestrian(2, 0, 0, **size),
-        render_pedestrian(1, 1, 0, **size),
-        render_pedestrian(1, 0, 1, **size),
-    ]
-    for image, _ in others:
-        assert np.abs(image.astype(int) - first).mean() > 5
 
 
 def test_the_rendered_picture_is_what_lies_on_disk(tiny: PedestrianSet) -> None:
@@ -152,117 +138,8 @@ def test_every_image_has_a_mask_of_its_size(tiny: PedestrianSet) -> None:
     assert min(shares) > 0.02
 
 
-def test_the_mask_is_where_the_person_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Painting the person white changes the picture inside the mask and not outside."""
-    quiet = [replace(camera, occlusion=0.0, noise=0.0, blur=0.0) for camera in data._CAMERAS]
-    monkeypatch.setattr(data, "_CAMERAS", tuple(quiet))
-    monkeypatch.setattr(data, "_pass", lambda *_, **__: None)
-    plain, mask = render_pedestrian(4, 0, 0)
-    stand = data._stand
-
-    def invisible(*arguments: Any) -> Any:
-        layer = stand(*arguments)
-        layer.colour[:] = 4.0
-        return layer
-
-    monkeypatch.setattr(data, "_stand", invisible)
-    changed = np.abs(render_pedestrian(4, 0, 0)[0].astype(int) - plain).sum(axis=2) > 60
-    assert changed[cv2.erode(mask, np.ones((3, 3))) > 0].mean() > 0.95
-    assert changed[cv2.dilate(mask, np.ones((5, 5))) == 0].mean() < 0.01
-    assert (mask > 0).mean() > 0.1
-
-
-@pytest.mark.parametrize("kind", ["person", "pole", "bollard", "foliage", "car"])
-def test_occluders_are_not_in_the_mask(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def masks(chance: float) -> np.ndarray:
-        cameras = [replace(camera, occlusion=chance) for camera in data._CAMERAS]
-        monkeypatch.setattr(data, "_CAMERAS", tuple(cameras))
-        pictures = [render_pedestrian(6, 1, index, height=64, width=32) for index in range(8)]
-        return np.stack([mask for _, mask in pictures]) > 0
-
-    assert set(data._OCCLUDERS) == {"person", "pole", "bollard", "foliage", "car"}
-    monkeypatch.setattr(data, "_OCCLUDERS", {kind: 1.0})
-    free, hidden = masks(0.0), masks(1.0)
-    assert not (hidden & ~free).any()
-    assert hidden.sum() < 0.97 * free.sum()
-
-
-def test_some_pictures_are_occluded_and_most_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    covered = []
-
-    def occlude(picture: np.ndarray, *_: Any) -> np.ndarray:
-        covered.append(1)
-        return np.zeros(picture.shape[:2], bool)
-
-    monkeypatch.setattr(data, "_occlude", occlude)
-    monkeypatch.setattr(data, "_OCCLUDERS", {"pole": 1.0})
-    for index in range(40):
-        render_pedestrian(1, index % 4, index, height=32, width=16)
-    assert 2 <= len(covered) <= 20
-
-
-def test_cameras_differ_in_colour() -> None:
-    size = {"height": 64, "width": 32}
-    means = np.array(
-        [
-            np.mean(
-                [render_pedestrian(pid, c, 0, **size)[0] for pid in range(1, 7)], axis=(0, 1, 2)
-            )
-            for c in range(len(data._CAMERAS))
-        ]
-    )
-    chroma = means / means.sum(axis=1, keepdims=True)
-    for one in range(len(means)):
-        for other in range(one):
-            apart = np.abs(means[one] - means[other]).max()
-            assert apart > 8 or np.abs(chroma[one] - chroma[other]).max() > 0.01
-
-
-def test_every_camera_has_its_viewpoint() -> None:
-    headings = np.array(
-        [[data._heading(0, pid, camid) for pid in range(1, 60)] for camid in range(6)]
-    )
-    facing = np.cos(np.radians(headings)).mean(axis=1)
-    assert facing[0] > 0.5 and facing[1] < -0.5
-    assert abs(facing[2]) < 0.35 and abs(facing[5]) < 0.35
-
-
-def test_a_backpack_shows_from_behind_and_the_face_from_the_front() -> None:
-    skin, bag = (0.5, 0.0, 0.0), (0.0, 0.5, 0.0)
-    look = replace(
-        data._look(0, 1), skin=skin, bag="backpack", bag_colour=bag, hair="short", hat="none"
-    )
-
-    def seen(degrees: float) -> tuple[int, int]:
-        view = data._View(np.radians(degrees), 0.1, 230.0, (64.0, 245.0))
-        rng = np.random.default_rng(0)
-        layer = data._stand(look, data._CAMERAS[0], view, (256, 128), rng, data._tiles(0))
-        red, green, blue = np.moveaxis(layer.colour, 2, 0)
-        head = layer.nearness[:60] > -1e5
-        return int(((red > 5 * green)[:60] & head).sum()), int((green > 5 * red + 5 * blue).sum())
-
-    (face, straps), (nape, sack) = seen(0), seen(180)
-    assert face > 2 * nape
-    assert sack > 4 * straps > 0
-
-
-def test_one_identity_in_four_is_a_look_alike() -> None:
-    def differing(pid: int, other: int) -> int:
-        one, two = data._look(0, pid), data._look(0, other)
-        return sum(getattr(one, f.name) != getattr(two, f.name) for f in fields(one))
-
-    for pid in range(1, 101):
-        if pid % 4 == 3:
-            assert data._twin_of(pid) == pid - 1
-            assert differing(pid, pid - 1) <= 4
-        else:
-            assert data._twin_of(pid) is None
-            assert differing(pid, pid + 4) > 8
-    assert np.mean([differing(pid, pid - 1) > 0 for pid in range(3, 103, 4)]) > 0.9
-
-
 def test_a_look_alike_never_crosses_from_train_to_test() -> None:
-    assert data._twin_of(data.FIRST_TEST_PID) is None
+    assert twin_of(dataset.FIRST_TEST_PID) is None
 
 
 def test_the_second_call_renders_nothing(tmp_path: Path, quick: list[Any]) -> None:
@@ -302,16 +179,15 @@ def test_an_interrupted_run_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
     calls = []
-    real = data.render_pedestrian
 
     def fails(*arguments: int, **size: int) -> Any:
         calls.append(arguments)
         if len(calls) == 7:
             assert len(list(tmp_path.iterdir())) == 1
             raise error("power cut")
-        return real(*arguments, **size)
+        return render_pedestrian(*arguments, **size)
 
-    monkeypatch.setattr(data, "render_pedestrian", fails)
+    monkeypatch.setattr(dataset, "render_pedestrian", fails)
     with pytest.raises(error, match="power cut"):
         load_pedestrians(tmp_path, **TINY)
     assert list(tmp_path.iterdir()) == []
@@ -320,13 +196,13 @@ def test_an_interrupted_run_leaves_nothing(
 def test_two_runs_at_once_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both find no folder, both render, the one that comes second takes the other's set."""
     barrier = threading.Barrier(2, timeout=20)
-    render_all = data._render_all
 
-    def together(*arguments: Any) -> None:
-        barrier.wait()
-        render_all(*arguments)
+    def together(*arguments: int, **size: int) -> Any:
+        if arguments == (1, 0, 0):
+            barrier.wait()
+        return render_pedestrian(*arguments, **size)
 
-    monkeypatch.setattr(data, "_render_all", together)
+    monkeypatch.setattr(dataset, "render_pedestrian", together)
     small = TINY | {"num_train_pids": 1, "num_test_pids": 1, "num_cameras": 2}
     found: list[PedestrianSet] = []
     threads = [
@@ -421,53 +297,13 @@ def test_bad_arguments_of_a_set(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(
-    ("arguments", "error", "complaint"),
-    [
-        ((0, 0, 0), ValueError, "pid must be an integer of at least 1, got 0"),
-        ((1, 6, 0), ValueError, "camid must be an integer from 0 to 5, got 6"),
-        ((1, -1, 0), ValueError, "camid"),
-        ((1, 0, -1), ValueError, "index"),
-        ((1.0, 0, 0), TypeError, "pid must be .* got 1.0 of type float"),
-    ],
-)
-def test_bad_arguments_of_a_picture(arguments: Any, error: type[Exception], complaint: str) -> None:
-    with pytest.raises(error, match=complaint):
-        render_pedestrian(*arguments)
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_numpy_integers_are_welcome() -> None:
-    one = render_pedestrian(np.int64(1), np.int64(2), np.int64(0), height=np.int32(32), width=16)  # type: ignore[arg-type]
-    two = render_pedestrian(1, 2, 0, height=32, width=16)
-    assert np.array_equal(one[0], two[0])
-
-
-@pytest.mark.parametrize(("height", "width"), [(32, 16), (33, 47), (256, 128)])
-def test_sizes(height: int, width: int) -> None:
-    image, mask = render_pedestrian(2, 1, 0, height=height, width=width)
-    assert image.shape == (height, width, 3) and image.dtype == np.uint8
-    assert mask.shape == (height, width) and mask.dtype == np.uint8
-
-
 @pytest.mark.parametrize("path", ["set/query/a.png", "set/masks/a.jpg", "a.jpg"])
 def test_mask_path_refuses_what_is_no_image_of_the_set(path: str) -> None:
     with pytest.raises(ValueError, match=r"img_path must be a .jpg in .*got"):
         mask_path(path)
 
 
-def test_contact_sheet_is_made_of_the_pictures() -> None:
-    size = {"height": 32, "width": 16}
-    sheet = contact_sheet([5, 9], num_cameras=2, images_per_camera=2, **size)
-    assert sheet.shape == (2 * 32, 4 * 16, 3)
-    assert np.array_equal(sheet[32:, 16:32], render_pedestrian(9, 0, 1, **size)[0])
-    with pytest.raises(ValueError, match="at least one identity"):
-        contact_sheet([])
-    with pytest.raises(ValueError, match="num_cameras"):
-        contact_sheet([1], num_cameras=7)
-
-
-def test_the_module_needs_no_deep_learning() -> None:
-    source = inspect.getsource(data)
-    assert "torch" not in source and "matplotlib" not in source
+def test_the_wing_needs_no_deep_learning() -> None:
+    for path in Path(dataset.__file__).parent.glob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        assert "torch" not in source and "matplotlib" not in source, path.name

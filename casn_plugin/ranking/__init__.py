@@ -1,0 +1,42 @@
+"""Attention-fused ranking of every query-gallery pair, without a backward pass per pair.
+
+The indicator α of all pairs (Eq. 4) is one matrix product over the hidden units of the pair
+classifier; the attention map of each image of each pair is ReLU(Bᵀα), a second one over the basis
+that :mod:`casn_plugin.encoding` computes once per image.
+"""
+
+from casn_plugin.ranking.compute import Compute
+from casn_plugin.ranking.distances import (
+    attention_distmat,
+    indicator_flips,
+    pair_attention,
+    same_identity_logits,
+)
+from casn_plugin.ranking.fused import (
+    Distmats,
+    FeatureDistances,
+    Normalization,
+    RankingOptions,
+    fuse_distmats,
+    fused_distmats,
+)
+from casn_plugin.ranking.index import GalleryIndex, SearchResult
+from casn_plugin.ranking.search import Ranking, rank_gallery
+
+__all__ = [
+    "Compute",
+    "Distmats",
+    "FeatureDistances",
+    "GalleryIndex",
+    "Normalization",
+    "Ranking",
+    "RankingOptions",
+    "SearchResult",
+    "attention_distmat",
+    "fuse_distmats",
+    "fused_distmats",
+    "indicator_flips",
+    "pair_attention",
+    "rank_gallery",
+    "same_identity_logits",
+]

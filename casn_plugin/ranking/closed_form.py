@@ -1,0 +1,197 @@
+"""The pair classifier in closed form: the indicator α and the scores of any pairs of images.
+
+Of a two-layer ReLU classifier, z = W2 ReLU(W1 (f1 − f2) + b1) + b2, an image is W1 f (+ b1 for
+queries), its *key*: a hidden unit is open where the key of the query is greater. Any other
+classifier is differentiated, and a key is the features themselves. Tensors in, tensors out.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from casn_plugin.attention import indicator
+from casn_plugin.hooks import place_of
+from casn_plugin.ranking.compute import Arithmetic
+
+Indicators = Callable[[Tensor, Tensor], Tensor]
+"""Maps keys of queries and of gallery images, (..., K) each, to α of their pairs, (..., D).
+
+α is 0 or 1, with the channels of a part together; it lies in memory that the next call reuses.
+"""
+
+
+def pair_form(
+    pair_classifier: nn.Module, arithmetic: Arithmetic, *, dim: int, parts: int = 0
+) -> "PairForm":
+    """Returns a pair classifier in closed form; Linear, ReLU, Linear without a backward pass.
+
+    Args:
+        pair_classifier: gives (P, 2) scores, column 1 = same identity.
+        arithmetic: where and in which numbers.
+        dim: D, the number of features.
+        parts: the number of normalised parts they are made of; 0 with a basis.
+
+    Example:
+        >>> classifier = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> form = pair_form(classifier, Arithmetic(torch.device("cpu"), torch.float32), dim=4)
+        >>> form.keys(torch.rand(3, 4), is_query=True).shape
+        torch.Size([3, 8])
+    """
+    layers = _layers(pair_classifier)
+    two = [type(layer) for layer in layers] == [nn.Linear, nn.ReLU, nn.Linear]
+    return (_TwoLayers if two else PairForm)(pair_classifier, arithmetic, dim=dim, parts=parts)
+
+
+class PairForm:
+    """A pair classifier as ranking looks at it: here by a backward pass through any of them.
+
+    Args:
+        pair_classifier: gives (P, 2) scores, column 1 = same identity.
+        arithmetic: where and in which numbers.
+        dim: D, the number of features.
+        parts: the number of normalised parts they are made of; 0 with a basis.
+    """
+
+    def __init__(
+        self, pair_classifier: nn.Module, arithmetic: Arithmetic, *, dim: int, parts: int = 0
+    ) -> None:
+        self._pair_classifier, self._arithmetic = pair_classifier, arithmetic
+        self._dim, self._parts = dim, parts
+
+    def pair_bytes(self) -> int:
+        """Returns the bytes that α of one pair and what it is made of take."""
+        sizes = 3 * self._arithmetic.products.itemsize + 2 * self._arithmetic.dtype.itemsize
+        return sizes * self._dim
+
+    def keys(
+        self, features: Float[Tensor, "images dim"], *, is_query: bool
+    ) -> Float[Tensor, "images keys"]:
+        """Returns what the pair classifier needs of images, once for all their pairs."""
+        return features
+
+    def indicators(
+        self, first: Float[Tensor, "queries keys"], second: Float[Tensor, "galleries keys"]
+    ) -> Indicators:
+        """Returns the function that gives α (Eq. 4) of pairs of these queries and images."""
+
+        def alpha(first: Tensor, second: Tensor) -> Tensor:
+            differences = first - second
+            values = indicator(self._pair_classifier, differences.flatten(0, -2))
+            values = _by_part(values, self._parts).to(self._arithmetic.products)
+            return values.view(*differences.shape[:-1], -1)
+
+        return alpha
+
+    def one_indicator(self) -> Float[Tensor, "1 dim"] | None:
+        """Returns the α of all pairs, where they have but one: an affine pair classifier."""
+        layers = _layers(self._pair_classifier)
+        if not layers or any(type(layer) is not nn.Linear for layer in layers):
+            return None
+        somewhere = torch.zeros(
+            1, self._dim, device=self._arithmetic.device, dtype=self._arithmetic.dtype
+        )
+        return self.indicators(somewhere, somewhere)(somewhere, somewhere)
+
+    def logits(
+        self, first: Float[Tensor, "queries keys"], second: Float[Tensor, "galleries keys"]
+    ) -> Float[Tensor, "queries galleries"]:
+        """Returns z1 − z0 of every pair: above 0 where they are the same identity."""
+        differences = first[:, None] - second[None]
+        dtype = place_of(self._pair_classifier, differences).dtype
+        scores: Tensor = self._pair_classifier(differences.flatten(0, 1).to(dtype))
+        scores = scores.to(differences.dtype)
+        return (scores[:, 1] - scores[:, 0]).view(differences.shape[:-1])
+
+
+class _TwoLayers(PairForm):
+    """Linear, ReLU, Linear: α = [gate · (w2[1] W1) > 0], gate = [W1 f1 + b1 > W1 f2]."""
+
+    def __init__(
+        self, pair_classifier: nn.Module, arithmetic: Arithmetic, *, dim: int, parts: int = 0
+    ) -> None:
+        super().__init__(pair_classifier, arithmetic, dim=dim, parts=parts)
+        first, _, last = _layers(pair_classifier)
+        assert isinstance(first, nn.Linear) and isinstance(
+            last, nn.Linear
+        )  # pair_form has seen to it
+        self._first, self._last = first, last
+        weights = last.weight.detach()[1, :, None] * first.weight.detach()
+        weights = _by_part(weights.to(arithmetic.dtype), parts)
+        if arithmetic.precision is not None:
+            weights = weights / weights.abs().max().clamp(min=1e-30)
+        self._towards_same = arithmetic.operand(weights)
+        self._gates, self._alpha = arithmetic.buffer(), arithmetic.buffer()
+
+    def pair_bytes(self) -> int:
+        hidden, dim = self._towards_same.shape
+        return (hidden + dim) * self._arithmetic.products.itemsize
+
+    def keys(self, features: Tensor, *, is_query: bool) -> Tensor:
+        bias = self._first.bias if is_query else None
+        keys = F.linear(features, self._first.weight.to(features.dtype))
+        return keys if bias is None else keys + bias.to(keys.dtype)
+
+    def indicators(self, first: Tensor, second: Tensor) -> Indicators:
+        """Returns the function that gives α of pairs of these images.
+
+        Hidden units whose gate is the same for all these pairs go into a constant: a trained
+        classifier has many.
+        """
+        always = first.amin(0) > second.amax(0)
+        if self._arithmetic.precision is not None:
+            always = torch.zeros_like(always)  # a sum of rounded weights would be rounded again
+        never = first.amax(0) <= second.amin(0)
+        varying = (~(always | never)).nonzero()[:, 0]
+        constant = always.to(self._towards_same.dtype)[None] @ self._towards_same
+        weights = torch.cat([self._towards_same[varying], constant])
+
+        def alpha(first: Tensor, second: Tensor) -> Tensor:
+            shape = torch.broadcast_shapes(first.shape[:-1], second.shape[:-1])
+            gates = self._gates.take((*shape, len(weights)))
+            torch.gt(
+                first.index_select(-1, varying),
+                second.index_select(-1, varying),
+                out=gates[..., :-1],
+            )
+            gates[..., -1] = 1
+            values = self._alpha.take((shape.numel(), weights.shape[1]))
+            torch.mm(gates.flatten(0, -2), weights, out=values)
+            return values.gt_(0).view(*shape, -1)
+
+        return alpha
+
+    def logits(self, first: Tensor, second: Tensor) -> Tensor:
+        last = self._last
+        hidden = (first[:, None] - second[None]).relu_()
+        scores: Tensor = hidden @ (last.weight[1] - last.weight[0]).to(hidden.dtype)
+        return scores if last.bias is None else scores + (last.bias[1] - last.bias[0])
+
+
+def _layers(pair_classifier: nn.Module) -> list[nn.Module]:
+    """Returns the layers of a plain sequence; none where anything else may happen in it."""
+    if type(pair_classifier) is nn.Linear:
+        layers: list[nn.Module] = [pair_classifier]
+    elif (
+        isinstance(pair_classifier, nn.Sequential)
+        and type(pair_classifier).forward is nn.Sequential.forward
+    ):
+        layers = list(pair_classifier)
+    else:
+        return []
+    changed = any(
+        each._forward_hooks
+        or each._forward_pre_hooks
+        or each._backward_hooks
+        or each._backward_pre_hooks
+        or "forward" in vars(each)
+        for each in [*layers, pair_classifier]
+    )
+    return [] if changed else layers
+
+
+def _by_part(values: Tensor, parts: int) -> Tensor:
+    """Returns (..., D) values of features with the channels of a part together, if any."""
+    return values.unflatten(-1, (-1, parts)).transpose(-2, -1).flatten(-2) if parts else values

@@ -1,0 +1,145 @@
+"""The rows of an index: its shards, memory-mapped, without the images that have been removed."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int, Int64
+from torch import Tensor
+
+from casn_plugin.encoding import Encoding
+from casn_plugin.ranking.shards import Entry, Manifest, Shard, no_images
+
+Rows = (
+    slice
+    | Sequence[int]
+    | Int[np.ndarray, " rows"]
+    | Bool[np.ndarray, " rows"]
+    | Int[Tensor, " rows"]
+)
+"""Some of the rows: a slice, a list of numbers, or a mask."""
+
+
+class Contents:
+    """What a manifest names, opened; it does not change.
+
+    Args:
+        folder: of the index.
+        manifest: which shards, and which of their rows.
+        verify: compare every byte with the checksums.
+        opened: contents whose shards are open already: they are not read again.
+
+    Attributes:
+        manifest: the manifest.
+        names: name of each image.
+        pids: identity of each image, -1 where none was given.
+        camids: camera of each image, -1 where none was given.
+
+    Raises:
+        FileNotFoundError, ValueError: as :meth:`Shard.read`.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from casn_plugin.ranking.shards import Writer
+        >>> images = Encoding(torch.rand(3, 4), basis=torch.rand(3, 4, 6, 2))
+        >>> before = Manifest(model="its checksum", dtype=None)
+        >>> with TemporaryDirectory() as name, Writer(Path(name), before) as writer:
+        ...     writer.write(images, names=["a", "b", "c"])
+        ...     contents = Contents(Path(name), before.of([], writer.entries), verify=True)
+        ...     contents.names, contents.encoding([2, 0]).features.shape
+        (['a', 'b', 'c'], torch.Size([2, 4]))
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, *, verify: bool, opened: "Contents | None" = None
+    ) -> None:
+        self.manifest, self._folder = manifest, folder
+        self._opened: dict[str, Shard] = {}
+        known = {} if opened is None else opened._opened
+        nothing = np.empty(0, dtype=np.int64)
+        names, pids, camids, rows, starts, start = [], [nothing], [nothing], [nothing], [], 0
+        for entry in manifest.shards:
+            shard = self._opened.get(entry.file) or known.get(entry.file)
+            shard = shard or Shard.read(folder, entry, verify=verify)
+            kept = np.setdiff1d(np.arange(entry.rows), entry.removed)
+            self._opened[entry.file] = shard
+            names += [shard.names[row] for row in kept]
+            pids.append(shard.pids[kept])
+            camids.append(shard.camids[kept])
+            rows.append(start + kept)
+            starts.append(start)
+            start += entry.rows
+        self.names, self.pids, self.camids = names, np.concatenate(pids), np.concatenate(camids)
+        self._starts, self._rows = np.array(starts, np.int64), np.concatenate(rows)
+
+    def __len__(self) -> int:
+        """Returns the number of images."""
+        return len(self._rows)
+
+    def encoding(self, rows: Rows) -> Encoding:
+        """Returns the encoding of some of the images.
+
+        Raises:
+            IndexError: no such row.
+            TypeError: no list of rows.
+            ValueError: nothing has been added yet: maps have no size.
+        """
+        if self.manifest.images is None:
+            raise ValueError(f"the index in {self._folder} is empty")
+        parts = [shard.encoding[local] for shard, local in self._runs(rows)]
+        if not parts:
+            return no_images(self.manifest.images)
+        return parts[0] if len(parts) == 1 else Encoding.cat(parts)
+
+    def features(self, rows: Rows) -> Tensor:
+        """Returns the features of some of the images; nothing of their maps is read.
+
+        Raises:
+            IndexError, TypeError, ValueError: as :meth:`encoding`.
+        """
+        parts = [shard.encoding.features[local] for shard, local in self._runs(rows)]
+        return torch.cat(parts) if parts else self.encoding(slice(0)).features
+
+    def without(self, rows: Rows) -> list[Entry]:
+        """Returns what a manifest says of the shards when some of the images are removed.
+
+        Raises:
+            IndexError, TypeError: as :meth:`encoding`.
+        """
+        physical, entries = self._physical(rows), []
+        for entry, start in zip(self.manifest.shards, self._starts, strict=True):
+            inside = physical[(physical >= start) & (physical < start + entry.rows)] - start
+            removed = sorted({*entry.removed, *inside.tolist()})
+            if len(removed) < entry.rows:
+                entries.append(replace(entry, removed=removed))
+        return entries
+
+    def _runs(self, rows: Rows) -> Iterator[tuple[Shard, slice | Tensor]]:
+        """Yields runs of rows that lie in one shard: the shard, and the rows in it."""
+        physical = self._physical(rows)
+        if not len(physical):
+            return
+        shards = np.searchsorted(self._starts, physical, "right") - 1
+        edges = [0, *(np.flatnonzero(np.diff(shards)) + 1), len(physical)]
+        for start, stop in pairwise(edges):
+            number = shards[start]
+            local = physical[start:stop] - self._starts[number]
+            neighbours = np.all(np.diff(local) == 1)
+            yield (
+                self._opened[self.manifest.shards[number].file],
+                slice(int(local[0]), int(local[-1]) + 1) if neighbours else torch.from_numpy(local),
+            )
+
+    def _physical(self, rows: Rows) -> Int64[np.ndarray, " found"]:
+        """Returns the numbers of rows among all that are in the shards, removed ones too."""
+        if not isinstance(rows, slice):
+            given = rows.cpu() if isinstance(rows, Tensor) else rows
+            rows = np.asarray(given)
+            if rows.ndim != 1:
+                raise TypeError(f"rows must be a slice, a list of numbers or a mask, got {given!r}")
+            rows = rows if rows.size else rows.astype(np.int64)
+        physical: np.ndarray = self._rows[rows]
+        return physical

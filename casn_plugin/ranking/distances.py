@@ -1,0 +1,211 @@
+"""All pairs: attention distances, attention maps, scores of the pair classifier, flips of α."""
+
+import copy
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from casn_plugin.attention import ROW_THRESHOLD, align_profiles, attention_distance
+from casn_plugin.doors import check_count, check_finite, check_share
+from casn_plugin.encoding import Encoding, Encodings
+from casn_plugin.hooks import place_of
+from casn_plugin.ranking.candidates import compare, nearest
+from casn_plugin.ranking.closed_form import PairForm
+from casn_plugin.ranking.compute import Arithmetic, Compute
+from casn_plugin.ranking.pairs import Pairs, Tile, check_alike, pair_classifier_of, undisturbed
+from casn_plugin.ranking.sides import Side
+
+
+def attention_distmat(
+    model: nn.Module,
+    query: Encoding,
+    gallery: Encodings,
+    *,
+    row_threshold: float = ROW_THRESHOLD,
+    unit: bool = False,
+    shortlist: int | None = None,
+    compute: Compute | None = None,
+) -> Float[Tensor, "queries galleries"]:
+    """Returns the attention distance ‖M*_m1 − M*_m2‖₂ of every pair (paper, Eq. 5 and Section 4).
+
+    Exact for every pair, in the dtype of the features, and without a backward pass through the
+    backbone, unless `shortlist` or `compute` asks for less. The query is the first image of a pair:
+    f⁻ = f_query − f_gallery. Pairs are worked on in tiles; only their distances leave a tile.
+
+    Args:
+        model: the CASN whose `pair_classifier` looks at the pairs; tiles are computed where its
+            parameters are.
+        query: the queries, as ``model.encode`` gives them.
+        gallery: the gallery: an encoding, or a :class:`~casn_plugin.ranking.GalleryIndex`, which
+            is read from disk block by block.
+        row_threshold: t, the share of a map's maximum above which a row counts as attended.
+        unit: compare aligned profiles of unit length.
+        shortlist: compare only each query's so many nearest by features; all others get the
+            greatest distance that there is, so they follow in the order of the features. An
+            approximation.
+        compute: with what the pairs are worked on.
+
+    Returns:
+        Distances >= 0, on the device of the queries.
+
+    Raises:
+        TypeError: encodings of unlike kinds or dtypes, features in half precision.
+        ValueError: unlike feature or map sizes, no pair classifier, t outside [0, 1), shortlist
+            below 1, features, maps or a pair classifier that are not finite.
+
+    Example:
+        >>> model = nn.Module()
+        >>> model.pair_classifier = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> images = Encoding(torch.rand(3, 4), basis=torch.rand(3, 4, 6, 2))
+        >>> attention_distmat(model, images[:1], images).shape
+        torch.Size([1, 3])
+    """
+    check_share("row_threshold", row_threshold)
+    pairs = Pairs(model, query, gallery, compute)
+    if shortlist is not None:
+        check_count("shortlist", shortlist)
+    if not len(query) or not len(gallery):
+        return query.features.new_empty(len(query), len(gallery))
+
+    def of_tile(tile: Tile) -> Tensor:
+        distances = attention_distance(*tile.profiles(), row_threshold=row_threshold, unit=unit)
+        return check_finite("attention distances", distances)
+
+    with pairs.working():
+        if shortlist is not None:
+            listed = nearest(pairs, shortlist, unit=unit)
+            own = compare(
+                pairs, *listed, row_threshold=row_threshold, unit=unit, desc="Comparing attention"
+            )
+            device = query.features.device
+            rows, columns, _, attention = (each.to(device) for each in pairs.join(*own))
+            greatest = 2**0.5 if unit else query.maps.shape[2] ** 0.5
+            distmat = query.features.new_full(pairs.shape, greatest)
+            distmat[rows, columns] = attention
+            return distmat
+        alpha = pairs.one_indicator()
+        if alpha is None:
+            return pairs.matrix(of_tile, "Comparing attention")
+        first, second = (align_profiles(each, row_threshold) for each in pairs.profiles(alpha))
+        if unit:
+            first, second = F.normalize(first, dim=-1), F.normalize(second, dim=-1)
+        mode = "donot_use_mm_for_euclid_dist"
+        distmat = torch.cdist(first, second, compute_mode=mode).to(query.features.device)
+        return check_finite("attention distances", distmat)
+
+
+def pair_attention(
+    model: nn.Module, first: Encoding, second: Encoding
+) -> tuple[Float[Tensor, "pairs height width"], Float[Tensor, "pairs height width"]]:
+    """Returns the attention maps M1 and M2 of pairs: row i of both encodings (Section 3.2.2).
+
+    The maps are >= 0 and unscaled.
+
+    Args:
+        model: the CASN whose `pair_classifier` looks at the pairs.
+        first: the first images (queries), as ``model.encode`` gives them.
+        second: the second images, as many.
+
+    Raises:
+        TypeError: encodings of unlike kinds or dtypes, or features in half precision.
+        ValueError: unlike numbers of images, feature or map sizes, or no pair classifier.
+
+    Example:
+        >>> model = nn.Module()
+        >>> model.pair_classifier = nn.Linear(4, 2)
+        >>> images = Encoding(torch.rand(3, 4), basis=torch.rand(3, 4, 6, 2))
+        >>> pair_attention(model, images, images)[0].shape
+        torch.Size([3, 6, 2])
+    """
+    check_alike(first, second)
+    pair_classifier = pair_classifier_of(model)
+    if len(first) != len(second):
+        raise ValueError(
+            f"expected as many first as second images, got {len(first)}, {len(second)}"
+        )
+    device = place_of(pair_classifier, first.features).device
+    with undisturbed(pair_classifier, device):
+        first, second = first.to(device), second.to(device)
+        arithmetic = Arithmetic(device, first.features.dtype)
+        sides = [Side.of(each, each.features, arithmetic) for each in (first, second)]
+        dim, size = first.features.shape[1], first.maps.shape[2:]
+        form = PairForm(pair_classifier, arithmetic, dim=dim, parts=first.parts)
+        alpha = form.indicators(first.features, second.features)(first.features, second.features)
+        one, two = (side.attention(alpha[:, None]).relu_()[..., 0] for side in sides)
+        return one.unflatten(1, size), two.unflatten(1, size)
+
+
+def same_identity_logits(
+    model: nn.Module, query: Encoding, gallery: Encodings, *, compute: Compute | None = None
+) -> Float[Tensor, "queries galleries"]:
+    """Returns z1 − z0 of every pair: above 0 where the pair classifier says "same identity".
+
+    Args:
+        model: the CASN whose `pair_classifier` looks at the pairs.
+        query: the queries, as ``model.encode`` gives them.
+        gallery: the gallery: an encoding or an index.
+        compute: with what the pairs are worked on.
+
+    Raises:
+        TypeError: encodings of unlike kinds or dtypes, or features in half precision.
+        ValueError: unlike feature or map sizes, or no pair classifier.
+
+    Example:
+        >>> model = nn.Module()
+        >>> model.pair_classifier = nn.Linear(4, 2)
+        >>> images = Encoding(torch.rand(3, 4), basis=torch.rand(3, 4, 6, 2))
+        >>> same_identity_logits(model, images, images).shape
+        torch.Size([3, 3])
+    """
+    pairs = Pairs(model, query, gallery, compute)
+    with pairs.working():
+        return pairs.matrix(Tile.logits, "Classifying pairs")
+
+
+def indicator_flips(
+    model: nn.Module,
+    query: Encoding,
+    gallery: Encodings,
+    *,
+    compute: Compute | None = None,
+) -> tuple[int, int]:
+    """Returns how many values of α (Eq. 4) rounding has flipped, and how many there are.
+
+    α is compared with that of the same features and pair classifier in float64, over all pairs.
+    It flips where a gradient ∂z1/∂f⁻ or a hidden unit is within rounding of zero.
+
+    Args:
+        model: the CASN whose `pair_classifier` looks at the pairs.
+        query: the queries, as ``model.encode`` gives them.
+        gallery: the gallery: an encoding or an index.
+        compute: with what the pairs are worked on.
+
+    Raises:
+        TypeError: encodings of unlike kinds or dtypes, or features in half precision.
+        ValueError: unlike feature or map sizes, or no pair classifier.
+
+    Example:
+        >>> model = nn.Module()
+        >>> model.pair_classifier = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> images = Encoding(torch.rand(3, 4), basis=torch.rand(3, 4, 6, 2))
+        >>> indicator_flips(model, images, images)
+        (0, 36)
+    """
+    pairs = Pairs(model, query, gallery, compute)
+    with pairs.working():
+        exact = PairForm(
+            copy.deepcopy(pair_classifier_of(model)).double(),
+            Arithmetic(pairs.device, torch.float64),
+            dim=query.features.shape[1],
+            parts=query.parts,
+        )
+
+        def flips(tile: Tile) -> Tensor:
+            first, second = tile.first.features.double(), tile.second.features.double()
+            truth = exact.indicators(first, second)(first[:, None], second[None])
+            return (tile.alpha() != truth).sum(2).to(first.dtype)
+
+        counts = pairs.matrix(flips, "Counting flips")
+    return int(counts.sum(dtype=torch.float64)), counts.numel() * query.features.shape[1]

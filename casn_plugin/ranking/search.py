@@ -1,0 +1,146 @@
+"""Top-k search: each query's nearest gallery images by fused distance, without all pairs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from casn_plugin.attention import ROW_THRESHOLD
+from casn_plugin.doors import check_count, check_share, check_weight
+from casn_plugin.encoding import Encoding, Encodings
+from casn_plugin.ranking.candidates import Compared, compare, nearest
+from casn_plugin.ranking.compute import Compute
+from casn_plugin.ranking.fused import fuse_distmats
+from casn_plugin.ranking.pairs import Pairs
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The nearest gallery images of each query, nearest first.
+
+    Attributes:
+        indices: rows of the gallery.
+        distances: fused distances, ascending along each row.
+        feature_distances: l2 distances of the unit-length features of these pairs.
+        attention_distances: their attention distances.
+        scored: number of pairs whose attention was compared to find them.
+    """
+
+    indices: Int[Tensor, "queries topk"]
+    distances: Float[Tensor, "queries topk"]
+    feature_distances: Float[Tensor, "queries topk"]
+    attention_distances: Float[Tensor, "queries topk"]
+    scored: int
+
+
+def rank_gallery(
+    model: nn.Module,
+    query: Encoding,
+    gallery: Encodings,
+    *,
+    topk: int = 10,
+    exact: bool = True,
+    row_threshold: float = ROW_THRESHOLD,
+    attention_weight: float = 0.1,
+    compute: Compute | None = None,
+) -> Ranking:
+    """Returns each query's topk nearest gallery images by fused distance (paper, Section 4).
+
+    The fused distance is that of :func:`fuse_distmats` with normalization "unit": ‖f_q − f_g‖₂ of
+    unit-length features plus `attention_weight` times the attention distance of unit-length
+    profiles. It needs no other pair, so the (Q, G) matrices are never held; and as attention
+    distances are >= 0, the feature distance is a lower bound: a pair whose features alone are
+    further apart than the topk-th best fused distance of the query needs no attention.
+
+    Args:
+        model: the CASN whose `pair_classifier` looks at the pairs.
+        query: the queries, as ``model.encode`` gives them.
+        gallery: the gallery: an encoding or an index.
+        topk: images to return for each query, at most as many as the gallery has.
+        exact: the topk nearest of the whole gallery. False: each query's topk nearest by
+            features, re-ranked; an approximation.
+        row_threshold: t, the share of a map's maximum above which a row counts as attended.
+        attention_weight: weight of the attention distance, >= 0; the features have weight 1.
+        compute: with what the pairs are worked on.
+
+    Raises:
+        TypeError: encodings of unlike kinds or dtypes, features in half precision.
+        ValueError: unlike feature or map sizes, an empty gallery, no pair classifier, t outside
+            [0, 1), topk below 1, a weight that is negative or infinite, features, maps or a pair
+            classifier that are not finite.
+
+    Example:
+        >>> model = nn.Module()
+        >>> model.pair_classifier = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> images = Encoding(torch.rand(5, 4), basis=torch.rand(5, 4, 6, 2))
+        >>> rank_gallery(model, images[:2], images, topk=3).indices[:, 0]
+        tensor([0, 1])
+    """
+    check_weight("attention_weight", attention_weight)
+    if not len(gallery):
+        raise ValueError("the gallery is empty")
+    topk = min(check_count("topk", topk), len(gallery))
+    check_share("row_threshold", row_threshold)
+    pairs = Pairs(model, query, gallery, compute)
+    compare_listed = partial(compare, pairs, row_threshold=row_threshold, unit=True)
+    best = partial(_best, topk=topk, attention_weight=attention_weight)
+
+    with pairs.working():
+        listed = nearest(pairs, topk, unit=True)
+        own = compare_listed(*listed, desc="Comparing attention")
+        found = Compared(*pairs.join(*own))
+        scored, found = len(found.rows), best(found)
+        if exact:
+            bound = _fused(found, attention_weight).view(len(query), topk).amax(1)
+            own, within = Compared(*(each[:0] for each in found)), 0
+            for rows, columns in _within(pairs, bound, found):
+                within += len(rows)
+                own = best(Compared.cat(own, compare_listed(rows, columns)))
+            *others, counts = pairs.join(*own, torch.tensor([within]))
+            found, scored = best(Compared.cat(found, Compared(*others))), scored + int(counts.sum())
+    shape, device = (len(query), topk), query.features.device
+    distances = _fused(found, attention_weight)
+    indices, distances, features, attention = (
+        each.view(shape).to(device)
+        for each in (found.columns, distances, found.features, found.attention)
+    )
+    return Ranking(indices, distances, features, attention, scored)
+
+
+def _fused(pairs: Compared, attention_weight: float) -> Tensor:
+    """Returns the fused distances of listed pairs."""
+    return fuse_distmats(
+        pairs.features[None], pairs.attention[None], attention_weight=attention_weight
+    )[0]
+
+
+def _best(pairs: Compared, topk: int, attention_weight: float) -> Compared:
+    """Returns the topk nearest pairs of each query: by query, fused distance, gallery row."""
+    order = pairs.columns.argsort(stable=True)
+    order = order[_fused(pairs, attention_weight)[order].argsort(stable=True)]
+    order = order[pairs.rows[order].argsort(stable=True)]
+    rows = pairs.rows[order]
+    places = torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)
+    order = order[places < topk]
+    return Compared(*(each[order] for each in pairs))
+
+
+def _within(
+    pairs: Pairs, bound: Float[Tensor, " queries"], known: Compared
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the pairs of this process's share whose features are no further apart than a bound.
+
+    Pairs that are known already are left out.
+    """
+    limit = bound.double()[:, None] + 1e-6  # of distances rounded to float32
+    for rows, block, distances in pairs.feature_distances(unit=True, desc="Searching"):
+        inside = (known.columns >= block.start) & (known.columns < block.stop)
+        inside &= (known.rows >= rows.start) & (known.rows < rows.stop)
+        near = distances <= limit[rows]
+        near[known.rows[inside] - rows.start, known.columns[inside] - block.start] = False
+        columns, queries = near.T.nonzero(as_tuple=True)
+        if len(queries):
+            yield queries + rows.start, columns + block.start

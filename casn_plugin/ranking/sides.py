@@ -1,0 +1,250 @@
+"""One side of a tile of pairs: images on the device, and the row profiles of their maps."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from casn_plugin.attention import scale_maps
+from casn_plugin.encoding import Encoding, Encodings, part_scales
+from casn_plugin.ranking.closed_form import PairForm
+from casn_plugin.ranking.compute import Arithmetic
+
+
+class _Parts(NamedTuple):
+    """What maps are made of besides, where the features are normalised parts f_p = g_p / ‖g_p‖."""
+
+    scale: Float[Tensor, "images parts"]  # 1 / (‖g_p‖ HW)
+    unit: Float[Tensor, "images parts channels"]  # f_p
+    own: Float[Tensor, "images positions parts"]  # f_p times A, scaled
+
+
+@dataclass(frozen=True)
+class Side:
+    """Some images on the device: all that their attention maps are made of.
+
+    :meth:`of` makes it from an encoding.
+
+    Attributes:
+        features: their features.
+        keys: what the pair classifier looks at, see :mod:`casn_plugin.ranking.closed_form`.
+        maps: the basis or the activations, rounded where operands are.
+        size: (height, width) of the maps.
+        parts: what is needed besides where the features are normalised parts.
+    """
+
+    features: Float[Tensor, "images dim"]
+    keys: Float[Tensor, "images keys"]
+    maps: Float[Tensor, "images positions channels"]
+    size: tuple[int, int]
+    parts: _Parts | None
+
+    @classmethod
+    def of(cls, images: Encoding, keys: Tensor, arithmetic: Arithmetic) -> "Side":
+        """Returns images, which are on the device, as one side of tiles.
+
+        Args:
+            images: their encoding.
+            keys: their keys.
+            arithmetic: in which numbers.
+
+        Example:
+            >>> images = Encoding(torch.rand(3, 4), basis=torch.rand(3, 4, 6, 2))
+            >>> here = Arithmetic(torch.device("cpu"), torch.float32)
+            >>> side = Side.of(images, images.features, here)
+            >>> side.profiles(torch.ones(3, 1, 4)).shape
+            torch.Size([3, 1, 6])
+        """
+        maps = images.maps.to(arithmetic.dtype)
+        scale = part_scales(maps, images.parts) if images.parts else None
+        if arithmetic.precision is not None:
+            greatest = torch.linalg.vector_norm(maps, torch.inf, (1, 2, 3), keepdim=True)
+            maps = maps / greatest.clamp(min=1e-30)
+        operand = arithmetic.operand(maps.flatten(2).transpose(1, 2))
+        parts = None
+        if scale is not None:
+            if arithmetic.precision is not None:
+                scale = scale / scale.amax(1, keepdim=True)
+            unit = images.features.unflatten(1, (maps.shape[1], images.parts))
+            parts = _Parts(
+                scale.to(operand.dtype),
+                unit.transpose(1, 2).to(operand.dtype).contiguous(),
+                torch.bmm(operand, (unit * scale[:, None]).to(operand.dtype)),
+            )
+        return cls(images.features, keys, operand, (maps.shape[2], maps.shape[3]), parts)
+
+    def __len__(self) -> int:
+        """Returns the number of images."""
+        return len(self.features)
+
+    def __getitem__(self, rows: slice) -> "Side":
+        """Returns some of the images."""
+        parts = None if self.parts is None else _Parts(*(each[rows] for each in self.parts))
+        return Side(self.features[rows], self.keys[rows], self.maps[rows], self.size, parts)
+
+    def attention(
+        self, alpha: Float[Tensor, "images others dim"], out: Tensor | None = None
+    ) -> Float[Tensor, "images positions others"]:
+        """Returns Σ_k w_k A_k of each image for each of its indicators α, before the ReLU.
+
+        Where the features are normalised parts, w = Σ_p (α_p − f_p (f_p·α_p)) / (‖g_p‖ HW).
+
+        Args:
+            alpha: α of the pairs of each image, the channels of a part together.
+            out: where the result goes.
+        """
+        if self.parts is None:
+            return torch.bmm(self.maps, alpha.transpose(1, 2), out=out)
+        scale, unit, own = self.parts
+        alpha = alpha.unflatten(2, (scale.shape[1], -1))
+        weights = alpha[:, :, 0] * scale[:, :1, None]
+        along = []
+        for part in range(scale.shape[1]):
+            if part:
+                weights.addcmul_(alpha[:, :, part], scale[:, part, None, None])
+            along.append(torch.bmm(unit[:, part, None], alpha[:, :, part].transpose(1, 2)))
+        maps = torch.bmm(self.maps, weights.transpose(1, 2), out=out)
+        return maps.baddbmm_(own, torch.cat(along, 1), alpha=-1)
+
+    def profiles(
+        self, alpha: Float[Tensor, "images others dim"], out: Tensor | None = None
+    ) -> Float[Tensor, "images others height"]:
+        """Returns the row profiles of the maps: the largest value of each row, scaled to [0, 1].
+
+        Args:
+            alpha: α of the pairs of each image, the channels of a part together.
+            out: where the maps go meanwhile.
+        """
+        rows = self.attention(alpha, out).unflatten(1, self.size).amax(2)
+        return self._scaled(rows.transpose(1, 2))
+
+    def listed_profiles(
+        self, rows: Int[Tensor, " pairs"], alpha: Float[Tensor, "pairs dim"]
+    ) -> Float[Tensor, "pairs height"]:
+        """Returns the row profiles of listed images, one for each α.
+
+        Args:
+            rows: images of this side; equal ones stand together, their maps are one product.
+            alpha: α of each pair, the channels of a part together.
+        """
+        weights = alpha
+        if self.parts is not None:
+            alpha = alpha.unflatten(1, (self.parts.scale.shape[1], -1))
+            weights = torch.bmm(self.parts.scale[rows, None], alpha)[:, 0]
+            units = self.parts.unit.index_select(0, rows).flatten(0, 1)
+        maps = weights.new_empty(len(rows), self.maps.shape[1])
+        which, counts = rows.unique_consecutive(return_counts=True)
+        for row, to, some in zip(
+            which.tolist(),
+            maps.split(counts.tolist()),
+            weights.split(counts.tolist()),
+            strict=True,
+        ):
+            torch.mm(some, self.maps[row].T, out=to)
+        if self.parts is not None:
+            along = torch.bmm(units[:, None], alpha.flatten(0, 1)[..., None])
+            own = self.parts.own.index_select(0, rows)
+            maps -= torch.bmm(own, along.view(*alpha.shape[:2], 1))[..., 0]
+        return self._scaled(maps.unflatten(1, self.size).amax(2))
+
+    def _scaled(self, rows: Float[Tensor, "*pairs height"]) -> Float[Tensor, "*pairs height"]:
+        """Returns profiles in [0, 1] from the greatest values of the rows of maps."""
+        return scale_maps(rows.relu().to(self.features.dtype)[..., None])[..., 0]
+
+
+class Images:
+    """Queries or gallery images where they lie; some at a time come to the device.
+
+    Args:
+        encodings: the images.
+        form: the pair classifier that looks at them.
+        arithmetic: where to, and in which numbers.
+        is_query: they are the first images of their pairs; the last ones asked for stay there.
+
+    Example:
+        >>> from casn_plugin.ranking.closed_form import pair_form
+        >>> arithmetic = Arithmetic(torch.device("cpu"), torch.float32)
+        >>> form = pair_form(torch.nn.Linear(4, 2), arithmetic, dim=4)
+        >>> encoding = Encoding(torch.rand(3, 4), basis=torch.rand(3, 4, 6, 2))
+        >>> len(Images(encoding, form, arithmetic, is_query=True).side(slice(0, 2)))
+        2
+    """
+
+    def __init__(
+        self, encodings: Encodings, form: PairForm, arithmetic: Arithmetic, *, is_query: bool
+    ) -> None:
+        self._encodings, self._form, self._arithmetic = encodings, form, arithmetic
+        self._is_query = is_query
+        self._held: tuple[slice, Side] | None = None
+
+    def __len__(self) -> int:
+        """Returns the number of images."""
+        return len(self._encodings)
+
+    @property
+    def resident(self) -> bool:
+        """Whether the maps are on the device already, just as they are needed."""
+        return (
+            isinstance(self._encodings, Encoding)
+            and self._encodings.maps.device == self._arithmetic.device
+            and self._encodings.maps.dtype == self._arithmetic.products
+            and self._arithmetic.precision is None
+        )
+
+    def side(self, rows: slice) -> Side:
+        """Returns some of the images on the device.
+
+        Raises:
+            ValueError: features that are not finite.
+        """
+        if self._held is not None and self._held[0] == rows:
+            return self._held[1]
+        self._held = None
+        images = self._encodings[rows].to(self._arithmetic.device)
+        keys = self._form.keys(_finite(images.features), is_query=self._is_query)
+        side = Side.of(images, keys, self._arithmetic)
+        if self._is_query:
+            self._held = rows, side
+        return side
+
+    def features(self, rows: slice | None = None, *, unit: bool) -> Float[Tensor, "images dim"]:
+        """Returns features on the device, as they are compared.
+
+        Args:
+            rows: which; by default all.
+            unit: of unit length.
+
+        Raises:
+            ValueError: features that are not finite.
+        """
+        features = self._encodings.features_of(slice(0, len(self)) if rows is None else rows)
+        return as_compared(_finite(features.to(self._arithmetic.device)), unit=unit)
+
+
+def map_bytes(images: Encoding, arithmetic: Arithmetic) -> tuple[int, int]:
+    """Returns the bytes that maps and profiles of a pair take, and those of an image's side.
+
+    Example:
+        >>> images = Encoding(torch.rand(3, 4), basis=torch.rand(3, 4, 6, 2))
+        >>> map_bytes(images, Arithmetic(torch.device("cpu"), torch.float32))
+        (648, 256)
+    """
+    size, (channels, height, width) = arithmetic.products.itemsize, images.maps.shape[1:]
+    of_pair = size * (height * width + (2 * channels if images.parts else 0)) + 100 * height
+    of_image = size * (channels * height * width + 4 * images.features.shape[1])
+    return of_pair, of_image * (1 if arithmetic.precision is None else 2)
+
+
+def as_compared(features: Float[Tensor, "images dim"], *, unit: bool) -> Tensor:
+    """Returns features of unit length, or as they are."""
+    return F.normalize(features, dim=1) if unit else features
+
+
+def _finite(features: Tensor) -> Tensor:
+    """Returns features, or raises ValueError where they are none."""
+    if not features.isfinite().all():
+        raise ValueError("features must be finite, got NaN or infinity")
+    return features

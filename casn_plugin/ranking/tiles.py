@@ -1,0 +1,100 @@
+"""The grid of tiles: how many pairs at a time a budget of bytes allows. Integers, no tensors."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How the pairs of some queries and gallery images are cut into tiles of bounded size.
+
+    It depends on sizes alone, so however many processes share its blocks, each tile is computed by
+    the same operations on the same numbers. :meth:`fit` makes it from a budget.
+
+    Attributes:
+        queries: number of queries.
+        galleries: number of gallery images.
+        columns: gallery images of a block, which are on the device at a time.
+        panel: queries of a panel, which are on the device at a time: some times `rows`.
+        rows: queries of a tile.
+        listed: listed pairs that are worked on at a time.
+        compared: queries whose features are compared with a block's at a time.
+
+    Example:
+        >>> grid = Grid(queries=5, galleries=3, columns=2, panel=4, rows=2, listed=1, compared=5)
+        >>> grid.blocks()
+        [slice(0, 2, None), slice(2, 3, None)]
+        >>> [grid.strips(panel) for panel in grid.panels()]
+        [[slice(0, 2, None), slice(2, 4, None)], [slice(4, 5, None)]]
+    """
+
+    queries: int
+    galleries: int
+    columns: int
+    panel: int
+    rows: int
+    listed: int
+    compared: int
+
+    @classmethod
+    def fit(
+        cls,
+        queries: int,
+        galleries: int,
+        budget: int,
+        *,
+        pair: int,
+        image: int,
+        features: int,
+        resident: bool,
+    ) -> "Grid":
+        """Returns the grid that keeps to a budget; one pair at a time where it is too small.
+
+        Args:
+            queries: number of queries.
+            galleries: number of gallery images.
+            budget: bytes.
+            pair: bytes of a pair.
+            image: bytes of an image that is brought to the device.
+            features: bytes of an image's features as they are compared.
+            resident: the images are on the device already: half of the budget is theirs if not.
+
+        Example:
+            >>> Grid.fit(100, 100, 1000, pair=10, image=50, features=8, resident=False).columns
+            5
+        """
+        images = budget // 2 // image
+        pairs = budget // pair if resident else budget // 2 // pair
+        columns = int(pairs**0.5) if resident else min(int(pairs**0.5), images // 2)
+        columns = columns // 16 * 16 if columns > 16 else columns
+        columns = max(min(columns, galleries), 1)
+        panel = queries if resident else max(images - columns, 1)
+        rows = max(min(pairs // columns, queries, panel), 1)
+        return cls(
+            queries=queries,
+            galleries=galleries,
+            columns=columns,
+            panel=max(panel // rows, 1) * rows,
+            rows=rows,
+            listed=max(pairs // 4, 1),  # each needs more: what it is made of is copied
+            compared=max(budget // (64 * columns + features), 1),
+        )
+
+    def blocks(self) -> list[slice]:
+        """Returns the gallery in portions of `columns`."""
+        return _portions(0, self.galleries, self.columns)
+
+    def panels(self) -> list[slice]:
+        """Returns the queries in portions of `panel`."""
+        return _portions(0, self.queries, self.panel)
+
+    def strips(self, panel: slice) -> list[slice]:
+        """Returns the queries of a panel in portions of `rows`: with a block, each is a tile."""
+        return _portions(panel.start, panel.stop, self.rows)
+
+    def comparisons(self) -> list[slice]:
+        """Returns the queries in portions of `compared`."""
+        return _portions(0, self.queries, self.compared)
+
+
+def _portions(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(each, min(each + size, stop)) for each in range(start, stop, size)]

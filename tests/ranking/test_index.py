@@ -1,0 +1,262 @@
+"""The gallery on disk: searched as lists in memory are, whole after any interruption."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from indexes import (
+    MODEL,
+    MODELS,
+    Images,
+    assert_same,
+    assert_tidy,
+    encoding,
+    entries,
+    files,
+    snapshot,
+    three_shards,
+    tiny,
+)
+from starting import finish_two, start
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from casn_plugin import CASN, Encoding, GalleryIndex, attention_distmat, rank_gallery
+from casn_plugin.ranking import pair_attention, shards
+from casn_plugin.ranking.shards import Manifest
+
+
+@pytest.fixture
+def index(tmp_path) -> GalleryIndex:
+    return three_shards(tmp_path / "index")
+
+
+def test_extend_takes_any_loader_and_fills_shards(tmp_path):
+    data = Images(11)
+    expected = MODEL.encode(data.imgs)
+    for name, loader, shard_size, sizes in (
+        ("even", DataLoader(data, 2), 4, [4, 4, 3]),
+        ("odd", DataLoader(data, 3), 4, [6, 5]),
+        ("large", DataLoader(data, 8), 4, [8, 3]),
+        ("sampler", DataLoader(data, batch_sampler=[[0, 1, 2], range(3, 11)]), 3, [3, 8]),
+    ):
+        index = GalleryIndex.create(tmp_path / name, MODEL)
+        index.extend(MODEL, loader, shard_size=shard_size)
+        assert [entry.rows for entry in entries(index)] == sizes
+        assert index.names == [f"img{i}.jpg" for i in range(11)]
+        assert index.pids.tolist() == [i // 2 for i in range(11)]
+        assert index.camids.tolist() == [i % 2 for i in range(11)]
+        torch.testing.assert_close(index[:].maps, expected.maps)
+        assert_tidy(index)
+    index.extend(MODEL, DataLoader(Images(2, labels=False), 1))
+    index.extend(MODEL, DataLoader(Images(2, labels=False), 1), progress=True)
+    assert index.names[11:] == ["11", "12", "13", "14"] and index.pids[11:].tolist() == [-1] * 4
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+@pytest.mark.parametrize("kind", MODELS)
+def test_search_equals_ranking_in_memory(tmp_path, kind, dtype):
+    model = MODELS[kind]()
+    data = Images(9)
+    index = GalleryIndex.create(tmp_path, model, dtype=dtype)
+    index.extend(model, DataLoader(data, 2), shard_size=4)
+    index.remove([0, 5])
+    kept = [1, 2, 3, 4, 6, 7, 8]
+    gallery = model.encode(data.imgs)[torch.tensor(kept)]
+    if dtype is not None:
+        gallery = Encoding(gallery.features, **{kind: gallery.maps.to(dtype)})
+    assert getattr(index[:], kind) is not None
+    imgs = torch.rand(2, 3, 48, 24)
+    for topk in (3, 100):
+        query = model.encode(imgs)
+        expected = rank_gallery(model, query, gallery, topk=topk, attention_weight=1.0)
+        columns = min(topk, len(kept))
+        for each in (imgs, query):
+            found = index.search(model, each, topk=topk, attention_weight=1.0)
+            rows = found.ranking.indices
+            assert rows.shape == (2, columns) and torch.equal(rows, expected.indices)
+            torch.testing.assert_close(found.ranking.distances, expected.distances)
+            for i in range(2):
+                first, second = pair_attention(
+                    model, query[torch.tensor([i] * columns)], gallery[rows[i]]
+                )
+                assert first.max() > 0 and second.max() > 0
+                torch.testing.assert_close(found.query_attention[i], first)
+                torch.testing.assert_close(found.gallery_attention[i], second)
+                numbers = [kept[row] for row in rows[i]]
+                assert found.names[i] == [f"img{number}.jpg" for number in numbers]
+                assert found.pids[i].tolist() == [number // 2 for number in numbers]
+                assert found.camids[i].tolist() == [number % 2 for number in numbers]
+    torch.testing.assert_close(
+        attention_distmat(model, query, index), attention_distmat(model, query, gallery)
+    )
+
+
+def test_search_of_nothing(tmp_path):
+    index = GalleryIndex.create(tmp_path, MODEL)
+    imgs = torch.rand(1, 3, 48, 24)
+    with pytest.raises(ValueError, match="gallery is empty"):
+        index.search(MODEL, imgs)
+    index.extend(MODEL, DataLoader(Images(3), 3))
+    found = index.search(MODEL, MODEL.encode(imgs)[:0], topk=2)
+    assert found.names == [] and found.gallery_attention.shape == (0, 2, 6, 3)
+    index.remove(range(3))
+    with pytest.raises(ValueError, match="gallery is empty"):
+        index.search(MODEL, imgs)
+
+
+CHANGES = {
+    "add": lambda index: index.add(index[:2]),
+    "extend": lambda index: index.extend(MODEL, DataLoader(Images(6), 1), shard_size=2),
+    "remove": lambda index: index.remove([0, 1, 2]),
+}
+STEPS = {
+    "save_file": (shards, "save_file"),
+    "os.replace": (os, "replace"),
+    "os.fsync": (os, "fsync"),
+    "encode": (CASN, "encode"),
+    "Manifest.write": (Manifest, "write"),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_failure_changes_nothing(tmp_path, monkeypatch, change, step):
+    """Fails at the first call of a function, at the second and so on, until there are no more."""
+    index = GalleryIndex.create(tmp_path, MODEL)
+    index.extend(MODEL, DataLoader(Images(4), 2), shard_size=2)
+    owner, name = STEPS[step]
+    genuine, before = getattr(owner, name), snapshot(tmp_path)
+    number = expected_calls(change, step)
+    for fatal in [*range(number), 99]:
+        calls = []
+
+        def fail(*arguments, fatal=fatal, calls=calls, **options):
+            calls.append(name)
+            if len(calls) <= fatal:
+                return genuine(*arguments, **options)
+            if step == "save_file":
+                Path(arguments[1]).write_bytes(b"half")
+            raise OSError("no space left")
+
+        index = GalleryIndex(tmp_path)
+        assert snapshot(tmp_path) == before
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, fail)
+            if fatal < number:
+                with pytest.raises(OSError, match="no space left"):
+                    CHANGES[change](index)
+                assert (index.names, index.pids.tolist()) == before[:2] and len(index) == 4
+            else:
+                CHANGES[change](index)
+    assert snapshot(tmp_path) != before
+    assert len(calls) == number + (step == "os.fsync")
+
+
+def expected_calls(change, step):
+    number = {"add": 1, "extend": 3, "remove": 0}[change]
+    return {
+        "save_file": number,
+        "os.replace": number + 1,
+        "os.fsync": 2 * number + 1,  # the one after the manifest has been moved is too late
+        "encode": 6 if change == "extend" else 0,
+        "Manifest.write": 1,
+    }[step]
+
+
+def test_a_killed_process_leaves_the_old_index(tmp_path):
+    killed = start("extend_and_die", tmp_path)
+    _, errors = killed.communicate(timeout=60)
+    assert killed.returncode == -signal.SIGKILL, errors
+    (tmp_path / "model.safetensors").write_bytes(b"mine")
+    (tmp_path / "notes.tmp").write_bytes(b"mine")
+    index = GalleryIndex(tmp_path)
+    assert index.names == ["0", "1", "2"]
+    left = files(tmp_path) - {"index.json", entries(index)[0].file}
+    assert len(left) == 4  # a whole shard, half a shard, and what is not the index's own
+    index.remove([1])
+    assert files(tmp_path) == {
+        "index.json", entries(index)[0].file, "model.safetensors", "notes.tmp"
+    }  # fmt: skip
+
+
+def test_the_second_writer_is_told(index):
+    second = GalleryIndex(index.folder)
+    index.remove([0])
+    before = snapshot(index.folder)
+    message = "has been changed by another process: open it anew"
+    for change in (
+        lambda: second.add(second[:3]),
+        lambda: second.remove([1]),
+        lambda: second.extend(MODEL, DataLoader(Images(2, fail_at=0), 1)),  # before any work
+    ):
+        with pytest.raises(ValueError, match=message):
+            change()
+        assert snapshot(index.folder) == before
+    assert len(second) == 11 and second[:].maps.shape[0] == 11
+    index.add(index[:1])
+    assert len(GalleryIndex(index.folder)) == 11
+
+
+def test_a_second_writer_of_the_same_images_deletes_none_of_the_first(index):
+    second = GalleryIndex(index.folder)
+    for each in (index, second):
+        try:
+            each.add(encoding("basis", 2, 7), names=["x", "y"])
+        except ValueError:
+            assert each is second
+    assert GalleryIndex(index.folder).names[-2:] == ["x", "y"]
+
+
+def test_create(index, tmp_path):
+    with pytest.raises(FileExistsError, match="open it with GalleryIndex"):
+        GalleryIndex.create(index.folder, MODEL)
+    with pytest.raises(TypeError, match="must be a float dtype, got torch.int8"):
+        GalleryIndex.create(tmp_path / "new", MODEL, dtype=torch.int8)
+    assert not (tmp_path / "new").exists()
+    deep = GalleryIndex.create(tmp_path / "a" / "b", MODEL)
+    assert len(deep) == 0 and deep.names == [] and deep.pids.shape == deep.camids.shape == (0,)
+
+
+def test_another_model_is_refused(tmp_path):
+    index = GalleryIndex.create(tmp_path, MODEL)
+    index.extend(nn.DataParallel(MODEL).module, DataLoader(Images(2), 2))
+    other = tiny(1)
+    same = tiny(0)
+    same.pair_classifier[0].weight.data[0, 0] += 1e-6
+    for model in (other, same):
+        with pytest.raises(ValueError, match="created for a model with other weights"):
+            index.search(model, torch.rand(1, 3, 48, 24))
+        with pytest.raises(ValueError, match="created for a model with other weights"):
+            index.extend(model, DataLoader(Images(2), 2))
+    assert index.search(tiny(0), torch.rand(1, 3, 48, 24)).names
+    assert_tidy(index)
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        yield torch.rand(3, 48, 24)
+
+
+def test_loaders_that_will_not_do(tmp_path, unchecked):
+    index = GalleryIndex.create(tmp_path, MODEL)
+    with pytest.raises(ValueError, match="shard_size must be at least 1, got 0"):
+        index.extend(MODEL, DataLoader(Images(2)), shard_size=0)
+    with pytest.raises(ValueError, match="needs torch.distributed.init_process_group"):
+        index.extend(MODEL, DataLoader(Images(2)), distributed=True)
+    for data in ([{"image": 1}], ["abc"], [torch.rand(4)], [torch.rand(3, 48, 24)]):
+        loader = DataLoader(data, batch_size=None)
+        with pytest.raises(TypeError, match="must give batches of images"):
+            index.extend(MODEL, loader)
+    index.extend(MODEL, DataLoader([(torch.rand(3, 48, 24), 4)]))
+    index.extend(MODEL, DataLoader(Endless(), 1))
+    assert index.names == ["0", "1"]
+
+
+def test_two_processes_make_the_index_of_one(tmp_path):
+    assert finish_two("extend_together", tmp_path) == ["done 41\n", "done 41\n"]
+    for name in ("joint", "single0"):
+        assert_tidy(GalleryIndex(tmp_path / name))
+    assert_same(GalleryIndex(tmp_path / "joint")[:], GalleryIndex(tmp_path / "single0")[:])
