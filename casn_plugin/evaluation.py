@@ -328,7 +328,7 @@ def side_by_side(results: Mapping[str, Any], ranks: Sequence[int] = (1, 5, 10, 2
         if name in results["fused"]
     }
     for rank in ranks:
-        if rank <= len(results["fused"]["cmc"]):
+        if rank <= min(len(results[kind]["cmc"]) for kind in RANKINGS):
             rows[f"Rank-{rank}"] = [results[kind]["cmc"][rank - 1] for kind in RANKINGS]
     lines = ["** Results **", " " * 9 + "".join(f"{kind:>11}" for kind in RANKINGS)]
     lines += [
