@@ -12,7 +12,14 @@ import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from casn_plugin.doors import check_choice, check_lengths, check_share, check_tensor, check_weight
+from casn_plugin.doors import (
+    check_choice,
+    check_lengths,
+    check_share,
+    check_size,
+    check_tensor,
+    check_weight,
+)
 from casn_plugin.hooks import place_of
 
 PairScorer = Callable[[Tensor], Tensor]
@@ -52,6 +59,7 @@ def identity_scores(
         tensor([5.])
     """
     parts = parts_of(logits, pids)
+    pids = pids.long()  # uint8 would be a mask
     check_choice("score", score, SCORES)
     classes = parts[0].shape[1]
     if len(pids) and not 0 <= int(pids.min()) <= int(pids.max()) < classes:
@@ -77,8 +85,10 @@ def parts_of(logits: Logits, pids: Tensor) -> Sequence[Tensor]:
         >>> len(parts_of([torch.zeros(2, 5)] * 6, torch.tensor([0, 1])))
         6
     """
-    parts = [logits] if isinstance(logits, Tensor) else list(logits)
-    if not parts or any(part.ndim != 2 for part in parts):
+    parts = logits if isinstance(logits, list | tuple) else [logits]
+    for part in parts:
+        check_tensor("logits", part, "*batch classes")
+    if len({part.shape for part in parts}) != 1 or parts[0].ndim != 2:
         raise ValueError(
             "logits must be a (B, classes) tensor or a sequence of them, got shapes "
             f"{[tuple(part.shape) for part in parts]}"
@@ -120,7 +130,7 @@ def grad_cam(
     gradients = None
     if scores.requires_grad and activations.requires_grad:
         (gradients,) = torch.autograd.grad(
-            scores.sum(), activations, create_graph=create_graph, retain_graph=True,
+            scores.sum(), activations, create_graph=bool(create_graph), retain_graph=True,
             allow_unused=True,
         )  # fmt: skip
     if gradients is None:
@@ -161,7 +171,14 @@ def indicator(
         if isinstance(pair_classifier, nn.Module):  # a model cast to half precision as a whole
             inputs = inputs.to(place_of(pair_classifier, inputs).dtype)
         inputs.requires_grad_()
-        scores = check_tensor("scores of the pair classifier", pair_classifier(inputs), "pairs 2")
+        try:
+            scores = pair_classifier(inputs)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the pair classifier must take differences of {differences.shape[1]} features: "
+                f"{error}"
+            ) from error
+        check_tensor("scores of the pair classifier", scores, "pairs 2")
         (gradients,) = torch.autograd.grad(scores[:, 1].sum(), inputs)
     return (gradients > 0).to(differences.dtype)
 
@@ -205,12 +222,16 @@ def split_pairs(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the first and the second images of all pairs: rows 2i and rows 2i+1.
 
     Raises:
+        TypeError: no tensor, or one without rows.
         ValueError: an odd number of rows.
 
     Example:
         >>> split_pairs(torch.tensor([7, 7, 3, 5]))
         (tensor([7, 3]), tensor([7, 5]))
     """
+    if not isinstance(rows, Tensor) or not rows.ndim or rows.layout != torch.strided:
+        came = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        raise TypeError(f"rows must be a dense tensor with a row an image, got {came}")
     if len(rows) % 2:
         raise ValueError(
             "rows 2i and 2i+1 of a batch are pair i, so their number must be even, "
@@ -284,10 +305,9 @@ def soft_mask(
     """
     check_tensor("maps", maps, "batch height width")
     check_share("mask_threshold", mask_threshold)
-    if check_weight("mask_scale", mask_scale) == 0 or min(size) < 1:
-        raise ValueError(
-            f"mask_scale and size must be positive, got {mask_scale} and {tuple(size)}"
-        )
+    check_size("size", size)
+    if check_weight("mask_scale", mask_scale) == 0:
+        raise ValueError(f"mask_scale must be positive, got {mask_scale}")
     with torch.autocast(maps.device.type, enabled=False):
         resized = F.interpolate(
             at_least_float32(maps)[:, None], size=size, mode="bilinear", align_corners=False
@@ -349,6 +369,7 @@ def align_profiles(
         >>> align_profiles(torch.tensor([0.0, 1.0, 0.5, 0.0]))
         tensor([1.0000, 0.8750, 0.6250, 0.5000])
     """
+    check_tensor("profiles", profiles, "*batch height")
     height = profiles.shape[-1]
     first, last = (row.unsqueeze(-1) for row in attended_span(profiles, row_threshold))
     rows = torch.arange(height, device=profiles.device, dtype=profiles.dtype)
@@ -385,6 +406,8 @@ def attention_distance(
         >>> attention_distance(torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([[1.0, 0.0, 0.0]]))
         tensor([0.])
     """
+    check_tensor("first", first, "*batch height")
+    check_tensor("second", second, "*batch height")
     if first.shape != second.shape:
         raise ValueError(
             f"expected as many first as second profiles of one height, got {tuple(first.shape)} "

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# dimensions of which there is always something, where there may be no image and no pair
+_FILLED = {"height", "width", "dim", "channels", "rows", "columns", "classes"}
+
 
 def check_tensor(name: str, value: Any, dims: str, *, floating: bool = True) -> Tensor:
     """Returns a tensor of so many dimensions.
@@ -23,8 +26,9 @@ def check_tensor(name: str, value: Any, dims: str, *, floating: bool = True) -> 
         floating: of a float dtype; else of an integer one.
 
     Raises:
-        TypeError: no tensor, or one of another kind of dtype.
-        ValueError: another number of dimensions, or another size.
+        TypeError: no tensor, or one of another kind of dtype, or a sparse one.
+        ValueError: another number of dimensions, or another size; a height, width, dim or the
+            like of 0.
 
     Example:
         >>> check_tensor("maps", torch.rand(2, 6, 3), "*batch height width").shape
@@ -35,15 +39,44 @@ def check_tensor(name: str, value: Any, dims: str, *, floating: bool = True) -> 
         raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")
     if value.is_floating_point() != floating or value.dtype == torch.bool or value.is_complex():
         raise TypeError(f"{name} must be {kind}, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, got a tensor of layout {value.layout}")
     wanted = dims.split()
     rest = wanted[1:] if wanted and wanted[0].startswith("*") else wanted
     sizes = value.shape[len(value.shape) - len(rest) :]
     enough = value.ndim == len(rest) if rest is wanted else value.ndim >= len(rest)
     if not enough or any(
-        dim.isdigit() and size != int(dim) for dim, size in zip(rest, sizes, strict=False)
+        size != int(dim) if dim.isdigit() else dim in _FILLED and not size
+        for dim, size in zip(rest, sizes, strict=False)
     ):
         shape = ", ".join(wanted) + ("," if len(wanted) == 1 else "")
-        raise ValueError(f"{name} must be of shape ({shape}), got {tuple(value.shape)}")
+        raise ValueError(
+            f"{name} must be of shape ({shape}), none but the first 0, got {tuple(value.shape)}"
+            if enough and 0 in sizes
+            else f"{name} must be of shape ({shape}), got {tuple(value.shape)}"
+        )
+    return value
+
+
+def check_same(name: str, value: Any, shape: torch.Size) -> Tensor:
+    """Returns whether each pair shows one identity: a bool tensor of the shape of the pairs.
+
+    Raises:
+        TypeError: no tensor of bool.
+        ValueError: another shape.
+
+    Example:
+        >>> check_same("same", torch.tensor([True, False]), torch.Size([2]))
+        tensor([ True, False])
+    """
+    if not isinstance(value, Tensor) or value.dtype != torch.bool:
+        came = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a bool tensor, got {came}")
+    if value.shape != shape or value.layout != torch.strided:
+        raise ValueError(
+            f"the pairs and {name}, dense, must be of one shape, got {tuple(shape)} and "
+            f"{tuple(value.shape)}"
+        )
     return value
 
 
@@ -79,9 +112,9 @@ def check_images(imgs: Any, name: str = "imgs") -> Tensor:
     """
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # sizes are tensors
         return imgs  # type: ignore[no-any-return]
-    check_tensor(name, imgs, "batch 3 rows columns")
-    if not imgs.numel():
+    if isinstance(imgs, Tensor) and imgs.ndim == 4 and not imgs.numel():
         raise ValueError(f"{name} must hold at least one image, got {tuple(imgs.shape)}")
+    check_tensor(name, imgs, "batch 3 rows columns")
     return imgs  # type: ignore[no-any-return]
 
 
@@ -130,10 +163,29 @@ def check_count(name: str, value: Any, least: int = 1) -> Any:
     """
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < least:
+    if not least <= value < 2**63:
         bound = f">= {least}" if least == 0 else f"at least {least}"
         raise ValueError(f"{name} must be {bound}, got {value}")
     return value
+
+
+def check_size(name: str, value: Any) -> tuple[int, int]:
+    """Returns the rows and columns of a picture: two whole numbers, at least 1.
+
+    Raises:
+        TypeError: no two integers.
+        ValueError: one of them is less than 1.
+
+    Example:
+        >>> check_size("size", [256, 128])
+        (256, 128)
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or len(value) != 2:
+        raise TypeError(f"{name} must be (rows, columns), got {value!r}")
+    rows, columns = (check_count(f"{what} of {name}", each) for what, each in zip(
+        ("rows", "columns"), value, strict=True
+    ))  # fmt: skip
+    return rows, columns
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
@@ -187,4 +239,9 @@ def _number(name: str, value: Any) -> float:
     """Returns a number, or raises TypeError."""
     if isinstance(value, bool | str) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    return float(value)
+    if isinstance(value, int) and abs(value) > 2**63:  # of Python alone: no tensor can hold it
+        raise ValueError(f"{name} must be finite, got a number of {value.bit_length()} bits")
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # an array of several
+        raise TypeError(f"{name} must be one number: {error}") from error

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 from tqdm import tqdm
 
-from casn_plugin.doors import check_count, check_finite, check_matrix
+from casn_plugin.doors import check_count, check_finite, check_matrix, check_same, check_tensor
 from casn_plugin.identities import UNKNOWN, Ids, as_ids, have_match
 
 
@@ -94,7 +94,7 @@ def evaluate_rank(
     distmat, (queries, galleries) = distmat.detach(), distmat.shape
     q_pids, q_camids = as_ids("q_pids", q_pids, queries), as_ids("q_camids", q_camids, queries)
     g_pids, g_camids = as_ids("g_pids", g_pids, galleries), as_ids("g_camids", g_camids, galleries)
-    kept = np.flatnonzero(~np.isin(g_pids, list(junk_pids)))
+    kept = np.flatnonzero(~np.isin(g_pids, as_ids("junk_pids", junk_pids)))
     g_pids, g_camids = g_pids[kept], g_camids[kept]
     columns = None if len(kept) == galleries else torch.from_numpy(kept).to(distmat.device)
     galleries = len(kept)
@@ -249,7 +249,7 @@ def ranked_lists(
     truth, (truth_rank, truth_feature_rank) = np.full(queries, -1), np.zeros((2, queries), np.int64)
     for query in range(queries):
         same = (g_pids == q_pids[query]) & (g_pids != UNKNOWN)
-        junk = left_out | (same & (g_camids == q_camids[query]) & ~unknown & cross_camera)
+        junk = left_out | (same & (g_camids == q_camids[query]) & ~unknown & bool(cross_camera))
         order, by_features = (_order(d[query], junk) for d in (fused_distmat, feature_distmat))
         ranks = np.zeros(galleries, np.int64)
         ranks[by_features] = np.arange(1, len(by_features) + 1)
@@ -270,18 +270,15 @@ def verification_auc(scores: Float[Tensor, "*pairs"], same: Bool[Tensor, "*pairs
     It is NaN where positives or negatives are missing. Ties count half.
 
     Raises:
+        TypeError: scores that are no float tensor, or `same` that is none of bool.
         ValueError: unlike shapes, or NaN in the scores.
 
     Example:
         >>> verification_auc(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([[True, False, False]]))
         1.0
     """
-    if scores.shape != same.shape or same.dtype != torch.bool:
-        raise ValueError(
-            "expected scores and whether each pair shows one identity (bool), of one shape, got "
-            f"{tuple(scores.shape)} and {tuple(same.shape)} of {same.dtype}"
-        )
-    check_finite("scores", scores)
+    check_finite("scores", check_tensor("scores", scores, "*pairs"))
+    check_same("same", same, scores.shape)
     positives, negatives = scores[same], _sorted(scores[~same])
     if not len(positives) or not len(negatives):
         return float("nan")
@@ -302,6 +299,10 @@ def side_by_side(results: Mapping[str, Any], ranks: Sequence[int] = (1, 5, 10, 2
             shares; "auc" of the pair classifier.
         ranks: of the CMC, as far as it goes.
 
+    Raises:
+        TypeError: no dictionary, or ranks that are no integers.
+        ValueError: figures that are missing, or ranks below 1.
+
     Example:
         >>> figures = {"mAP": 0.5, "cmc": [0.25, 1.0]}
         >>> print(side_by_side(dict.fromkeys(RANKINGS, figures) | {"auc": 0.9}))
@@ -311,13 +312,23 @@ def side_by_side(results: Mapping[str, Any], ranks: Sequence[int] = (1, 5, 10, 2
         Rank-1         25.0%      25.0%      25.0%
         Pair classifier: AUC 0.900 (0.5 is chance)
     """
+    if not isinstance(results, Mapping):
+        raise TypeError(f"results must be a dictionary, got {type(results).__name__}")
+    lacks = [kind for kind in RANKINGS if not {"mAP", "cmc"} <= set(results.get(kind, ()))]
+    if lacks or "auc" not in results:
+        raise ValueError(
+            f"expected results with 'auc', and 'mAP' and 'cmc' of each of {RANKINGS}, got "
+            f"{sorted(results)}, of which {lacks} lack figures"
+        )
+    for rank in ranks:
+        check_count("ranks", rank)
     rows = {
         name: [results[kind][name] for kind in RANKINGS]
         for name in ("mAP", "mINP")
         if name in results["fused"]
     }
     for rank in ranks:
-        if rank <= len(results["fused"]["cmc"]):
+        if rank <= min(len(results[kind]["cmc"]) for kind in RANKINGS):
             rows[f"Rank-{rank}"] = [results[kind]["cmc"][rank - 1] for kind in RANKINGS]
     lines = ["** Results **", " " * 9 + "".join(f"{kind:>11}" for kind in RANKINGS)]
     lines += [
@@ -331,6 +342,8 @@ def _sorted(values: Tensor) -> Tensor:
     """Returns values sorted along the last dimension."""
     if values.is_cuda:
         return values.sort().values
+    if values.dtype == torch.bfloat16:  # unknown to NumPy; float32 holds every value of it
+        return _sorted(values.float()).to(values.dtype)
     return torch.from_numpy(np.sort(values))  # several times faster than PyTorch on the CPU
 
 

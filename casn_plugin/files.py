@@ -63,6 +63,11 @@ def replacing(target: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with temporary(target.parent) as path:
-        yield path
-        move(path, target)
+    try:
+        with temporary(target.parent) as path:
+            yield path
+            move(path, target)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(target)) from error  # a full disk, by name

@@ -1,6 +1,6 @@
 """Who is whom: identities and cameras, known and unknown, and which pairs show one identity."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -35,12 +35,19 @@ def as_ids(name: str, ids: Ids | None, length: int | None = None) -> Int64[np.nd
     if ids is None and length is not None:
         return np.full(length, UNKNOWN)
     if isinstance(ids, Tensor):
+        if ids.dtype == torch.bfloat16 or ids.layout != torch.strided:  # unknown to NumPy
+            raise TypeError(f"{name} must be integers, got {ids.dtype} of layout {ids.layout}")
         array = ids.detach().cpu().numpy()
     elif isinstance(ids, np.ndarray):
         array = ids
     else:
+        if ids is not None and (isinstance(ids, str | bytes) or not isinstance(ids, Iterable)):
+            raise TypeError(f"{name} must be integers, one an image, got {type(ids).__name__}")
         listed = [UNKNOWN if each is None else each for each in ids or ()]
-        array = np.asarray(listed, dtype=None if listed else np.int64)
+        try:
+            array = np.asarray(listed, dtype=None if listed else np.int64)
+        except (ValueError, RuntimeError) as error:  # lists of unlike lengths, sparse tensors
+            raise TypeError(f"{name} must be integers, one an image: {error}") from error
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} must be integers, got {array.dtype}")
     if array.ndim != 1 or length not in (None, len(array)):
@@ -48,6 +55,8 @@ def as_ids(name: str, ids: Ids | None, length: int | None = None) -> Int64[np.nd
         raise ValueError(f"{name} must be {expected}, one an image, got shape {array.shape}")
     if array.min(initial=0) < UNKNOWN:
         raise ValueError(f"{name} must be >= 0, or -1 where unknown, got {array.min()}")
+    if array.dtype == np.uint64 and array.max(initial=0) >= 2**63:
+        raise ValueError(f"{name} must be below 2**63, got {array.max()}")
     return array.astype(np.int64)
 
 
@@ -83,11 +92,16 @@ def check_labels(name: str, pids: Ids, classes: int | None = None) -> Int64[np.n
 def same_person(first: int, second: int) -> bool | None:
     """Returns whether two images show one identity; None where one of them is unknown.
 
+    Raises:
+        TypeError: as :func:`as_ids`.
+        ValueError: likewise.
+
     Example:
         >>> same_person(7, 7), same_person(7, 8), same_person(-1, -1)
         (True, False, None)
     """
-    return None if UNKNOWN in (int(first), int(second)) else int(first) == int(second)
+    one, other = (int(each) for each in as_ids("identities", [first, second]))
+    return None if UNKNOWN in (one, other) else one == other
 
 
 def pairs_by_identity(
@@ -114,8 +128,8 @@ def pairs_by_identity(
     g_camids = as_ids("g_camids", g_camids, len(g_pids))
     known = (q_pids != UNKNOWN)[:, None] & (g_pids != UNKNOWN)
     same = known & (q_pids[:, None] == g_pids)
-    own = (q_camids[:, None] == g_camids) & (g_camids != UNKNOWN) & cross_camera
-    counted = known & ~np.isin(g_pids, list(junk_pids)) & ~(same & own)
+    own = (q_camids[:, None] == g_camids) & (g_camids != UNKNOWN) & bool(cross_camera)
+    counted = known & ~np.isin(g_pids, as_ids("junk_pids", junk_pids)) & ~(same & own)
     return torch.from_numpy(same), torch.from_numpy(counted)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from casn_plugin.doors import check_images
+from casn_plugin.doors import check_images, check_size, check_weight
 from casn_plugin.encoding import Encoding
 from casn_plugin.hooks import place_of
 from casn_plugin.identities import as_ids
@@ -43,7 +43,8 @@ class Preprocessing:
         std: likewise, positive.
 
     Raises:
-        ValueError: mean or std that are not three numbers, a std that is not positive.
+        TypeError: a size that is no two integers, mean or std of something else than numbers.
+        ValueError: mean or std that are not three finite numbers, a std that is not positive.
 
     Example:
         >>> Preprocessing((4, 2)).load(PIL.Image.new("RGB", (8, 8))).shape
@@ -56,6 +57,13 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a mean or std that can't be."""
+        if self.size is not None:
+            check_size("size", self.size)
+        for name, numbers in (("mean", self.mean), ("std", self.std)):
+            if not hasattr(numbers, "__len__") or isinstance(numbers, str | bytes | dict):
+                raise TypeError(f"{name} must be three numbers, got {numbers!r}")
+            for number in numbers:
+                check_weight(name, abs(number) if isinstance(number, int | float) else number)
         if len(self.mean) != 3 or len(self.std) != 3 or not min(self.std) > 0:
             raise ValueError(
                 f"mean and std must be three numbers, std positive, got {self.mean} and {self.std}"

@@ -25,7 +25,13 @@ from casn_plugin.attention import (
     soft_mask,
     split_pairs,
 )
-from casn_plugin.doors import check_choice, check_lengths, check_share, check_tensor, check_weight
+from casn_plugin.doors import (
+    check_choice,
+    check_same,
+    check_share,
+    check_tensor,
+    check_weight,
+)
 from casn_plugin.hooks import (
     constant_parameters,
     frozen_batchnorm,
@@ -47,7 +53,16 @@ def identification_loss(
         tensor(1.3863)
     """
     parts = parts_of(logits, pids)
-    losses = [F.cross_entropy(part, pids, label_smoothing=label_smoothing) for part in parts]
+    if check_weight("label_smoothing", label_smoothing) > 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+    try:
+        losses = [
+            F.cross_entropy(part, pids.long(), label_smoothing=label_smoothing) for part in parts
+        ]
+    except IndexError as error:  # found by PyTorch, so that nothing is read here
+        raise ValueError(
+            f"pids must lie in [0, {parts[0].shape[1]}), the classes of the logits: {error}"
+        ) from error
     return torch.stack(losses).mean()
 
 
@@ -60,6 +75,7 @@ def identification_attention_loss(masked_scores: Float[Tensor, " batch"]) -> Flo
         >>> identification_attention_loss(torch.tensor([1.0, 3.0]))
         tensor(2.)
     """
+    check_tensor("masked_scores", masked_scores, "batch")
     return masked_scores.mean() if len(masked_scores) else masked_scores.sum()
 
 
@@ -79,7 +95,7 @@ def pair_loss(
         tensor(0.6931)
     """
     check_tensor("pair_scores", pair_scores, "pairs 2")
-    check_lengths(pair_scores=pair_scores, same=same)
+    check_same("same", same, pair_scores.shape[:1])
     if not len(pair_scores):
         return pair_scores.sum()
     return F.cross_entropy(pair_scores, same.long())
@@ -110,6 +126,8 @@ def siamese_attention_loss(
         tensor(0.8931)
     """
     check_weight("consistency_weight", consistency_weight)
+    check_tensor("pair_scores", pair_scores, "rows 2" if len(pair_scores) else "pairs 2")
+    check_same("same", same, check_tensor("distances", distances, "pairs").shape)
     orders = len(pair_scores) // max(len(same), 1)
     loss_bce = pair_loss(pair_scores, same.repeat_interleave(orders))
     return loss_bce + consistency_weight * consistency(distances, same)
@@ -125,7 +143,7 @@ def consistency(
         tensor(1.)
     """
     check_tensor("distances", distances, "pairs")
-    check_lengths(distances=distances, same=same)
+    check_same("same", same, distances.shape)
     positives = torch.where(same, distances, torch.zeros_like(distances))
     return positives.sum() / same.sum().clamp(min=1)
 
@@ -146,6 +164,8 @@ def casn_loss(
     """
     check_weight("lambda_ia", lambda_ia)
     check_weight("lambda_sa", lambda_sa)
+    for name, term in (("loss_ide", loss_ide), ("loss_ia", loss_ia), ("loss_sa", loss_sa)):
+        check_tensor(name, term, "")
     return loss_ide + lambda_ia * loss_ia + lambda_sa * loss_sa
 
 

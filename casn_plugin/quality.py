@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from casn_plugin.attention import ROW_THRESHOLD, scale_maps
-from casn_plugin.doors import check_share
+from casn_plugin.doors import check_same, check_share, check_tensor
 from casn_plugin.evaluation import verification_auc
 
 
@@ -67,6 +67,11 @@ def attention_quality(
     """
     check_share("pixel_threshold", pixel_threshold)
     check_share("row_threshold", row_threshold)
+    check_tensor("maps", maps, "*images")
+    if not isinstance(masks, Tensor) or masks.is_complex() or masks.layout != torch.strided:
+        raise TypeError(
+            f"masks must be a dense tensor of bool or float, got {type(masks).__name__}"
+        )
     if maps.ndim != 3 or masks.ndim != 3 or len(maps) != len(masks):
         raise ValueError(
             "expected maps of shape (N, H, W) and masks of shape (N, rows, columns), got "
@@ -138,11 +143,8 @@ def attention_consistency(
         >>> attention_consistency(torch.tensor([0.5, 2.0, 1.0]), torch.tensor([True, False, False]))
         AttentionConsistency(same=0.5, different=1.5, auc=1.0)
     """
-    if distances.shape != same.shape:
-        raise ValueError(
-            f"expected as many distances as pairs, got {tuple(distances.shape)} and "
-            f"{tuple(same.shape)}"
-        )
+    check_tensor("distances", distances, "*pairs")
+    check_same("same", same, distances.shape)
     distances = distances.detach()
     if not bool((distances >= 0).all()):
         raise ValueError("distances must be >= 0 and not NaN")

@@ -126,6 +126,9 @@ def retrieve(
         >>> list(found.results)
         ['features', 'attention', 'fused', 'auc']
     """
+    for name, images in (("query", query), ("gallery", gallery)):
+        if not isinstance(images, LabelledEncodings):
+            raise TypeError(f"{name} must be LabelledEncodings, got {type(images).__name__}")
     options = RankingOptions() if options is None else options
     metric = FeatureMetric() if metric is None else metric
     distmats = _distmats(model, query.encoding, gallery.encoding, options, row_threshold, metric)

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
+from casn_plugin.doors import check_count, check_weight
 from casn_plugin.identities import UNKNOWN, Ids, as_ids, check_labels
 
 Manager = TypeVar("Manager")
@@ -50,12 +51,12 @@ class PairSampler(Sampler[int]):
     ) -> None:
         self.pids = as_ids("pids", pids)
         self.camids = as_ids("camids", camids, len(self.pids))
-        if batch_size < 2 or batch_size % 2:
+        if check_count("batch_size", batch_size, least=0) % 2 or not batch_size:
             raise ValueError(
                 f"rows 2i and 2i+1 of a batch are pair i, so batch_size must be even, "
                 f"got {batch_size}"
             )
-        if not 0 <= positive_fraction <= 1:
+        if not 0 <= check_weight("positive_fraction", positive_fraction) <= 1:
             raise ValueError(f"positive_fraction must lie in [0, 1], got {positive_fraction}")
         if not len(self.pids):
             raise ValueError("pids must be a non-empty list, got none")
@@ -64,8 +65,7 @@ class PairSampler(Sampler[int]):
                 f"pairs need known identities, but {int((self.pids == UNKNOWN).sum())} of "
                 f"{len(self.pids)} are unknown (-1 or None)"
             )
-        if seed < 0:
-            raise ValueError(f"seed must be >= 0, got {seed}")
+        check_count("seed", seed, least=0)
         self.batch_size = batch_size
         self.positive_fraction = positive_fraction
         self.seed = seed

@@ -20,6 +20,7 @@ from casn_plugin.attention import (
     row_profiles,
     scale_maps,
 )
+from casn_plugin.doors import check_lengths, check_size, check_tensor, check_weight
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,6 +50,10 @@ def overlay(
     """
     from matplotlib import colormaps
 
+    _check_pictures("pictures", pictures)
+    check_lengths(pictures=pictures, maps=check_tensor("maps", maps, "batch height width"))
+    if not 0 <= check_weight("opacity", opacity) <= 1:
+        raise ValueError(f"opacity must lie in [0, 1], got {opacity}")
     rows, columns = pictures.shape[1:3]
     finite = maps.detach().float().cpu().nan_to_num(0, posinf=0)
     resized = F.interpolate(finite[:, None], size=(rows, columns), mode="bilinear")[:, 0]
@@ -141,6 +146,13 @@ def pair_mosaic(
     """
     from matplotlib.colors import to_rgb
 
+    _check_pictures("first_pictures", first_pictures)
+    _check_pictures("second_pictures", second_pictures)
+    if first_pictures.shape != second_pictures.shape or len(same) != len(first_pictures):
+        raise ValueError(
+            f"expected as many first as second pictures of one size, and as many verdicts, got "
+            f"{first_pictures.shape}, {second_pictures.shape} and {len(same)}"
+        )
     _, rows, columns = first_pictures.shape[:3]
     edge = max(2, rows // 48)  # of the frames, and between pictures
     panels = (
@@ -171,6 +183,7 @@ def colour_key(rows: int = 8, columns: int = 96) -> Float[np.ndarray, "rows colu
         >>> colour_key()[0, 0].tolist()
         [0.55, 0.55, 0.55]
     """
+    check_size("size", (rows, columns))
     strip = np.full((1, rows, columns, 3), 0.55)
     (key,) = overlay(strip, torch.linspace(0, 1, columns).expand(1, rows, columns))
     return np.asarray(key)
@@ -186,6 +199,15 @@ def verdict(same: bool | None) -> str:
     if same is None:
         return "? not known"
     return "\N{CHECK MARK} same person" if same else "\N{BALLOT X} other person"
+
+
+def _check_pictures(name: str, pictures: Any) -> None:
+    """Raises TypeError or ValueError for what is no batch of RGB pictures."""
+    if not isinstance(pictures, np.ndarray) or pictures.dtype.kind != "f":
+        came = pictures.dtype if isinstance(pictures, np.ndarray) else type(pictures).__name__
+        raise TypeError(f"{name} must be an array of floats, got {came}")
+    if pictures.ndim != 4 or pictures.shape[3] != 3 or 0 in pictures.shape[1:]:
+        raise ValueError(f"{name} must be of shape (batch, rows, columns, 3), got {pictures.shape}")
 
 
 def jpeg_uri(picture: Float[np.ndarray, "rows columns 3"]) -> str:
