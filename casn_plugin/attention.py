@@ -85,9 +85,8 @@ def parts_of(logits: Logits, pids: Tensor) -> Sequence[Tensor]:
         >>> len(parts_of([torch.zeros(2, 5)] * 6, torch.tensor([0, 1])))
         6
     """
-    parts = logits if isinstance(logits, list | tuple) else [logits]
-    for part in parts:
-        check_tensor("logits", part, "*batch classes")
+    listed = logits if isinstance(logits, list | tuple) else [logits]
+    parts = [check_tensor("logits", part, "*batch classes") for part in listed]
     if len({part.shape for part in parts}) != 1 or parts[0].ndim != 2:
         raise ValueError(
             "logits must be a (B, classes) tensor or a sequence of them, got shapes "

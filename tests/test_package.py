@@ -19,7 +19,8 @@ ROOMS = (
     "evaluation", "quality", "backbones", "model", "loading",
     *(f"ranking.{name}" for name in (
         "processes", "compute", "tiles", "closed_form", "sides", "pairs", "candidates",
-        "distances", "fused", "search", "shards", "contents", "index",
+        "distances", "fused", "search", "company", "manifest", "shards", "filling", "contents",
+        "store", "index",
     )),
     "ranking", "retrieval",
     *(f"explanation.{name}" for name in (

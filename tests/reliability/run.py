@@ -20,9 +20,11 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     parts = {
-        "files": lambda: damage(args.files, args.seed), "full disk": full_disk,
-        "kill": lambda: kill(args.kills, args.seed), "arguments": lambda: fuzz(args.fuzz, args.seed),
-    }  # fmt: skip
+        "files": lambda: damage(args.files, args.seed),
+        "full disk": full_disk,
+        "kill": lambda: kill(args.kills, args.seed),
+        "arguments": lambda: fuzz(args.fuzz, args.seed),
+    }
     table, found = [f"| torch {torch.__version__} | figures |", "| --- | --- |"], 0
     for name, part in parts.items():
         figures, findings = part()
