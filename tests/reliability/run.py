@@ -21,7 +21,8 @@ def main() -> int:
     torch.set_num_threads(1)
     parts = {
         "files": lambda: damage(args.files, args.seed), "full disk": full_disk,
-        "kill": lambda: kill(args.kills, args.seed), "arguments": lambda: fuzz(args.fuzz, args.seed),
+        "kill": lambda: kill(args.kills, args.seed),
+        "arguments": lambda: fuzz(args.fuzz, args.seed),
     }  # fmt: skip
     table, found = [f"| torch {torch.__version__} | figures |", "| --- | --- |"], 0
     for name, part in parts.items():
