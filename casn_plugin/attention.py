@@ -1,11 +1,10 @@
 """Attention as pure functions of tensors: maps, soft mask, row profiles, distance.
 
-The score y_c of the true identity, its Grad-CAM (Section 3.1.2), the indicator of Eq. 4, Siamese
+Grad-CAM (Section 3.1.2), the indicator of Eq. 4, Siamese
 attention (Section 3.2.2), the soft mask, row profiles, alignment, and the distance of Eq. 5.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -13,7 +12,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from casn_plugin.doors import (
-    check_choice,
     check_lengths,
     check_share,
     check_size,
@@ -21,80 +19,13 @@ from casn_plugin.doors import (
     check_weight,
 )
 from casn_plugin.hooks import place_of
+from casn_plugin.scores import at_least_float32
 
 PairScorer = Callable[[Tensor], Tensor]
 """Maps (P, D) differences of features to (P, 2) scores; column 1 is "same identity"."""
 
 ROW_THRESHOLD = 0.2
 """t of Section 3.2.2: the share of a map's maximum above which a row counts as attended."""
-
-
-SCORES = ("logit", "probability")
-"""What y_c may be: a class score itself, or its softmax probability."""
-
-Logits = Tensor | Sequence[Tensor]
-"""(B, classes) scores y, or one such tensor for each part classifier (PCB) or branch (HACNN)."""
-
-
-def identity_scores(
-    logits: Logits,
-    pids: Int[Tensor, " batch"],
-    score: Literal["logit", "probability"] = "logit",
-) -> Float[Tensor, " batch"]:
-    """Returns y_c, the score of each image's true identity.
-
-    Args:
-        logits: scores y of all identities; of several part classifiers, the scores are summed
-            ("logit", unbounded) or averaged ("probability", in [0, 1]).
-        pids: the true identities c, in [0, classes).
-        score: the class score itself (the paper's y_c), or its softmax probability.
-
-    Raises:
-        TypeError: logits that are no float tensors, identities that are no integers.
-        ValueError: an unknown `score`, unlike numbers of logits and identities, or identities
-            outside of the classes.
-
-    Example:
-        >>> identity_scores(torch.tensor([[1.0, 5.0]]), torch.tensor([1]))
-        tensor([5.])
-    """
-    parts = parts_of(logits, pids)
-    pids = pids.long()  # uint8 would be a mask
-    check_choice("score", score, SCORES)
-    classes = parts[0].shape[1]
-    if len(pids) and not 0 <= int(pids.min()) <= int(pids.max()) < classes:
-        raise ValueError(
-            f"pids must lie in [0, {classes}), the classes of the logits, but they go from "
-            f"{int(pids.min())} to {int(pids.max())}"
-        )
-    stacked = torch.stack([at_least_float32(part) for part in parts])
-    if score == "probability":
-        stacked = stacked.softmax(-1)
-    chosen = stacked[:, torch.arange(len(pids), device=pids.device), pids]
-    return chosen.sum(0) if score == "logit" else chosen.mean(0)
-
-
-def parts_of(logits: Logits, pids: Tensor) -> Sequence[Tensor]:
-    """Returns logits as a sequence of (B, classes) tensors, as many as there are identities.
-
-    Raises:
-        TypeError: logits that are no float tensors, identities that are no integers.
-        ValueError: logits of another shape, or unlike numbers of them and of identities.
-
-    Example:
-        >>> len(parts_of([torch.zeros(2, 5)] * 6, torch.tensor([0, 1])))
-        6
-    """
-    listed = logits if isinstance(logits, list | tuple) else [logits]
-    parts = [check_tensor("logits", part, "*batch classes") for part in listed]
-    if len({part.shape for part in parts}) != 1 or parts[0].ndim != 2:
-        raise ValueError(
-            "logits must be a (B, classes) tensor or a sequence of them, got shapes "
-            f"{[tuple(part.shape) for part in parts]}"
-        )
-    check_tensor("pids", pids, "batch", floating=False)
-    check_lengths(logits=parts[0], pids=pids)
-    return parts
 
 
 def grad_cam(
@@ -170,14 +101,7 @@ def indicator(
         if isinstance(pair_classifier, nn.Module):  # a model cast to half precision as a whole
             inputs = inputs.to(place_of(pair_classifier, inputs).dtype)
         inputs.requires_grad_()
-        try:
-            scores = pair_classifier(inputs)
-        except RuntimeError as error:
-            raise ValueError(
-                f"the pair classifier must take differences of {differences.shape[1]} features: "
-                f"{error}"
-            ) from error
-        check_tensor("scores of the pair classifier", scores, "pairs 2")
+        scores = check_tensor("scores of the pair classifier", pair_classifier(inputs), "pairs 2")
         (gradients,) = torch.autograd.grad(scores[:, 1].sum(), inputs)
     return (gradients > 0).to(differences.dtype)
 
@@ -417,13 +341,3 @@ def attention_distance(
         first, second = F.normalize(first, dim=-1), F.normalize(second, dim=-1)
     distances: Tensor = torch.linalg.vector_norm(first - second, dim=-1)
     return distances
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Returns half-precision tensors in float32, others as they are.
-
-    Example:
-        >>> at_least_float32(torch.ones(1, dtype=torch.bfloat16))
-        tensor([1.])
-    """
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from casn_plugin.attention import Logits
 from casn_plugin.encoding import part_embedding
 from casn_plugin.hooks import Captured, capture, evaluating, place_of
+from casn_plugin.scores import Logits
 
 Forward = Callable[[nn.Module, Tensor], tuple[Logits, Tensor]]
 """Maps a backbone and its images to (logits, (B, D) features)."""

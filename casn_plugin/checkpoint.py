@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from casn_plugin.files import replacing
+from casn_plugin.files import TEMPORARY, replacing
 from casn_plugin.sampler import PairSampler
 
 _INTERRUPTED = "model-interrupted.pth.tar"
@@ -127,7 +128,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps every other run out of the folder.
+        """Keeps every other run out of the folder, and deletes what a killed one left half-written.
 
         Raises:
             RuntimeError: another run is in it.
@@ -142,6 +143,9 @@ class Checkpoints:
                 "save_dir, or wait for the other to end"
             ) from None
         try:
+            for left in self.folder.glob("*.tmp"):  # of a run that was killed: nobody else is here
+                if re.fullmatch(TEMPORARY, left.name):
+                    left.unlink(missing_ok=True)
             yield
         finally:
             lock.release()

@@ -163,7 +163,7 @@ def check_count(name: str, value: Any, least: int = 1) -> Any:
     """
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if not least <= value < 2**63:
+    if value < least:
         bound = f">= {least}" if least == 0 else f"at least {least}"
         raise ValueError(f"{name} must be {bound}, got {value}")
     return value

@@ -30,14 +30,14 @@ from casn_plugin.checkpoint import (
 )
 from casn_plugin.checks import CheckedData, check_datamanager, check_optimizer, check_processes
 from casn_plugin.doors import check_count, check_weight
-from casn_plugin.evaluation import RankedLists, side_by_side
+from casn_plugin.evaluation import RankedLists
 from casn_plugin.explanation import AttentionBoard, ExplainedRankings, log_results
 from casn_plugin.loading import Preprocessing, encode_loader
 from casn_plugin.losses import IdentificationAttentionLoss, SiameseAttentionLoss
 from casn_plugin.model import as_casn, loss_terms
 from casn_plugin.pedestrians import load_pedestrians
 from casn_plugin.ranking import GalleryIndex, RankingOptions
-from casn_plugin.retrieval import FeatureMetric, LabelledEncodings, retrieve
+from casn_plugin.retrieval import FeatureMetric, LabelledEncodings, retrieve, side_by_side
 from casn_plugin.training import Epoch, FiniteSteps, Interrupted, Interruption, pictures_of
 
 EMBEDDED_DATASET = "casn_pedestrians"

@@ -4,7 +4,7 @@ A match's position in a ranking is 1 + the number of valid gallery entries neare
 is found by its value alone: no order of the whole gallery is made, only sorted distances.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -289,53 +289,6 @@ def verification_auc(scores: Float[Tensor, "*pairs"], same: Bool[Tensor, "*pairs
 
 RANKINGS = ("features", "attention", "fused")
 """The three rankings that an evaluation shows side by side."""
-
-
-def side_by_side(results: Mapping[str, Any], ranks: Sequence[int] = (1, 5, 10, 20)) -> str:
-    """Returns the three rankings of an evaluation as a table in percent.
-
-    Args:
-        results: "features", "attention" and "fused", each with "mAP", "cmc" and maybe "mINP", as
-            shares; "auc" of the pair classifier.
-        ranks: of the CMC, as far as it goes.
-
-    Raises:
-        TypeError: no dictionary, or ranks that are no integers.
-        ValueError: figures that are missing, or ranks below 1.
-
-    Example:
-        >>> figures = {"mAP": 0.5, "cmc": [0.25, 1.0]}
-        >>> print(side_by_side(dict.fromkeys(RANKINGS, figures) | {"auc": 0.9}))
-        ** Results **
-                    features  attention      fused
-        mAP            50.0%      50.0%      50.0%
-        Rank-1         25.0%      25.0%      25.0%
-        Pair classifier: AUC 0.900 (0.5 is chance)
-    """
-    if not isinstance(results, Mapping):
-        raise TypeError(f"results must be a dictionary, got {type(results).__name__}")
-    lacks = [kind for kind in RANKINGS if not {"mAP", "cmc"} <= set(results.get(kind, ()))]
-    if lacks or "auc" not in results:
-        raise ValueError(
-            f"expected results with 'auc', and 'mAP' and 'cmc' of each of {RANKINGS}, got "
-            f"{sorted(results)}, of which {lacks} lack figures"
-        )
-    for rank in ranks:
-        check_count("ranks", rank)
-    rows = {
-        name: [results[kind][name] for kind in RANKINGS]
-        for name in ("mAP", "mINP")
-        if name in results["fused"]
-    }
-    for rank in ranks:
-        if rank <= min(len(results[kind]["cmc"]) for kind in RANKINGS):
-            rows[f"Rank-{rank}"] = [results[kind]["cmc"][rank - 1] for kind in RANKINGS]
-    lines = ["** Results **", " " * 9 + "".join(f"{kind:>11}" for kind in RANKINGS)]
-    lines += [
-        f"{name:<9}" + "".join(f"{share:>11.1%}" for share in shares)
-        for name, shares in rows.items()
-    ]
-    return "\n".join([*lines, f"Pair classifier: AUC {results['auc']:.3f} (0.5 is chance)"])
 
 
 def _sorted(values: Tensor) -> Tensor:

@@ -12,13 +12,9 @@ from torch import Tensor, nn
 
 from casn_plugin.attention import (
     ROW_THRESHOLD,
-    SCORES,
-    Logits,
     PairScorer,
     attention_distance,
     grad_cam,
-    identity_scores,
-    parts_of,
     row_profiles,
     same_identity,
     siamese_attention,
@@ -38,6 +34,7 @@ from casn_plugin.hooks import (
     never_computed_again,
     twin,
 )
+from casn_plugin.scores import SCORES, Logits, identity_scores, parts_of
 
 
 def identification_loss(

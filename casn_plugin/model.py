@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from casn_plugin.attention import Logits, at_least_float32, same_identity
+from casn_plugin.attention import same_identity
 from casn_plugin.backbones import Forward, Reader, input_size_of
-from casn_plugin.doors import check_count, check_images, check_lengths
+from casn_plugin.doors import check_count, check_images, check_lengths, check_size
 from casn_plugin.encoding import Encoding, encode_head
 from casn_plugin.hooks import place_of, twin, unwrapped
 from casn_plugin.losses import (
@@ -21,6 +21,7 @@ from casn_plugin.losses import (
     pair_loss,
     siamese_attention_loss,
 )
+from casn_plugin.scores import Logits, at_least_float32
 
 
 class CASNOutput(NamedTuple):
@@ -159,7 +160,7 @@ class CASN(nn.Module):
             raise ValueError("the backbone has a layer named pair_classifier already")
         self.backbone = backbone
         self.reader = Reader(backbone, target_layer, forward)
-        self.input_size = input_size or input_size_of(backbone)
+        self.input_size = check_size("input_size", input_size or input_size_of(backbone))
         features = self.reader.try_out(backbone, self.input_size)
         if pair_classifier is None:
             pair_classifier = PairClassifier(features.shape[1], hidden_dim, seed=seed)
@@ -189,11 +190,13 @@ class CASN(nn.Module):
             siamese: the settings of L_sa; None skips the pairs. Rows 2i and 2i+1 are pair i.
 
         Raises:
-            TypeError: images that are no float tensor.
-            ValueError: images of another shape, an identification loss without identities, an odd
-                number of rows with a Siamese loss, or a target layer that was not called.
+            TypeError: images that are no float tensor, or of another dtype than the model without
+                autocast.
+            ValueError: images of another shape or on another device, an identification loss
+                without identities, an odd number of rows with a Siamese loss, or a target layer
+                that was not called.
         """
-        check_images(imgs)
+        self._check_place(imgs)
         if not self.training:
             return self.reader.features(self.backbone, imgs)
         if identification is not None:
@@ -210,6 +213,18 @@ class CASN(nn.Module):
             pair_scores, distances = siamese.pairs(self.pair_classifier, features, activations)
         return CASNOutput(logits, features, activations, masked_scores, pair_scores, distances)
 
+    def _check_place(self, imgs: Tensor) -> None:
+        """Raises TypeError or ValueError for images that the model can't take."""
+        place = place_of(self, check_images(imgs))
+        if imgs.device != place.device:
+            raise ValueError(
+                f"images and model must be on one device, got {imgs.device} and {place.device}"
+            )
+        if imgs.dtype != place.dtype and not torch.is_autocast_enabled(imgs.device.type):
+            raise TypeError(
+                f"images and model must be of one dtype, got {imgs.dtype} and {place.dtype}"
+            )
+
     def encode(self, imgs: Float[Tensor, "batch 3 rows columns"]) -> Encoding:
         """Returns what ranking needs of each image, whatever mode the model is in.
 
@@ -222,15 +237,7 @@ class CASN(nn.Module):
             ValueError: no image, images of another shape or on another device than the model;
                 features that do not depend on the tapped map.
         """
-        place = place_of(self, check_images(imgs))
-        if imgs.device != place.device:
-            raise ValueError(
-                f"images and model must be on one device, got {imgs.device} and {place.device}"
-            )
-        if imgs.dtype != place.dtype and not torch.is_autocast_enabled(imgs.device.type):
-            raise TypeError(
-                f"images and model must be of one dtype, got {imgs.dtype} and {place.dtype}"
-            )
+        self._check_place(imgs)
         backbone = self.backbone
         if any(layer.training for layer in backbone.modules()):
             backbone = twin(backbone).eval()  # so that other threads may use the model

@@ -20,11 +20,11 @@ from casn_plugin.losses import (
     consistency,
     identification_attention_loss,
     identification_loss,
-    identity_scores,
     pair_loss,
     same_identity,
     siamese_attention_loss,
 )
+from casn_plugin.scores import identity_scores
 
 PIDS = torch.tensor([0, 0, 3, 4])
 

@@ -186,7 +186,10 @@ class Writer:
         path = self._folder / "new"
         path.touch()
         mode = path.stat().st_mode  # as the umask says; safetensors' own is 0600
-        save_file(tensors, path, metadata)
+        try:
+            save_file(tensors, path, metadata)
+        except SafetensorError as error:  # so safetensors says that a disk is full
+            raise OSError(f"{path} can't be written: {error}") from error
         path.chmod(mode)
         sha256 = _sha256(path)
         entry = Entry(f"{sha256[:24]}.safetensors", sha256, rows, images)

@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from casn_plugin import CASN, Encoding, ImageCASNEngine, RankingOptions, fuse_distmats
-from casn_plugin.attention import align_profiles, grad_cam, identity_scores, row_profiles
+from casn_plugin.attention import align_profiles, grad_cam, row_profiles
 from casn_plugin.evaluation import evaluate_rank, verification_auc
 from casn_plugin.hooks import place_of
 from casn_plugin.loading import encode_loader
 from casn_plugin.pedestrians import mask_path
 from casn_plugin.quality import attention_consistency, attention_quality
 from casn_plugin.ranking import Normalization, fused_distmats, pair_attention, same_identity_logits
+from casn_plugin.scores import identity_scores
 
 WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.5, 1.0)
 RANKS = (1, 5, 10, 20)

@@ -10,17 +10,16 @@ from torch import Tensor, nn
 
 from casn_plugin import Encoding, IdentificationAttentionLoss, SiameseAttentionLoss
 from casn_plugin.attention import (
-    Logits,
     PairScorer,
     attention_distance,
     grad_cam,
-    identity_scores,
     scale_maps,
     siamese_attention,
     soft_mask,
     split_pairs,
 )
 from casn_plugin.ranking import pair_attention
+from casn_plugin.scores import Logits, identity_scores
 
 CHUNK = 512
 """Pairs whose maps are held at a time."""

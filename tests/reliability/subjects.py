@@ -157,7 +157,7 @@ def cases() -> dict[str, Case]:
         "verification_auc": (
             evaluation.verification_auc, {"scores": scores[0, :2], "same": same},
         ),
-        "side_by_side": (evaluation.side_by_side, {"results": results, "ranks": (1, 5)}),
+        "side_by_side": (retrieval.side_by_side, {"results": results, "ranks": (1, 5)}),
         "attention_quality": (
             quality.attention_quality,
             {"maps": maps, "masks": torch.rand(4, 12, 6), "pixel_threshold": 0.5,
