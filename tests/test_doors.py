@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import TinyBackbone, tiny_forward
 
-from casn_plugin import CASN, Encoding, attention, losses
+from casn_plugin import CASN, Encoding, attention, losses, scores
 from casn_plugin.doors import (
     check_choice,
     check_count,
@@ -128,8 +128,8 @@ LOSS = losses.IdentificationAttentionLoss()
         lambda: attention.align_profiles(M[0].long()),
         lambda: attention.attention_distance(M[0], M[0, :2]),
         lambda: attention.attention_distance(M[0], M[0], row_threshold=-1),
-        lambda: losses.identity_scores(torch.rand(4, 5), PIDS[:3]),
-        lambda: losses.identity_scores(torch.rand(4, 5), PIDS.float()),
+        lambda: scores.identity_scores(torch.rand(4, 5), PIDS[:3]),
+        lambda: scores.identity_scores(torch.rand(4, 5), PIDS.float()),
         lambda: losses.identification_loss(torch.rand(4, 5), PIDS[:3]),
         lambda: losses.pair_loss(torch.rand(3, 2), SAME),
         lambda: losses.pair_loss(torch.rand(2, 3), SAME),
@@ -146,7 +146,7 @@ LOSS = losses.IdentificationAttentionLoss()
         lambda: attention.scale_maps(M[..., :0]),
         lambda: attention.align_profiles([0.5]),
         lambda: attention.attention_distance([0.5], M[0]),
-        lambda: attention.identity_scores([[0.5]], PIDS[:1]),
+        lambda: scores.identity_scores([[0.5]], PIDS[:1]),
         lambda: losses.identification_loss(torch.rand(4, 2), PIDS),
         lambda: losses.identification_loss(torch.rand(4, 5), PIDS, label_smoothing=2),
         lambda: losses.pair_loss(torch.rand(2, 2), SAME.long()),

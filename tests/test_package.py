@@ -40,6 +40,7 @@ WITHOUT_EXAMPLES = {
     "pedestrians",
     "explanation.report",
     "explanation.board",
+    "ranking.filling",
 }
 
 

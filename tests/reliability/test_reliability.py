@@ -11,7 +11,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.parametrize(
-    "program", [("kill.py", "6", "0"), ("damage.py", "300", "0")], ids=lambda program: program[0]
+    "program", [("kill.py", "3", "0"), ("damage.py", "300", "0")], ids=lambda program: program[0]
 )
 def test_nothing_is_lost_and_nothing_is_run(program):
     name, *options = program
