@@ -87,7 +87,8 @@ def kill(number: int, seed: int) -> tuple[dict[str, int], list[str]]:
             done = kill_once(kind, folders[kind], steps[kind], rng)
             try:
                 newest = newest_step(kind, folders[kind])
-                if newest < done:
+                removed = kind == "index" and (done + 1) % 3 == 0  # by the step that was killed
+                if newest < done - removed:
                     raise AssertionError(f"step {done} was written, the newest is {newest}")
                 steps[kind] = newest + 1
             except Exception as error:
@@ -96,7 +97,7 @@ def kill(number: int, seed: int) -> tuple[dict[str, int], list[str]]:
                 break
             left = max(left, sum(1 for _ in folders[kind].glob("*.tmp*")))
         for kind, folder in folders.items():
-            if folder.is_dir():
+            if folder.is_dir() and not findings:
                 WRITERS[kind](folder, steps[kind])
                 after = [path.name for path in folder.iterdir() if ".tmp" in path.name]
                 if after:
