@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
+from casn_plugin.doors import check_count
 from casn_plugin.files import TEMPORARY, replacing
 from casn_plugin.sampler import PairSampler
 
@@ -73,8 +74,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int = 3) -> None:
-        if keep < 1:
-            raise ValueError(f"keep must be at least 1, got {keep}")
+        check_count("keep", keep)
         self.folder = Path(folder)
         self.keep = keep
         self.last: Path | None = None

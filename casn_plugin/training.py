@@ -1,5 +1,6 @@
 """What keeps hours of training: no step with numbers that are none, no stop that loses an epoch."""
 
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from casn_plugin.checkpoint import random_state, set_random_state
+from casn_plugin.doors import check_count
 from casn_plugin.sampler import PairSampler
 
 
@@ -58,8 +60,7 @@ class FiniteSteps:
         *,
         patience: int = 5,
     ) -> None:
-        if patience < 1:
-            raise ValueError(f"patience must be at least 1, got {patience}")
+        check_count("patience", patience)
         self.model = model
         self.optimizer = optimizer
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
@@ -111,8 +112,9 @@ class FiniteSteps:
             read["gradient"] = torch.stack([*norms, loss.new_zeros((), dtype=torch.float)]).sum()
         values = torch.stack([each.detach().float() for each in read.values()])
         numbers = dict(zip(read, values.tolist(), strict=True))
-        finite = [abs(number) < float("inf") for number in numbers.values()]
-        if all(finite):
+        bad = [f"{name} is {number}" for name, number in numbers.items()
+               if not math.isfinite(number)]  # fmt: skip
+        if not bad:
             self._in_a_row = 0
             if self.scaler is None:
                 self.optimizer.step()
@@ -120,8 +122,6 @@ class FiniteSteps:
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
             return {name: numbers[name] for name in terms}
-        bad = [f"{name} is {number}" for name, number in numbers.items()
-               if not abs(number) < float("inf")]  # fmt: skip
         self._skip(f"{where()}: {', '.join(bad)}; the step is skipped")
         return None
 
