@@ -270,7 +270,8 @@ def part_scales(
 def _parts(activations: Tensor, parts: int) -> Tensor:
     """Returns A pooled into horizontal parts, (B, C, parts)."""
     check_tensor("activations", activations, "images channels height width")
-    pooled: Tensor = F.adaptive_avg_pool2d(activations, (check_count("parts", parts), 1))
+    check_count("parts", parts, most=2**15)
+    pooled: Tensor = F.adaptive_avg_pool2d(activations, (parts, 1))
     return pooled.squeeze(3)
 
 

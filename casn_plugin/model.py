@@ -62,8 +62,9 @@ class PairClassifier(nn.Sequential):
     """
 
     def __init__(self, feature_dim: int, hidden_dim: int = 512, *, seed: int = 0) -> None:
-        check_count("feature_dim", feature_dim)
-        check_count("hidden_dim", hidden_dim)
+        check_count("feature_dim", feature_dim, most=2**24)
+        check_count("hidden_dim", hidden_dim, most=2**24)
+        check_count("seed", seed, least=0, most=2**63 - 1)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             super().__init__(
