@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from casn_plugin.attention import same_identity
 from casn_plugin.backbones import Forward, Reader, input_size_of
+from casn_plugin.basis import encode_head
 from casn_plugin.doors import check_count, check_images, check_lengths, check_size
-from casn_plugin.encoding import Encoding, encode_head
+from casn_plugin.encoding import Encoding
 from casn_plugin.hooks import place_of, twin, unwrapped
 from casn_plugin.losses import (
     IdentificationAttentionLoss,
