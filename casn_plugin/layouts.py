@@ -158,7 +158,7 @@ def token_grid(number: int, size: tuple[int, int], hint: int | None = None) -> L
     for prefix in ([] if hint is None else [hint]) + list(range(_MOST_PREFIX)):
         patches = number - prefix
         height = round(math.sqrt(patches * rows / columns)) if patches > 0 else 0
-        if height and patches % height == 0 and _of_one_shape(height, patches // height, size):
+        if height > 1 and patches % height == 0 and _of_one_shape(height, patches // height, size):
             return Layout("tokens", prefix, (rows / height, columns / (patches // height)))
     return None
 

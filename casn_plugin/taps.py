@@ -4,7 +4,7 @@ A tap is proved if the features come from the map at its patches, at more than o
 and if nothing goes round it. The last such map is taken.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -24,7 +24,7 @@ from casn_plugin.layouts import (
 Run = Callable[[Tensor], tuple[Any, Tensor]]
 """Runs the network that is tried out: images to (logits or None, features)."""
 
-_MOST_TRIALS = 12
+_MOST_TRIALS, _MOST_LISTED, _AT_A_TIME = 12, 8, 16
 _PLANES = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
@@ -49,6 +49,14 @@ class _Seen(NamedTuple):
     layer: str
     at: Literal["input", "output"]
     value: Tensor
+
+
+class _Map(NamedTuple):
+    """A tensor that is a map, how it is one, and the gradient of the features at it."""
+
+    value: Tensor
+    layout: Layout
+    gradients: Tensor
 
 
 class TryOut:
@@ -77,12 +85,12 @@ class TryOut:
     ) -> None:
         self._backbone, self._run, self._reshape = backbone, run, reshape
         self._layers = dict(backbone.named_modules())
+        self._orders: dict[tuple[int, int], bool] = {}
         self._size = (imgs.shape[2], imgs.shape[3])
         self._imgs = imgs.detach().requires_grad_()
         with torch.enable_grad():
             self._seen, self.logits, self.features = self._look()
             self._probe = _noise_like(self.features)
-            self._maps = self._find_maps()
 
     def last_map(self) -> Tap:
         """Returns the last map that all the features come from.
@@ -91,12 +99,14 @@ class TryOut:
             ValueError: there is none; those that come next to it are listed.
         """
         trials = 0
-        for value, (layout, gradients) in reversed(list(self._maps.values())):
-            for seen in self._names_of(value):
-                tap = Tap(seen.layer, seen.at, layout)
-                if trials < _MOST_TRIALS and self._all_goes_through(tap, value, gradients):
+        for found in self._maps():
+            for seen in self._names_of(found.value):
+                tap = Tap(seen.layer, seen.at, found.layout)
+                if self._all_goes_through(tap, found):
                     return tap
                 trials += 1
+            if trials >= _MOST_TRIALS:
+                break
         raise ValueError(
             f"no layer of {type(self._backbone).__name__} gives a map that its features come from "
             "alone, at several rows and columns: name one, target_layer=..., and say how it is "
@@ -146,18 +156,19 @@ class TryOut:
 
     def candidates(self) -> str:
         """Returns a sentence that lists the last layers that give maps, with their sizes."""
-        listed = {}
-        for value, (layout, _) in self._maps.values():
-            names = [seen for seen in self._names_of(value) if seen.at == "output"]
-            if names:
-                sizes = layout.map_of(value, self._size).shape[1:]
-                listed[names[0].layer] = "x".join(map(str, sizes))
+        listed = []
+        for found in self._maps():
+            names = [seen for seen in self._names_of(found.value) if seen.at == "output"]
+            if names and len(listed) < _MOST_LISTED:
+                sizes = found.layout.map_of(found.value, self._size).shape[1:]
+                listed.append(f"{names[0].layer} ({'x'.join(map(str, sizes))})")
         if not listed:  # no map can be read: what there is, as it is
-            for seen in self._seen:
-                if seen.at == "output" and seen.value.ndim in (3, 4):
-                    listed[seen.layer] = str(tuple(seen.value.shape))
-        last = list(listed.items())[-8:]
-        return "candidates: " + (", ".join(f"{name} ({size})" for name, size in last) or "none")
+            listed = [
+                f"{seen.layer} {tuple(seen.value.shape)}"
+                for seen in reversed(self._seen)
+                if seen.at == "output" and seen.value.ndim in (3, 4)
+            ][:_MOST_LISTED]
+        return "candidates: " + (", ".join(reversed(listed)) or "none")
 
     def _look(self) -> tuple[list[_Seen], Any, Tensor]:
         """Returns all tensors that layers take and give, in their order, and what comes out."""
@@ -194,23 +205,22 @@ class TryOut:
             )
         return seen, logits, features
 
-    def _find_maps(self) -> dict[int, tuple[Tensor, tuple[Layout, Tensor]]]:
-        """Returns all tensors that are maps the features come from, with layout and gradient."""
+    def _maps(self) -> Iterator[_Map]:
+        """Yields all tensors that are maps the features come from, the last first."""
         values = {}
         for seen in self._seen:
             images = len(seen.value) == len(self._imgs) and seen.value.requires_grad
             if images and (seen.value.ndim in (3, 4) or self._reshape is not None):
                 values.pop(id(seen.value), None)  # the order is that of the last layer
                 values[id(seen.value)] = seen.value
-        maps = {}
-        for value, gradients in zip(
-            values.values(), self._gradients(list(values.values())), strict=True
-        ):
-            if gradients is not None and gradients.isfinite().all():
-                layout = self._layout_of(value, gradients)
-                if layout and _positions(layout.map_of(gradients, self._size), 2):
-                    maps[id(value)] = (value, (layout, gradients))
-        return maps
+        rest = list(reversed(values.values()))
+        while rest:
+            some, rest = rest[:_AT_A_TIME], rest[_AT_A_TIME:]  # most often these are enough
+            for value, gradients in zip(some, self._gradients(some), strict=True):
+                if gradients is not None and gradients.isfinite().all():
+                    layout = self._layout_of(value, gradients)
+                    if layout and _positions(layout.map_of(gradients, self._size), 2):
+                        yield _Map(value, layout, gradients)
 
     def _gradients(self, values: list[Tensor]) -> Sequence[Tensor | None]:
         """Returns the gradients of a random sum of the features with respect to tensors."""
@@ -261,19 +271,21 @@ class TryOut:
 
         Where the gradient of a token is in the image is where the token is.
         """
-        for prefix in (layout.prefix, 0):
-            first = next(
-                (
-                    seen.value
-                    for seen in self._seen
-                    if seen.value.ndim == 3
-                    and seen.value.shape[:2] == (len(self._imgs), number - layout.prefix + prefix)
-                    and seen.value.requires_grad
-                ),
-                None,
+        key = (layout.prefix, number)
+        if key not in self._orders:
+            self._orders[key] = any(
+                self._first_reads(prefix, number - layout.prefix + prefix, layout)
+                for prefix in {layout.prefix: 0, 0: 0}
             )
-            if first is not None and self._reads(first, prefix, layout):
-                return True
+        return self._orders[key]
+
+    def _first_reads(self, prefix: int, number: int, layout: Layout) -> bool:
+        """Returns whether the first tensor of so many tokens is read so."""
+        for seen in self._seen:
+            value = seen.value
+            tokens = value.ndim == 3 and value.shape[:2] == (len(self._imgs), number)
+            if tokens and value.requires_grad:
+                return self._reads(value, prefix, layout)
         return False
 
     def _reads(self, tokens: Tensor, prefix: int, layout: Layout) -> bool:
@@ -348,12 +360,12 @@ class TryOut:
                 logits, features = self._run(imgs.clone())
             return captured.require(), logits, features, imgs
 
-    def _all_goes_through(self, tap: Tap, value: Tensor, gradients: Tensor) -> bool:
+    def _all_goes_through(self, tap: Tap, at: _Map) -> bool:
         """Returns whether the features come from a map alone, with other tokens beside it."""
         maps, _, features, imgs = self._tapped(tap)
         if not features.requires_grad:
             return False
-        whole = maps[0].numel() == value[0].numel()
+        whole = maps[0].numel() == at.value[0].numel()
         found, bypass = torch.autograd.grad(
             features, [maps, imgs], self._probe, retain_graph=True, allow_unused=True
         )
@@ -361,19 +373,22 @@ class TryOut:
             return False
         if whole:
             return _positions(found, 2)
-        expected = tap.layout.map_of(gradients, self._size)
+        expected = tap.layout.map_of(at.gradients, self._size)
         alike = (found - expected).abs().max() <= 1e-3 * expected.abs().max()
-        return bool(alike) and self._no_other_branch(value)
+        return bool(alike) and self._no_other_branch(at.value)
 
     def _no_other_branch(self, value: Tensor) -> bool:
-        """Returns whether every other map that the features come from leads to this one."""
-        others = [each for each, _ in self._maps.values() if each is not value]
+        """Returns whether every other map leads to this one, or comes from it."""
+        others = [each.value for each in self._maps() if each.value is not value]
         if not others:
             return True
         ways = torch.autograd.grad(
             (value * _noise_like(value)).sum(), others, retain_graph=True, allow_unused=True
         )
-        return all(way is not None for way in ways)
+        return all(
+            way is not None or _gradient(other, value, torch.ones_like(other)) is not None
+            for way, other in zip(ways, others, strict=True)
+        )
 
 
 def _gradient(result: Tensor, maps: Tensor, probe: Tensor) -> Tensor | None:
