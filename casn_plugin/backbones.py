@@ -182,7 +182,7 @@ class Reader:
                 run = _evaluated if self._torchreid else found
                 return found, size, TryOut(backbone, partial(run, backbone), imgs, reshape)
             except Exception as error:
-                problem = error
+                problem = problem or error  # the likeliest size's
         if problem is None or (known is None and isinstance(problem, NotImplementedError)):
             raise TypeError(
                 f"{kind} is no model of torchreid's factory and does not end in a classifier, one "
@@ -210,9 +210,9 @@ def _sizes_of(backbone: nn.Module) -> list[tuple[int, int]]:
     name = type(backbone).__name__
     if name in _INPUT_SIZE:
         return [_INPUT_SIZE[name]]
-    embed = getattr(backbone, "patch_embed", None)
-    told = getattr(embed, "img_size", None) or getattr(backbone, "image_size", None)
-    sizes = [] if told is None else [told]
+    told = [getattr(backbone, "image_size", None)]
+    told += [getattr(layer, "img_size", None) for _, layer in backbone.named_children()]
+    sizes: list[Any] = [size for size in told if isinstance(size, (int, tuple))]
     config = getattr(backbone, "pretrained_cfg", None)
     usual = config.get("input_size") if isinstance(config, dict) else None
     if usual is not None:

@@ -80,8 +80,12 @@ class ByClassifier:
         given = [(each.taken, each.given) for each in seen]
         if any(taken is None or logits is None for taken, logits in given):
             raise ValueError(f"the classifier {' and '.join(self.names)} was not called")
-        taken, logits = (sum(each) / len(given) for each in zip(*given, strict=True))  # type: ignore[arg-type, operator]
-        return logits.flatten(1), taken.flatten(1)
+        taken, logits = zip(*given, strict=True)
+        if len({each.shape for each in taken}) > 1:  # branches of unlike widths
+            features = torch.cat([each.flatten(1) for each in taken], 1)
+        else:
+            features = sum(taken).flatten(1) / len(taken)
+        return sum(logits).flatten(1) / len(logits), features
 
 
 def find_classifier(backbone: nn.Module, imgs: Tensor) -> ByClassifier | None:
@@ -137,7 +141,7 @@ def _told_classifiers(backbone: nn.Module) -> list[nn.Module] | None:
     get = getattr(backbone, "get_classifier", None)
     told = get() if callable(get) else None
     if isinstance(told, nn.Module):
-        told = [told]
+        told = list(told) if isinstance(told, nn.ModuleList) else [told]
     if not isinstance(told, (list, tuple)) or not all(isinstance(each, nn.Module) for each in told):
         return None
     return list(told)

@@ -205,9 +205,9 @@ def layouts_by_size(shape: torch.Size, size: tuple[int, int]) -> list[Layout]:
         ("channels first", shape[2], shape[3]),
         ("channels last", shape[1], shape[2]),
     ):
-        rows, columns = size[0] / height, size[1] / width
-        # unpadded convolutions lose some rows and columns at the rims
-        alike = abs(height * size[1] / size[0] - width) <= 1.5 or rows / columns == 1
-        if rows >= 1 and columns >= 1 and (alike or abs(math.log(rows / columns)) < 0.5):
+        # unpadded convolutions lose a row or two at the rims
+        wide, high = height * size[1] / size[0] - width, width * size[0] / size[1] - height
+        alike = abs(wide) <= 1.5 or abs(high) <= 1.5
+        if alike and height <= size[0] and width <= size[1]:
             found.append(Layout(kind))  # type: ignore[arg-type]
     return found

@@ -25,6 +25,7 @@ Run = Callable[[Tensor], tuple[Any, Tensor]]
 """Runs the network that is tried out: images to (logits or None, features)."""
 
 _MOST_TRIALS, _MOST_LISTED, _AT_A_TIME = 12, 8, 16
+_TOKENS, _IN_PLACE = 12, 0.95  # how many are looked at, and their least correlation
 _PLANES = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
@@ -91,6 +92,8 @@ class TryOut:
         with torch.enable_grad():
             self._seen, self.logits, self.features = self._look()
             self._probe = _noise_like(self.features)
+        self._found: list[_Map] = []
+        self._rest = self._find_maps()
 
     def last_map(self) -> Tap:
         """Returns the last map that all the features come from.
@@ -206,16 +209,29 @@ class TryOut:
         return seen, logits, features
 
     def _maps(self) -> Iterator[_Map]:
-        """Yields all tensors that are maps the features come from, the last first."""
+        """Yields all tensors that are maps the features come from, the last first, found once."""
+        place = 0
+        while True:
+            if place == len(self._found):
+                found = next(self._rest, None)
+                if found is None:
+                    return
+                self._found.append(found)
+            yield self._found[place]
+            place += 1
+
+    def _find_maps(self) -> Iterator[_Map]:
+        """Yields what :meth:`_maps` keeps."""
         values = {}
         for seen in self._seen:
             images = len(seen.value) == len(self._imgs) and seen.value.requires_grad
             if images and (seen.value.ndim in (3, 4) or self._reshape is not None):
                 values.pop(id(seen.value), None)  # the order is that of the last layer
                 values[id(seen.value)] = seen.value
-        rest = list(reversed(values.values()))
+        rest, number = list(reversed(values.values())), _AT_A_TIME
         while rest:
-            some, rest = rest[:_AT_A_TIME], rest[_AT_A_TIME:]  # most often these are enough
+            some, rest = rest[:number], rest[number:]
+            number = len(rest)  # most often the first few are enough
             for value, gradients in zip(some, self._gradients(some), strict=True):
                 if gradients is not None and gradients.isfinite().all():
                     layout = self._layout_of(value, gradients)
@@ -269,7 +285,8 @@ class TryOut:
     def _in_reading_order(self, layout: Layout, number: int) -> bool:
         """Returns whether the first such tokens are those of the image, row by row.
 
-        Where the gradient of a token is in the image is where the token is.
+        Where the gradient of a token has its centre in the image is where the token is: over some
+        tokens, rows and columns of the centres must go with those of the map.
         """
         key = (layout.prefix, number)
         if key not in self._orders:
@@ -289,20 +306,23 @@ class TryOut:
         return False
 
     def _reads(self, tokens: Tensor, prefix: int, layout: Layout) -> bool:
-        """Returns whether some of the tokens lie where they must in the image."""
+        """Returns whether tokens lie in the image as in a map, as far as some of them tell."""
         height, width = (
             round(side / step) for side, step in zip(self._size, layout.stride, strict=True)
         )
+        number = height * width
         weights = _noise_like(tokens[:, 0])
-        places = {0: (0, 0), 1: (0, 1), width: (1, 0), height * width - 1: (height - 1, width - 1)}
-        for place, (row, column) in places.items():
+        chosen = range(number) if number <= _TOKENS else range(0, number, number // _TOKENS | 1)
+        rows, found = [], []
+        for place in chosen:
             centre = self._centre((tokens[:, prefix + place] * weights).sum())
-            if centre is None or any(
-                abs(where - (index + 0.5) * step) > 0.75 * step
-                for where, index, step in zip(centre, (row, column), layout.stride, strict=True)
-            ):
+            if centre is None:
                 return False
-        return all(self._centre((tokens[:, i] * weights).sum()) is None for i in range(prefix))
+            rows.append(divmod(place, width))
+            found.append(centre)
+        both = torch.tensor([*zip(*rows, strict=True), *zip(*found, strict=True)])
+        alike = both.corrcoef()[:2, 2:]
+        return bool((alike.diagonal() > _IN_PLACE).all())
 
     def _centre(self, total: Tensor) -> tuple[float, float] | None:
         """Returns the row and column of the image that a number comes from, None if from none."""
@@ -386,7 +406,7 @@ class TryOut:
             (value * _noise_like(value)).sum(), others, retain_graph=True, allow_unused=True
         )
         return all(
-            way is not None or _gradient(other, value, torch.ones_like(other)) is not None
+            way is not None or _gradient(other, value, _noise_like(other)) is not None
             for way, other in zip(ways, others, strict=True)
         )
 
