@@ -17,7 +17,8 @@ from casn_plugin.heads import Forward, find_classifier, is_torchreid, torchreid_
 from casn_plugin.hooks import Captured, capture, evaluating, place_of
 from casn_plugin.layouts import Reshape
 from casn_plugin.scores import Logits
-from casn_plugin.taps import Tap, TryOut
+from casn_plugin.taps import Maps
+from casn_plugin.tryout import Tap, TryOut
 
 # torchreid's four models that pool their last map with a function, not a module
 _LAST_MAP = {
@@ -98,9 +99,11 @@ class Reader:
         if input_size is not None:
             sizes = [check_size("input_size", input_size)]
         with evaluating(backbone), torch.random.fork_rng(devices=[]), torch.inference_mode(False):
-            self._forward, self.input_size, tried = self._try(backbone, forward, reshape, sizes)
-            self.tap = _find_tap(backbone, target_layer, tried, known=self._torchreid)
-            tried.prove(self.tap)
+            self._forward, tried = self._try(backbone, forward, sizes)
+            maps = Maps(tried, reshape)
+            self.tap = _find_tap(backbone, target_layer, maps, known=self._torchreid)
+            maps.prove(self.tap)
+        self.input_size = tried.size
         self.feature_dim: int = tried.features.shape[1]
         self.target_layer, self.at = self.tap.layer, self.tap.at
 
@@ -160,13 +163,9 @@ class Reader:
         return Tapped(logits, features, activations)
 
     def _try(
-        self,
-        backbone: nn.Module,
-        forward: Forward | None,
-        reshape: Reshape | None,
-        sizes: list[tuple[int, int]],
-    ) -> tuple[Forward, tuple[int, int], TryOut]:
-        """Returns what runs the backbone, with the first size that goes through, tried out."""
+        self, backbone: nn.Module, forward: Forward | None, sizes: list[tuple[int, int]]
+    ) -> tuple[Forward, TryOut]:
+        """Returns what runs the backbone, tried out with the first size that goes through."""
         kind, place = type(backbone).__name__, place_of(backbone)
         known: Forward | None = torchreid_forward if self._torchreid else forward
         problem: Exception | None = None
@@ -180,7 +179,7 @@ class Reader:
                     problem = None
                     break
                 run = _evaluated if self._torchreid else found
-                return found, size, TryOut(backbone, partial(run, backbone), imgs, reshape)
+                return found, TryOut(backbone, partial(run, backbone), imgs)
             except Exception as error:
                 problem = problem or error  # the likeliest size's
         if problem is None or (known is None and isinstance(problem, NotImplementedError)):
@@ -229,19 +228,19 @@ def _sizes_of(backbone: nn.Module) -> list[tuple[int, int]]:
 
 
 def _find_tap(
-    backbone: nn.Module, target_layer: str | nn.Module | None, tried: TryOut, *, known: bool
+    backbone: nn.Module, target_layer: str | nn.Module | None, maps: Maps, *, known: bool
 ) -> Tap:
     """Returns what to tap: what the user says, what is known of torchreid's, or what is found."""
     layers = dict(backbone.named_modules())
     if isinstance(target_layer, nn.Module):
         for name, layer in layers.items():
             if layer is target_layer:
-                return tried.tap_of(name)
-        raise ValueError(f"target_layer must be a layer of the backbone; {tried.candidates()}")
+                return maps.tap_of(name)
+        raise ValueError(f"target_layer must be a layer of the backbone; {maps.candidates()}")
     if target_layer is not None:
         if target_layer not in layers or not target_layer:
-            raise ValueError(f"the backbone has no layer {target_layer!r}; {tried.candidates()}")
-        return tried.tap_of(target_layer)
+            raise ValueError(f"the backbone has no layer {target_layer!r}; {maps.candidates()}")
+        return maps.tap_of(target_layer)
     kind = type(backbone).__name__
     if known and kind in _LAST_MAP:
         return Tap(_LAST_MAP[kind])
@@ -249,4 +248,4 @@ def _find_tap(
     for name in _POOL_NAMES:
         if known and name in children:
             return Tap(name, "input")
-    return tried.last_map()
+    return maps.last()

@@ -31,7 +31,7 @@ class Layout:
         reshape: the user's function; it may move and leave out values, and make none.
 
     Example:
-        >>> layout, tokens = Layout("tokens", prefix=1, stride=(16, 16)), torch.rand(2, 9, 5)
+        >>> layout, tokens = Layout("tokens", 1, (16.0, 16.0)), torch.rand(2, 9, 5)
         >>> maps = layout.map_of(tokens, (64, 32))
         >>> maps.shape, torch.equal(layout.put_back(tokens, maps), tokens)
         (torch.Size([2, 5, 4, 2]), True)
