@@ -1,22 +1,24 @@
-"""How a network gives logits, features and its last feature map, known by names alone.
+"""How a network gives logits, features and its last feature map.
 
-Models of torchreid's factory are known; for any other module a function says how it is run.
+torchreid's models are known by names, other networks are read by their classifier or by a
+function of the user; the map is found, and proved, by trying the network out.
 """
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from casn_plugin.doors import check_size
 from casn_plugin.encoding import part_embedding
+from casn_plugin.heads import Forward, find_classifier, is_torchreid, torchreid_forward
 from casn_plugin.hooks import Captured, capture, evaluating, place_of
+from casn_plugin.layouts import Reshape
 from casn_plugin.scores import Logits
-
-Forward = Callable[[nn.Module, Tensor], tuple[Logits, Tensor]]
-"""Maps a backbone and its images to (logits, (B, D) features)."""
+from casn_plugin.taps import Maps
+from casn_plugin.tryout import Tap, TryOut
 
 # torchreid's four models that pool their last map with a function, not a module
 _LAST_MAP = {
@@ -25,48 +27,61 @@ _LAST_MAP = {
     "NASNetAMobile": "relu",
     "ShuffleNet": "stage4",
 }
-_POOL_NAMES = ("global_avgpool", "parts_avgpool", "global_pool", "avgpool")
+_POOL_NAMES = ("global_avgpool", "parts_avgpool")
 _INPUT_SIZE = {"HACNN": (160, 64)}
+_USUAL_SIZE = (256, 128)
 
 
 class Tapped(NamedTuple):
     """What a backbone gives in a training pass.
 
     Attributes:
-        logits: (B, classes) scores y of all identities, or a sequence of such (PCB, HACNN).
+        logits: (B, classes) scores y of all identities, or a sequence of such (PCB, HACNN); None
+            of a network without classifier.
         features: (B, D) f.
         activations: (B, C, H, W) A, the tapped map that both were computed from.
     """
 
-    logits: Logits
+    logits: Logits | None
     features: Tensor
     activations: Tensor
 
 
 class Reader:
-    """How one backbone is read: which function runs it, and at which layer its last map is tapped.
+    """How one backbone is read: what runs it, and at which layer its last map is tapped.
 
-    The backbone itself is not kept: the replicas of nn.DataParallel are read by the same reader.
+    It is tried out once, in eval mode and left as found, and what is tapped is proved. The
+    backbone itself is not kept: the replicas of nn.DataParallel are read by the same reader.
 
     Args:
-        backbone: a model of torchreid's factory, or with `forward` any module.
+        backbone: any module.
         target_layer: the layer whose output is the map A, by name or as a module; by default the
-            map that the backbone's global pooling takes is looked for.
-        forward: how a backbone that is not of torchreid's factory gives logits and features.
+            last map that the features come from is looked for.
+        forward: how a backbone gives logits and features. By default a model of torchreid's
+            factory is asked as such, and of any other network the features are what its last
+            linear layer, the classifier, takes.
+        reshape: how what the layer gives is a map (B, C, H, W), where that is not found.
+        input_size: (rows, columns) of the images it is tried out with; by default what the
+            network says that it is made for, else 256x128.
 
     Attributes:
-        target_layer: name of the layer that is tapped.
+        tap: the layer that is tapped, and how its tensor is the map.
+        target_layer: name of that layer.
         at: whether the map is that layer's "input" (of a pooling layer) or its "output".
+        input_size: (rows, columns) of the images it was tried out with.
+        feature_dim: D.
 
     Raises:
-        TypeError: no torchreid model and no `forward`.
-        ValueError: a target layer that does not exist, or a backbone without convolutions.
+        TypeError: a network that does not end in a classifier, and no `forward`.
+        ValueError: an image of this size does not go through; a target layer that does not exist,
+            or gives no map that features and logits come from; no such map at all.
 
     Example:
-        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, 8), nn.AdaptiveAvgPool2d(1))
-        >>> reader = Reader(net, forward=lambda net, imgs: (None, net(imgs).flatten(1)))
-        >>> reader.target_layer, reader.at
-        ('1', 'input')
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        ...                     nn.Linear(8, 5))
+        >>> reader = Reader(net)
+        >>> reader.target_layer, reader.at, reader.feature_dim
+        ('1', 'input', 8)
         >>> reader.tapped(net, torch.rand(2, 3, 64, 32)).activations.shape
         torch.Size([2, 8, 8, 4])
     """
@@ -76,32 +91,52 @@ class Reader:
         backbone: nn.Module,
         target_layer: str | nn.Module | None = None,
         forward: Forward | None = None,
+        reshape: Reshape | None = None,
+        input_size: tuple[int, int] | None = None,
     ) -> None:
-        if forward is None and getattr(backbone, "loss", None) not in ("softmax", "triplet"):
-            raise TypeError(
-                f"{type(backbone).__name__} is no model of torchreid's factory: say how it gives "
-                "logits and features, with forward=function(backbone, imgs) -> (logits, features)"
-            )
-        self._forward = forward
-        self.target_layer, self.at = _find_target(backbone, target_layer)
+        self._torchreid = forward is None and is_torchreid(backbone)
+        sizes = _sizes_of(backbone)
+        if input_size is not None:
+            sizes = [check_size("input_size", input_size)]
+        with evaluating(backbone), torch.random.fork_rng(devices=[]), torch.inference_mode(False):
+            self._forward, tried = self._try(backbone, forward, sizes)
+            maps = Maps(tried, reshape)
+            self.tap = _find_tap(backbone, target_layer, maps, known=self._torchreid)
+            maps.prove(self.tap)
+        self.input_size = tried.size
+        self.feature_dim: int = tried.features.shape[1]
+        self.target_layer, self.at = self.tap.layer, self.tap.at
 
     def features(self, backbone: nn.Module, imgs: Tensor) -> Tensor:
-        """Returns the features of images: what torchreid's models give in eval mode."""
-        features: Tensor = (
-            backbone(imgs) if self._forward is None else self._forward(backbone, imgs)[1]
-        )
+        """Returns the features of images; a model of torchreid's factory is in eval mode."""
+        features: Tensor = backbone(imgs) if self._torchreid else self._forward(backbone, imgs)[1]
         return features
 
-    def logits(self, backbone: nn.Module, imgs: Tensor) -> Logits:
+    def logits(self, backbone: nn.Module, imgs: Tensor) -> Logits | None:
         """Returns the logits of images; a model of torchreid's factory is in training mode."""
-        return (self._forward or torchreid_forward)(backbone, imgs)[0]
+        return self._forward(backbone, imgs)[0]
 
     def capture(
-        self, backbone: nn.Module, *, head_only: bool = False
+        self,
+        backbone: nn.Module,
+        *,
+        head_only: bool = False,
+        size: tuple[int, int] | None = None,
     ) -> AbstractContextManager[Captured]:
-        """Returns the context that records the map; see :func:`casn_plugin.hooks.capture`."""
-        layer = backbone.get_submodule(self.target_layer)
-        return capture(layer, at=self.at, head_only=head_only)
+        """Returns the context that records the map; see :func:`casn_plugin.hooks.capture`.
+
+        Args:
+            backbone: what is read.
+            head_only: whether gradients are recorded from the map on alone.
+            size: (rows, columns) of the images, by default those of the try-out.
+        """
+        return capture(
+            backbone.get_submodule(self.tap.layer),
+            at=self.tap.at,
+            head_only=head_only,
+            layout=self.tap.layout,
+            size=size or self.input_size,
+        )
 
     def tapped(self, backbone: nn.Module, imgs: Tensor) -> Tapped:
         """Returns logits, features and the map that both were computed from.
@@ -109,12 +144,12 @@ class Reader:
         Raises:
             ValueError: the target layer was not called, gave no map, or ran without gradients.
         """
-        pool = getattr(backbone, "parts_avgpool", None) if self._forward is None else None
+        pool = getattr(backbone, "parts_avgpool", None) if self._torchreid else None
         with (
-            self.capture(backbone) as captured,
+            self.capture(backbone, size=(imgs.shape[2], imgs.shape[3])) as captured,
             nullcontext() if pool is None else capture(pool, at="input") as pooled,
         ):
-            logits, features = (self._forward or torchreid_forward)(backbone, imgs)
+            logits, features = self._forward(backbone, imgs)
         if pooled is not None:
             # PCB's features of a training pass have dropout: f is its eval embedding
             features = part_embedding(pooled.require(), backbone.parts)  # type: ignore[arg-type]
@@ -127,106 +162,90 @@ class Reader:
             )
         return Tapped(logits, features, activations)
 
-    def try_out(self, backbone: nn.Module, size: tuple[int, int]) -> Tensor:
-        """Returns the features of one blank image; the backbone is left as found.
-
-        Args:
-            backbone: what is read.
-            size: (rows, columns) of the image.
-
-        Raises:
-            ValueError: an image of this size does not go through, the target layer gives no map,
-                or the features are no (B, D) tensor.
-        """
+    def _try(
+        self, backbone: nn.Module, forward: Forward | None, sizes: list[tuple[int, int]]
+    ) -> tuple[Forward, TryOut]:
+        """Returns what runs the backbone, tried out with the first size that goes through."""
         kind, place = type(backbone).__name__, place_of(backbone)
-        imgs = torch.zeros(1, 3, *size, dtype=place.dtype, device=place.device)
-        with evaluating(backbone), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        known: Forward | None = torchreid_forward if self._torchreid else forward
+        problem: Exception | None = None
+        for size in sizes:
+            noise = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+            imgs = noise.to(*place)
             try:
-                with self.capture(backbone) as captured:
-                    features = self.features(backbone, imgs)
+                with torch.no_grad():
+                    found = known or find_classifier(backbone, imgs)
+                if found is None:
+                    problem = None
+                    break
+                run = _evaluated if self._torchreid else found
+                return found, TryOut(backbone, partial(run, backbone), imgs)
             except Exception as error:
-                raise ValueError(
-                    f"{kind} does not take an image of {size[0]}x{size[1]} or gives no logits and "
-                    f"features of it: {error}; another size can be given as "
-                    "input_size=(rows, columns)"
-                ) from error
-        try:
-            captured.require()
-        except ValueError as error:
-            raise ValueError(
-                f"{error}; target_layer is {self.target_layer!r}; {_candidates(backbone)}"
-            ) from None
-        if not isinstance(features, Tensor) or features.ndim != 2:
-            raise ValueError(
-                "the backbone must give (B, D) features in eval mode, got "
-                f"{tuple(features.shape) if isinstance(features, Tensor) else type(features)}"
-            )
-        return features
+                problem = problem or error  # the likeliest size's
+        if problem is None or (known is None and isinstance(problem, NotImplementedError)):
+            raise TypeError(
+                f"{kind} is no model of torchreid's factory and does not end in a classifier, one "
+                "linear layer: say how it gives logits and features, with "
+                "forward=function(backbone, imgs) -> (logits, features)"
+            ) from problem
+        listed = " or ".join(f"{rows}x{columns}" for rows, columns in sizes)
+        raise ValueError(
+            f"{kind} does not take an image of {listed} or gives no logits and features of it: "
+            f"{problem}; another size can be given as input_size=(rows, columns), and how it gives "
+            "them as forward=function(backbone, imgs) -> (logits, features)"
+        ) from problem
 
 
-def torchreid_forward(backbone: nn.Module, imgs: Tensor) -> tuple[Logits, Tensor]:
-    """Returns the logits and the features of a torchreid model in training mode.
+def _evaluated(backbone: nn.Module, imgs: Tensor) -> tuple[None, Tensor]:
+    """Returns the features of a torchreid model in eval mode, in which it gives no logits."""
+    return None, backbone(imgs)
 
-    Built with loss="softmax" it would give logits only: it is asked as a "triplet" model.
+
+def _sizes_of(backbone: nn.Module) -> list[tuple[int, int]]:
+    """Returns (rows, columns) of the images that a backbone may be made for, the likeliest first.
+
+    ViT and Swin say for which size they were built; timm's networks are sure of one size.
     """
-    loss: Any = backbone.loss
-    backbone.loss = "triplet"  # type: ignore[assignment]
-    try:
-        logits, features = backbone(imgs)
-    finally:
-        backbone.loss = loss
-    if isinstance(features, (tuple, list)):  # HACNN: its branches, each of unit length
-        features = torch.cat([F.normalize(branch, dim=1) for branch in features], dim=1)
-    return logits, features
+    name = type(backbone).__name__
+    if name in _INPUT_SIZE:
+        return [_INPUT_SIZE[name]]
+    told = [getattr(backbone, "image_size", None)]
+    told += [getattr(layer, "img_size", None) for _, layer in backbone.named_children()]
+    sizes: list[Any] = [size for size in told if isinstance(size, (int, tuple))]
+    config = getattr(backbone, "pretrained_cfg", None)
+    usual = config.get("input_size") if isinstance(config, dict) else None
+    if usual is not None:
+        usual = usual[-2:]
+    rest: list[Any] = [_USUAL_SIZE]
+    if not is_torchreid(backbone):
+        rest += [usual, 224, 256]
+    if isinstance(config, dict) and config.get("fixed_input_size"):
+        rest.insert(0, usual)
+    for size in rest:
+        sizes.append(size)
+    pairs = [(size, size) if isinstance(size, int) else tuple(size) for size in sizes if size]
+    return list(dict.fromkeys(pairs))
 
 
-def input_size_of(backbone: nn.Module) -> tuple[int, int]:
-    """Returns (rows, columns) of the images that a backbone is made for: 256x128 for most.
-
-    Example:
-        >>> input_size_of(nn.Conv2d(3, 8, 3))
-        (256, 128)
-    """
-    return _INPUT_SIZE.get(type(backbone).__name__, (256, 128))
-
-
-def _find_target(
-    backbone: nn.Module, target_layer: str | nn.Module | None
-) -> tuple[str, Literal["input", "output"]]:
-    """Returns the name of the layer to tap, and whether A is what it takes or gives."""
+def _find_tap(
+    backbone: nn.Module, target_layer: str | nn.Module | None, maps: Maps, *, known: bool
+) -> Tap:
+    """Returns what to tap: what the user says, what is known of torchreid's, or what is found."""
     layers = dict(backbone.named_modules())
     if isinstance(target_layer, nn.Module):
         for name, layer in layers.items():
             if layer is target_layer:
-                return name, "output"
-        raise ValueError(f"target_layer must be a layer of the backbone; {_candidates(backbone)}")
+                return maps.tap_of(name)
+        raise ValueError(f"target_layer must be a layer of the backbone; {maps.candidates()}")
     if target_layer is not None:
         if target_layer not in layers or not target_layer:
-            raise ValueError(f"the backbone has no layer {target_layer!r}; {_candidates(backbone)}")
-        return target_layer, "output"
+            raise ValueError(f"the backbone has no layer {target_layer!r}; {maps.candidates()}")
+        return maps.tap_of(target_layer)
     kind = type(backbone).__name__
-    if kind in _LAST_MAP:
-        return _LAST_MAP[kind], "output"
+    if known and kind in _LAST_MAP:
+        return Tap(_LAST_MAP[kind])
     children = dict(backbone.named_children())
-    pools = [name for name in _POOL_NAMES if name in children]
-    pools += [name for name, layer in children.items() if isinstance(layer, nn.AdaptiveAvgPool2d)]
-    if pools:
-        return pools[0], "input"
-    with_conv = [name for name, layer in children.items() if _has_convolution(layer)]
-    if not with_conv:
-        raise ValueError(f"no convolution found in {kind}: name its target_layer")
-    return with_conv[-1], "output"
-
-
-def _candidates(backbone: nn.Module) -> str:
-    """Returns a sentence that lists the layers that can be tapped."""
-    names = [
-        name
-        for name, layer in backbone.named_modules()
-        if name and name.count(".") < 2 and _has_convolution(layer)
-    ]
-    return "candidates (layers with convolutions): " + ", ".join(names)
-
-
-def _has_convolution(layer: nn.Module) -> bool:
-    return any(isinstance(part, nn.Conv2d) for part in layer.modules())
+    for name in _POOL_NAMES:
+        if known and name in children:
+            return Tap(name, "input")
+    return maps.last()

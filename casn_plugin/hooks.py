@@ -1,6 +1,6 @@
 """Whatever touches a network and leaves it as found.
 
-:func:`capture` taps a feature map, :func:`frozen_batchnorm` and :func:`constant_parameters` keep
+:func:`capture` taps a feature map, :func:`watch` looks at what a layer takes and gives, :func:`frozen_batchnorm` and :func:`constant_parameters` keep
 from a network what it must not learn, :func:`evaluating` puts it into eval mode for a while, and
 :func:`twin` makes one that stays as it is.
 """
@@ -15,6 +15,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from casn_plugin.kernels import twice_differentiable
+from casn_plugin.layouts import Layout
+
 _HOOKS = threading.Lock()  # torch gives hooks their numbers without one
 
 
@@ -24,7 +27,8 @@ class Captured:
 
     Attributes:
         activations: the feature map A.
-        pooled: what the module made of it, where the map is its input.
+        pooled: what the module made of it, where the map is its input: (B, C, 1, 1) of a pooling
+            layer.
     """
 
     activations: Tensor | None = None
@@ -48,7 +52,12 @@ class Captured:
 
 @contextmanager
 def capture(
-    module: nn.Module, *, at: Literal["input", "output"] = "output", head_only: bool = False
+    module: nn.Module,
+    *,
+    at: Literal["input", "output"] = "output",
+    head_only: bool = False,
+    layout: Layout | None = None,
+    size: tuple[int, int] = (1, 1),
 ) -> Iterator[Captured]:
     """Yields a record of the feature map A that passes through a module.
 
@@ -56,13 +65,17 @@ def capture(
     behind it neither change the record nor break its gradient. Only calls of the thread that
     opened the context are recorded (the replicas of ``nn.DataParallel`` share their hooks). A
     map that needs no gradient (a frozen backbone) becomes a leaf that does, and under autocast
-    it is recorded in float32. The hook is gone when the context ends, also after an exception.
+    it is recorded in float32. From the map on, attention is computed so that it can be
+    differentiated twice, until the context ends. The hook is gone when the context ends, also
+    after an exception.
 
     Args:
         module: the layer to tap. Where its output is a tuple, the first tensor counts.
         at: whether the map is what the module takes (a pooling layer) or what it gives.
         head_only: gradients are recorded from the map on and not before it, also inside
             ``torch.no_grad()``: the backbone below the map then keeps no graph.
+        layout: how the tensor is a map; by default it is (B, C, H, W) as it is.
+        size: (rows, columns) of the images, by which tokens are a map.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1))
@@ -75,6 +88,7 @@ def capture(
         raise ValueError(f"at must be 'input' or 'output', got {at!r}")
     captured = Captured()
     owner = threading.get_ident()
+    stack, seen = ExitStack(), []
 
     def tap(value: Any) -> Any:
         """Records the first tensor of a value; returns the value with a clone in its place."""
@@ -82,17 +96,28 @@ def capture(
             return type(value)((tap(value[0]), *value[1:])) if value else value
         if not isinstance(value, Tensor):
             return value
+        if not seen or seen[0] is not value:  # else a second call with one tensor: one map
+            seen[:] = [value]
+            captured.activations = record(value)
+        passed = captured.activations.clone()  # type: ignore[union-attr]
+        return passed if layout is None else layout.put_back(value, passed)
+
+    def record(value: Tensor) -> Tensor:
+        """Returns the map that a tensor is, with a gradient if gradients are recorded."""
         if value.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(
             value.device.type
         ):
             value = value.float()
+        maps = value if layout is None else layout.map_of(value, size)
         if head_only:
             torch.set_grad_enabled(True)  # the no_grad() around the forward pass restores it
-            value = value.detach()
-        if torch.is_grad_enabled() and not value.requires_grad:
-            value = value.detach().requires_grad_()
-        captured.activations = value
-        return value.clone()
+            maps = maps.detach()
+        if torch.is_grad_enabled():
+            if not maps.requires_grad:
+                maps = maps.detach().requires_grad_()
+            if captured.activations is None:
+                stack.enter_context(twice_differentiable())
+        return maps
 
     def on_input(_: nn.Module, args: tuple[Any, ...]) -> Any:
         return tap(args) if threading.get_ident() == owner else None
@@ -102,6 +127,9 @@ def capture(
             return None
         if at == "output":
             return tap(output)
+        if isinstance(output, Tensor) and output.ndim == 2:  # a pooling layer that flattens
+            captured.pooled = output[:, :, None, None]
+            return captured.pooled.flatten(1)
         captured.pooled = output if isinstance(output, Tensor) else None
         return None
 
@@ -110,11 +138,53 @@ def capture(
         if at == "input":
             handles.append(module.register_forward_pre_hook(on_input))
     try:
-        yield captured
+        with stack:
+            yield captured
     finally:
         with _HOOKS:
             for handle in handles:
                 handle.remove()
+
+
+@dataclass
+class Watched:
+    """What :func:`watch` has seen of a module's last call.
+
+    Attributes:
+        taken: the first tensor that it took.
+        given: the tensor that it gave.
+    """
+
+    taken: Tensor | None = None
+    given: Tensor | None = None
+
+
+@contextmanager
+def watch(module: nn.Module) -> Iterator[Watched]:
+    """Yields a record of what a module takes and gives, and changes nothing of it.
+
+    As with :func:`capture`, only calls of the thread that opened the context are recorded.
+
+    Example:
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+        >>> with watch(net[1]) as watched:
+        ...     _ = net(torch.rand(2, 1, 2, 2))
+        >>> watched.taken.shape, watched.given.shape
+        (torch.Size([2, 4]), torch.Size([2, 3]))
+    """
+    watched, owner = Watched(), threading.get_ident()
+
+    def look(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if threading.get_ident() == owner:
+            watched.taken, watched.given = args[0] if args else None, output
+
+    with _HOOKS:
+        handle = module.register_forward_hook(look)
+    try:
+        yield watched
+    finally:
+        with _HOOKS:
+            handle.remove()
 
 
 @contextmanager

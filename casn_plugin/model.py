@@ -8,11 +8,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from casn_plugin.attention import same_identity
-from casn_plugin.backbones import Forward, Reader, input_size_of
+from casn_plugin.backbones import Reader
 from casn_plugin.basis import encode_head
-from casn_plugin.doors import check_count, check_images, check_lengths, check_size
+from casn_plugin.doors import check_count, check_images, check_lengths
 from casn_plugin.encoding import Encoding
+from casn_plugin.heads import Forward
 from casn_plugin.hooks import place_of, twin, unwrapped
+from casn_plugin.layouts import Reshape
 from casn_plugin.losses import (
     IdentificationAttentionLoss,
     SiameseAttentionLoss,
@@ -144,6 +146,7 @@ class CASN(nn.Module):
         *,
         target_layer: str | nn.Module | None = None,
         forward: Forward | None = None,
+        reshape: Reshape | None = None,
         pair_classifier: nn.Module | None = None,
         hidden_dim: int = 512,
         input_size: tuple[int, int] | None = None,
@@ -161,12 +164,11 @@ class CASN(nn.Module):
         if hasattr(backbone, "pair_classifier"):
             raise ValueError("the backbone has a layer named pair_classifier already")
         self.backbone = backbone
-        self.reader = Reader(backbone, target_layer, forward)
-        self.input_size = check_size("input_size", input_size or input_size_of(backbone))
-        features = self.reader.try_out(backbone, self.input_size)
+        self.reader = Reader(backbone, target_layer, forward, reshape, input_size)
+        self.input_size = self.reader.input_size
         if pair_classifier is None:
-            pair_classifier = PairClassifier(features.shape[1], hidden_dim, seed=seed)
-            pair_classifier.to(features.device, features.dtype)
+            pair_classifier = PairClassifier(self.reader.feature_dim, hidden_dim, seed=seed)
+            pair_classifier.to(*place_of(backbone))
         self.pair_classifier = pair_classifier.train(backbone.training)
         self.training = backbone.training  # and its layers' modes are left as found
         self.register_state_dict_post_hook(_flatten_keys)  # type: ignore[no-untyped-call]
@@ -246,7 +248,8 @@ class CASN(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             if imgs.is_inference():
                 imgs = imgs.clone()
-            with self.reader.capture(backbone, head_only=True) as captured:
+            size = (imgs.shape[2], imgs.shape[3])
+            with self.reader.capture(backbone, head_only=True, size=size) as captured:
                 features = self.reader.features(backbone, imgs)
             activations = captured.require()
             if activations.itemsize < 4:

@@ -173,7 +173,7 @@ def test_the_target_layer_can_be_named_or_given():
     "target", ["layer9", "", nn.Conv2d(3, 3, 1), "classifier", "global_avgpool.x"]
 )
 def test_a_wrong_target_layer_lists_the_candidates(target):
-    with pytest.raises(ValueError, match=r"candidates.*layer3, .*layer4"):
+    with pytest.raises(ValueError, match=r"candidates.*layer2 \(128x8x4\), .*layer3 \(256x4x2\)"):
         CASN(build_backbone("resnet18"), target_layer=target, input_size=(64, 32))
 
 

@@ -29,6 +29,7 @@ LOSSES = {"identification": IdentificationAttentionLoss(), "siamese": SiameseAtt
 
 
 def tiny(**kwargs) -> CASN:
+    kwargs.setdefault("target_layer", "features")
     return CASN(TinyBackbone(), forward=tiny_forward, input_size=(48, 24), hidden_dim=16, **kwargs)
 
 
@@ -407,9 +408,9 @@ def test_bad_input_says_what_was_expected(unchecked):
         CASN(TinyBackbone())
     with pytest.raises(ValueError, match=r"HACNN does not take an image of 64x32.*input_size"):
         CASN(build_backbone("hacnn"), input_size=(64, 32))
-    with pytest.raises(ValueError, match="no convolution found in Linear"):
+    with pytest.raises(ValueError, match="Linear does not take an image of 256x128"):
         CASN(nn.Linear(3, 3), forward=tiny_forward)
-    with pytest.raises(ValueError, match=r"\(B, D\) features in eval mode, got \(1, 8, 6, 3\)"):
+    with pytest.raises(ValueError, match=r"\(B, D\) features in eval mode, got \(2, 8, 6, 3\)"):
         CASN(TinyBackbone(), forward=lambda net, x: (x, net.features(x)), input_size=(48, 24))
     with pytest.raises(ValueError, match="has a layer named pair_classifier already"):
         CASN(tiny(), forward=lambda net, x: net(x))

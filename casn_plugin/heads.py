@@ -1,0 +1,163 @@
+"""How a network gives logits and features: torchreid's models, and whatever ends in a classifier.
+
+Known by names and by what happens in a try-out; neither torchreid nor timm nor torchvision is
+imported.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from casn_plugin.hooks import watch
+from casn_plugin.scores import Logits
+
+Forward = Callable[[nn.Module, Tensor], tuple[Logits | None, Tensor]]
+"""Maps a backbone and its images to (logits, (B, D) features); without classifier, to (None, f)."""
+
+_CLASSIFIERS = (nn.Linear, nn.Conv2d)  # a convolution of 1x1 on the pooled map
+
+
+def is_torchreid(backbone: nn.Module) -> bool:
+    """Returns whether a module is built as torchreid's factory builds them.
+
+    Example:
+        >>> is_torchreid(nn.Linear(2, 2))
+        False
+    """
+    return getattr(backbone, "loss", None) in ("softmax", "triplet")
+
+
+def torchreid_forward(backbone: nn.Module, imgs: Tensor) -> tuple[Logits, Tensor]:
+    """Returns the logits and the features of a torchreid model in training mode.
+
+    Built with loss="softmax" it would give logits only: it is asked as a "triplet" model.
+    """
+    loss: Any = backbone.loss
+    backbone.loss = "triplet"  # type: ignore[assignment]
+    try:
+        logits, features = backbone(imgs)
+    finally:
+        backbone.loss = loss
+    if isinstance(features, (tuple, list)):  # HACNN: its branches, each of unit length
+        features = torch.cat([F.normalize(branch, dim=1) for branch in features], dim=1)
+    return logits, features
+
+
+@dataclass(frozen=True)
+class ByClassifier:
+    """Runs a network whose last layer is a classifier: the features are what that layer takes.
+
+    Attributes:
+        names: of the classifier; of a distilled ViT the two, whose features and logits are
+            averaged, as the network averages them. None in a network that ends in its features.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        ...                     nn.Linear(8, 5))
+        >>> logits, features = ByClassifier(("3",))(net, torch.rand(2, 3, 8, 8))
+        >>> logits.shape, features.shape
+        (torch.Size([2, 5]), torch.Size([2, 8]))
+    """
+
+    names: tuple[str, ...]
+
+    def __call__(self, backbone: nn.Module, imgs: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Returns (B, classes) logits, None where there is no classifier, and (B, D) features.
+
+        Raises:
+            ValueError: a classifier that the network did not call.
+        """
+        with ExitStack() as stack:
+            seen = [stack.enter_context(watch(backbone.get_submodule(each))) for each in self.names]
+            output = backbone(imgs)
+        if not seen:
+            return None, next(iter(_tensors_of(output))).flatten(1)
+        given = [(each.taken, each.given) for each in seen]
+        if any(taken is None or logits is None for taken, logits in given):
+            raise ValueError(f"the classifier {' and '.join(self.names)} was not called")
+        taken, logits = zip(*given, strict=True)
+        if len({each.shape for each in taken}) > 1:  # branches of unlike widths
+            features = torch.cat([each.flatten(1) for each in taken], 1)
+        else:
+            features = sum(taken).flatten(1) / len(taken)
+        return sum(logits).flatten(1) / len(logits), features
+
+
+def find_classifier(backbone: nn.Module, imgs: Tensor) -> ByClassifier | None:
+    """Returns how a network in eval mode is read by its classifier, or None where it has none.
+
+    timm's models name their classifier; of others it is the last layer called that is linear. It
+    is proved: what it gives is what the network gives.
+
+    Args:
+        backbone: in eval mode.
+        imgs: with which it is tried out.
+
+    Example:
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 5))
+        >>> find_classifier(net, torch.rand(2, 3, 2, 2))
+        ByClassifier(names=('3',))
+        >>> find_classifier(net[:3], torch.rand(2, 3, 2, 2)) is None
+        True
+    """
+    layers = dict(backbone.named_modules())
+    called: list[tuple[str, Any]] = []
+    handles = [
+        layer.register_forward_hook(lambda _, __, given, name=name: called.append((name, given)))  # type: ignore[misc]
+        for name, layer in layers.items()
+        if isinstance(layer, (*_CLASSIFIERS, nn.Identity)) and name
+    ]
+    try:
+        output = backbone(imgs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    told = _told_classifiers(backbone)
+    if told is None:
+        ends = [
+            name
+            for name, given in called
+            if any(_equal(given, each) for each in _tensors_of(output))
+        ]
+        told = [layers[ends[-1]]] if ends else []
+    names = tuple(name for name, layer in layers.items() if any(layer is each for each in told))
+    if not names:
+        return None
+    if all(isinstance(layer, nn.Identity) for layer in told):  # num_classes=0
+        return ByClassifier(())
+    found = ByClassifier(names)
+    logits, features = found(backbone, imgs)
+    right = logits is not None and any(_equal(logits, each) for each in _tensors_of(output))
+    return found if right and features.ndim == 2 else None
+
+
+def _told_classifiers(backbone: nn.Module) -> list[nn.Module] | None:
+    """Returns the classifiers that a network of timm names, or None where it names none."""
+    get = getattr(backbone, "get_classifier", None)
+    told = get() if callable(get) else None
+    if isinstance(told, nn.Module):
+        told = list(told) if isinstance(told, nn.ModuleList) else [told]
+    if not isinstance(told, (list, tuple)) or not all(isinstance(each, nn.Module) for each in told):
+        return None
+    return list(told)
+
+
+def _tensors_of(output: Any) -> list[Tensor]:
+    """Returns the tensors that a network gives, of a tensor, a tuple or a mapping."""
+    if isinstance(output, Tensor):
+        return [output]
+    values = output.values() if isinstance(output, Mapping) else output
+    return [each for each in values if isinstance(each, Tensor)]
+
+
+def _equal(one: Any, other: Tensor) -> bool:
+    """Returns whether two tensors hold the same values, up to rounding."""
+    if not isinstance(one, Tensor) or one.shape[0] != other.shape[0]:
+        return False
+    one, other = one.flatten(1), other.flatten(1)
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-6)
