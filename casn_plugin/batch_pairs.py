@@ -153,7 +153,7 @@ def _take(
         candidates = np.flatnonzero(costs == costs.min())
         free = set(left[candidates].ravel().tolist())
         chosen: list[int] = []
-        for place, (one, other) in zip(candidates, left[candidates].tolist(), strict=True):
+        for place, (one, other) in zip(candidates.tolist(), left[candidates].tolist(), strict=True):
             if one in free and other in free:
                 free -= {one, other}
                 chosen.append(place)

@@ -10,8 +10,12 @@ from torch import Tensor, nn
 import casn_plugin
 from casn_plugin import (
     CASN,
+    BatchPairs,
     Encoding,
+    MetricOptions,
+    SiameseAttentionLoss,
     attention,
+    batch_pairs,
     encoding,
     evaluation,
     identities,
@@ -63,7 +67,7 @@ def cases() -> dict[str, Case]:
     rows = retrieval.LabelledEncodings(part, np.array([1, 1, 2, 2, 3]), np.array([0, 1, 0, 1, 0]))
     ranked = {"model": model, "query": part[:3], "gallery": part}
     loss_ia = losses.IdentificationAttentionLoss()
-    loss_sa = losses.SiameseAttentionLoss()
+    loss_sa = SiameseAttentionLoss()
     picture = np.random.default_rng(0).random((2, 16, 8, 3))
     curve = {"mAP": 0.5, "cmc": [0.5, 1.0], "mINP": 0.25}
     results = {**dict.fromkeys(("features", "attention", "fused"), curve), "auc": 0.5}
@@ -130,7 +134,7 @@ def cases() -> dict[str, Case]:
              "trains": "attention", "statistics": "batch"},
         ),
         "SiameseAttentionLoss": (
-            losses.SiameseAttentionLoss,
+            SiameseAttentionLoss,
             {"consistency_weight": 0.2, "row_threshold": 0.2, "unit": False},
         ),
         "CASN.forward": (train_ia, {"imgs": imgs, "pids": pids}),
