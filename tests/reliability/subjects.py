@@ -137,6 +137,19 @@ def cases() -> dict[str, Case]:
             SiameseAttentionLoss,
             {"consistency_weight": 0.2, "row_threshold": 0.2, "unit": False},
         ),
+        "SiameseAttentionLoss.choose": (
+            SiameseAttentionLoss(pairs=BatchPairs()).choose, {"pids": pids, "camids": pids},
+        ),
+        "BatchPairs": (BatchPairs, {"number": 3, "positive_fraction": 0.5, "seed": 0}),
+        "BatchPairs.draw": (
+            BatchPairs().draw, {"pids": [1, 1, 2, -1], "camids": [0, 1, 0, 1]},
+        ),
+        "check_rows": (batch_pairs.check_rows, {"pids": pids}),
+        "MetricOptions": (MetricOptions, {"weight_t": 1.0, "weight_x": 1.0, "margin": 0.3}),
+        "MetricOptions.loss": (
+            MetricOptions(metric_loss=lambda features, pids: features.sum()).loss,
+            {"features": features, "pids": pids},
+        ),
         "CASN.forward": (train_ia, {"imgs": imgs, "pids": pids}),
         "CASN.encode": (model.encode, {"imgs": imgs}),
         "CASN": (
