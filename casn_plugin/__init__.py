@@ -7,11 +7,13 @@ CVPR 2019), as a plugin for torchreid and for any other training loop.
 from typing import TYPE_CHECKING, Any
 
 from casn_plugin.attention import grad_cam
+from casn_plugin.batch_pairs import BatchPairs
 from casn_plugin.encoding import Encoding
 from casn_plugin.explanation import explain_pair, explain_ranking
 from casn_plugin.loading import Preprocessing
-from casn_plugin.losses import IdentificationAttentionLoss, SiameseAttentionLoss
+from casn_plugin.losses import IdentificationAttentionLoss
 from casn_plugin.model import CASN, CASNOutput, PairClassifier
+from casn_plugin.objective import MetricOptions
 from casn_plugin.ranking import (
     Compute,
     GalleryIndex,
@@ -21,6 +23,7 @@ from casn_plugin.ranking import (
     rank_gallery,
 )
 from casn_plugin.sampler import PairSampler
+from casn_plugin.siamese import SiameseAttentionLoss
 
 if TYPE_CHECKING:
     from casn_plugin.engine import ImageCASNEngine as ImageCASNEngine
@@ -28,12 +31,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "CASN",
+    "BatchPairs",
     "CASNOutput",
     "Compute",
     "Encoding",
     "GalleryIndex",
     "IdentificationAttentionLoss",
     "ImageCASNEngine",
+    "MetricOptions",
     "PairClassifier",
     "PairSampler",
     "Preprocessing",

@@ -125,51 +125,88 @@ def siamese_attention(
     pair_classifier: PairScorer,
     features: Float[Tensor, "batch dim"],
     activations: Float[Tensor, "batch channels height width"],
+    pairs: Int[Tensor, "pairs 2"] | None = None,
     *,
     create_graph: bool = True,
-) -> Float[Tensor, "batch height width"]:
-    """Returns the attention maps M of each image of each pair (paper, Section 3.2.2).
+) -> Float[Tensor, "rows height width"]:
+    """Returns the attention maps M of both images of each pair (paper, Section 3.2.2).
 
     s = (α, f), w = GAP(∂s/∂A), M = ReLU(Σ_k w_k A_k), with one α for both images of a pair.
-    Rows 2i and 2i+1 are pair i. The maps are >= 0 and unscaled.
+    Rows 2i and 2i+1 of the result are pair i. The maps are >= 0 and unscaled. An image that is in
+    several pairs has a map in each: what lies between map and features is differentiated as often
+    as the most frequent image occurs.
 
     Args:
         pair_classifier: gives (P, 2) scores, column 1 = same identity.
         features: f, computed from `activations` with gradients enabled.
         activations: the map A.
+        pairs: the two rows of each pair; by default rows 2i and 2i+1 are pair i. They are read,
+            so they are best on the CPU.
         create_graph: keep the graph, so that a loss of the maps can be trained.
 
     Raises:
         TypeError: as :func:`grad_cam`.
-        ValueError: an odd number of rows, other shapes, or features that do not depend on the
-            activations.
+        ValueError: an odd number of rows, other shapes, features that do not depend on the
+            activations, or pairs of rows that there are not.
 
     Example:
         >>> a = torch.rand(4, 3, 6, 2, requires_grad=True)
         >>> siamese_attention(nn.Linear(3, 2), a.mean((2, 3)), a).shape
         torch.Size([4, 6, 2])
+        >>> pairs = torch.tensor([[0, 1], [0, 2], [3, 0]])
+        >>> siamese_attention(nn.Linear(3, 2), a.mean((2, 3)), a, pairs).shape
+        torch.Size([6, 6, 2])
     """
     check_tensor("features", features, "batch dim")
-    first, second = split_pairs(features)
-    alpha = indicator(pair_classifier, first - second)
-    scores = (alpha.repeat_interleave(2, dim=0) * features).sum(1)
-    return grad_cam(scores, activations, create_graph=create_graph)
+    first, second = split_pairs(features, pairs)
+    alpha = indicator(pair_classifier, first - second).repeat_interleave(2, dim=0)
+    if pairs is None:
+        return grad_cam((alpha * features).sum(1), activations, create_graph=create_graph)
+    rows = pairs.flatten().tolist()
+    turns, counts = [], [0] * len(features)
+    for row in rows:
+        turns.append(counts[row])
+        counts[row] += 1
+    maps = []
+    for turn in range(max(counts, default=0) or 1):  # without a pair, for the graph
+        now = [place for place, other in enumerate(turns) if other == turn]
+        images = torch.tensor([rows[place] for place in now], device=features.device).long()
+        places = torch.tensor(now, device=features.device).long()
+        own = torch.zeros_like(features).index_copy(0, images, alpha[places])
+        maps.append(grad_cam((own * features).sum(1), activations, create_graph=create_graph))
+    where = [turn * len(features) + row for turn, row in zip(turns, rows, strict=True)]
+    return torch.cat(maps)[torch.tensor(where, device=features.device).long()]
 
 
-def split_pairs(rows: Tensor) -> tuple[Tensor, Tensor]:
+def split_pairs(rows: Tensor, pairs: Int[Tensor, "pairs 2"] | None = None) -> tuple[Tensor, Tensor]:
     """Returns the first and the second images of all pairs: rows 2i and rows 2i+1.
 
+    Args:
+        rows: one an image.
+        pairs: the two rows of each pair, where they are others.
+
     Raises:
-        TypeError: no tensor, or one without rows.
-        ValueError: an odd number of rows.
+        TypeError: no tensor, or one without rows; pairs that are no integers.
+        ValueError: an odd number of rows; pairs of another shape, or of rows that there are not.
 
     Example:
         >>> split_pairs(torch.tensor([7, 7, 3, 5]))
         (tensor([7, 3]), tensor([7, 5]))
+        >>> split_pairs(torch.tensor([7, 7, 3, 5]), torch.tensor([[0, 3], [1, 0], [2, 3]]))
+        (tensor([7, 7, 3]), tensor([5, 7, 5]))
     """
     if not isinstance(rows, Tensor) or not rows.ndim or rows.layout != torch.strided:
         came = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
         raise TypeError(f"rows must be a dense tensor with a row an image, got {came}")
+    if pairs is not None:
+        check_tensor("pairs", pairs, "pairs 2", floating=False)
+        if pairs.numel() and not 0 <= int(pairs.min()) <= int(pairs.max()) < len(rows):
+            raise ValueError(
+                f"pairs must name rows of a batch of {len(rows)}, got {int(pairs.min())} to "
+                f"{int(pairs.max())}"
+            )
+        first, second = pairs.to(rows.device, torch.int64).unbind(1)
+        return rows[first], rows[second]
     if len(rows) % 2:
         raise ValueError(
             "rows 2i and 2i+1 of a batch are pair i, so their number must be even, "
@@ -178,17 +215,20 @@ def split_pairs(rows: Tensor) -> tuple[Tensor, Tensor]:
     return rows[0::2], rows[1::2]
 
 
-def same_identity(pids: Int[Tensor, " batch"]) -> Bool[Tensor, " pairs"]:
-    """Returns whether each pair (rows 2i and 2i+1) shows one identity.
+def same_identity(
+    pids: Int[Tensor, " batch"], pairs: Int[Tensor, "pairs 2"] | None = None
+) -> Bool[Tensor, " pairs"]:
+    """Returns whether each pair shows one identity; the arguments as in :func:`split_pairs`.
 
     Raises:
-        ValueError: an odd number of identities.
+        TypeError: as :func:`split_pairs`.
+        ValueError: likewise.
 
     Example:
         >>> same_identity(torch.tensor([4, 4, 1, 2]))
         tensor([ True, False])
     """
-    first, second = split_pairs(pids)
+    first, second = split_pairs(pids, pairs)
     return first == second
 
 

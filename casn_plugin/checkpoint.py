@@ -178,6 +178,23 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return state
 
 
+def checkpoint_in(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
+    """Returns a checkpoint's path and what it holds.
+
+    Args:
+        path: of it; or a folder with checkpoints, or a run's, whose newest whole one is taken.
+
+    Raises:
+        FileNotFoundError: no such file, or no whole checkpoint in the folder.
+        ValueError: as :func:`load_checkpoint`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = Checkpoints(path / "model" if (path / "model").is_dir() else path).newest()
+        print(f'Going on from "{path}"')
+    return path, load_checkpoint(path)
+
+
 class TrainingState:
     """All that training goes on from: weights, optimizer, scheduler, scaler, pairs, random state.
 

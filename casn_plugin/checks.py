@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from casn_plugin.doors import check_kind
 from casn_plugin.identities import check_labels, have_match
@@ -18,7 +19,7 @@ def check_datamanager(datamanager: Any, *, pairs: bool) -> None:
 
     Args:
         datamanager: whose train loader is looked at.
-        pairs: whether it has to draw pairs.
+        pairs: whether it has to draw pairs, as rows 2i and 2i+1 of a batch.
 
     Raises:
         TypeError: it holds videos, or identities that are no integers.
@@ -42,7 +43,8 @@ def check_datamanager(datamanager: Any, *, pairs: bool) -> None:
     if pairs and not isinstance(loader.sampler, PairSampler):
         raise ValueError(
             "the train loader draws no pairs: datamanager = PairSampler.install(datamanager) "
-            "comes before the engine"
+            "comes before the engine, or siamese=SiameseAttentionLoss(pairs=BatchPairs()) chooses "
+            f"pairs inside of the batches that {type(loader.sampler).__name__} draws"
         )
     if hasattr(loader.dataset, "train"):
         labels = [row[1] for row in loader.dataset.train]
@@ -66,20 +68,26 @@ def check_processes() -> None:
         )
 
 
-def check_optimizer(model: CASN, optimizer: torch.optim.Optimizer, *, pairs: bool) -> None:
+def check_optimizer(
+    model: CASN,
+    optimizer: torch.optim.Optimizer,
+    *,
+    pairs: bool,
+    beside: nn.Module | None = None,
+) -> None:
     """Finds out whether an optimizer has all that a model is to learn.
 
     Args:
         model: its parameters that need gradients are looked for.
         optimizer: where they are looked for.
         pairs: whether the pair classifier is trained too.
+        beside: what else is trained, such as a metric loss with parameters of its own.
 
     Raises:
         TypeError: no optimizer.
         ValueError: it lacks some.
 
     Example:
-        >>> from torch import nn
         >>> def forward(net, imgs):
         ...     return None, net(imgs).mean((2, 3))
         >>> model = CASN(nn.Sequential(nn.Conv2d(3, 8, 3)), forward=forward)
@@ -87,9 +95,10 @@ def check_optimizer(model: CASN, optimizer: torch.optim.Optimizer, *, pairs: boo
     """
     check_kind("optimizer", optimizer, torch.optim.Optimizer)
     optimized = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    parameters = [*model.named_parameters(), *(beside.named_parameters() if beside else ())]
     missing = [
         name
-        for name, parameter in model.named_parameters()
+        for name, parameter in parameters
         if parameter.requires_grad
         and id(parameter) not in optimized
         and (pairs or not name.startswith("pair_classifier."))
@@ -97,8 +106,9 @@ def check_optimizer(model: CASN, optimizer: torch.optim.Optimizer, *, pairs: boo
     if missing:
         raise ValueError(
             f"the optimizer lacks {len(missing)} of the model's parameters, {missing[0]} among "
-            "them: wrap the backbone first, then build the optimizer from the wrapped model; "
-            "what is not to be trained has requires_grad False"
+            "them: wrap the backbone first, then build the optimizer from the wrapped model, and "
+            "give it the parameters of a metric loss as another group; what is not to be trained "
+            "has requires_grad False"
         )
 
 

@@ -25,19 +25,21 @@ from tqdm import tqdm
 from casn_plugin.checkpoint import (
     Checkpoints,
     TrainingState,
-    load_checkpoint,
+    checkpoint_in,
     preserved_random_state,
 )
 from casn_plugin.checks import CheckedData, check_datamanager, check_optimizer, check_processes
-from casn_plugin.doors import check_count, check_settings, check_weight
+from casn_plugin.doors import check_count, check_kind, check_settings, check_weight
 from casn_plugin.evaluation import RankedLists
 from casn_plugin.explanation import AttentionBoard, ExplainedRankings, log_results
 from casn_plugin.loading import Preprocessing, encode_loader
-from casn_plugin.losses import IdentificationAttentionLoss, SiameseAttentionLoss
-from casn_plugin.model import as_casn, loss_terms
+from casn_plugin.losses import IdentificationAttentionLoss
+from casn_plugin.model import as_casn
+from casn_plugin.objective import MetricOptions, loss_terms
 from casn_plugin.pedestrians import load_pedestrians
 from casn_plugin.ranking import GalleryIndex, RankingOptions
 from casn_plugin.retrieval import FeatureMetric, LabelledEncodings, retrieve, side_by_side
+from casn_plugin.siamese import SiameseAttentionLoss
 from casn_plugin.training import Epoch, FiniteSteps, Interrupted, Interruption, pictures_of
 
 EMBEDDED_DATASET = "casn_pedestrians"
@@ -48,14 +50,14 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
     """Trains L = L_ide + λ1 L_ia + λ2 L_sa (paper, Eq. 6); ranks by features and attention.
 
     L_ide is torchreid's own criterion. With λ1 = λ2 = 0 it trains as torchreid's
-    ``ImageSoftmaxEngine`` does, step for step. Everything that ``run()`` takes does what
-    torchreid documents. Evaluation prints, and logs to TensorBoard, the CMC and mAP of the
-    features alone, the attention alone and both fused, and the AUC of the pair classifier; what
-    counts (the returned rank-1, visrank, rerank) is the fused ranking.
+    ``ImageSoftmaxEngine`` does, step for step; with `metric`, as its ``ImageTripletEngine``.
+    Everything that ``run()`` takes does what torchreid documents. Evaluation prints, and logs to
+    TensorBoard, the CMC and mAP of the features alone, the attention alone and both fused, and the
+    AUC of the pair classifier; what counts (the returned rank-1, visrank, rerank) is the fused one.
 
     Args:
         datamanager: a ``torchreid.data.ImageDataManager`` whose train loader draws pairs: see
-            :meth:`casn_plugin.PairSampler.install`.
+            :meth:`casn_plugin.PairSampler.install`; or any, where `siamese` chooses them.
         model: a :class:`casn_plugin.CASN`, or one in ``nn.DataParallel``.
         optimizer: made from the wrapped model, so that it holds the pair classifier too.
         scheduler: stepped once an epoch; None keeps the learning rate.
@@ -65,6 +67,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         lambda_sa: λ2, weight of the Siamese attention loss.
         identification: the settings of L_ia.
         siamese: the settings of L_sa, of which `row_threshold` holds in ranking too.
+        metric: a metric loss beside L_ide; its own parameters belong into the optimizer too.
         ranking: how distances of features and of attention become one ranking.
         autocast: run the forward pass under autocast in this dtype; on CUDA, float16 is trained
             with a gradient scaler.
@@ -107,6 +110,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         lambda_sa: float = 0.05,
         identification: IdentificationAttentionLoss | None = None,
         siamese: SiameseAttentionLoss | None = None,
+        metric: MetricOptions | None = None,
         ranking: RankingOptions | None = None,
         autocast: torch.dtype | None = None,
         logged_pairs: int = 4,
@@ -119,17 +123,24 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         check_count("keep_checkpoints", keep_checkpoints, least=0)
         if autocast not in (None, torch.float16, torch.bfloat16):
             raise TypeError(f"autocast must be torch.float16 or torch.bfloat16, got {autocast}")
-        check_datamanager(datamanager, pairs=bool(lambda_sa))
-        check_optimizer(casn, optimizer, pairs=bool(lambda_sa))
+        identification = check_settings(
+            "identification", identification, IdentificationAttentionLoss
+        )
+        siamese = check_settings("siamese", siamese, SiameseAttentionLoss)
+        metric = MetricOptions(weight_t=0.0) if metric is None else metric
+        metric = check_kind("metric", metric, MetricOptions).with_triplets(
+            torchreid.losses.TripletLoss
+        )
+        check_datamanager(datamanager, pairs=bool(lambda_sa) and siamese.pairs == "rows")
+        check_optimizer(casn, optimizer, pairs=bool(lambda_sa), beside=metric.modules)
         super().__init__(datamanager, model, optimizer, scheduler, use_gpu, label_smooth)
         self.casn = casn
         self.lambda_ia = lambda_ia
         self.lambda_sa = lambda_sa
-        self.identification = check_settings(
-            "identification", identification, IdentificationAttentionLoss
-        )
-        self.siamese = check_settings("siamese", siamese, SiameseAttentionLoss)
-        self.identification.to(self._device)
+        self.identification = identification.to(self._device)
+        self.siamese = siamese
+        self.metric = metric
+        self._beside = metric.modules.to(self._device)
         self.ranking = check_settings("ranking", ranking, RankingOptions)
         self.autocast = autocast
         self.scaler = torch.amp.GradScaler(
@@ -253,19 +264,14 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         with self._steps.watched():
             with autocast:
                 output = self.model(
-                    imgs,
-                    pids,
-                    self.identification if self.lambda_ia else None,
-                    self.siamese if self.lambda_sa else None,
-                )
+                    imgs, pids, self.identification if self.lambda_ia else None,
+                    self.siamese if self.lambda_sa else None, data.get("camid"),
+                )  # fmt: skip
+                identify = partial(self.compute_loss, self.criterion, output.logits, pids)
                 loss, terms = loss_terms(
-                    output,
-                    pids,
-                    self.compute_loss(self.criterion, output.logits, pids),
-                    lambda_ia=self.lambda_ia,
-                    lambda_sa=self.lambda_sa,
-                    siamese=self.siamese,
-                )
+                    output, pids, identify() if self.metric.weight_x else None, metric=self.metric,
+                    lambda_ia=self.lambda_ia, lambda_sa=self.lambda_sa, siamese=self.siamese,
+                )  # fmt: skip
             terms["acc"] = torchreid.metrics.accuracy(output.logits, pids)[0][0]
             where = f"epoch {self.epoch + 1}, step {self.batch_idx + 1}, "
             summary = self._steps.take(
@@ -423,11 +429,8 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             FileNotFoundError: no such file, or no whole checkpoint in the folder.
             ValueError: no checkpoint, or one of another engine or another model.
         """
-        path = Path(fpath)
-        if path.is_dir():
-            path = Checkpoints(path / "model" if (path / "model").is_dir() else path).newest()
-            print(f'Going on from "{path}"')
-        checkpoint = load_checkpoint(path)
+        path, checkpoint = checkpoint_in(fpath)
+        self.metric.load(checkpoint.get("metric", {}))
         epoch = self._training.restore(checkpoint, path)
         self.history = list(checkpoint.get("history", []))
         self.best = checkpoint.get("best", -math.inf)
@@ -437,7 +440,8 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
     def _state(self, epoch: int) -> dict[str, Any]:
         """Returns what a checkpoint holds after so many epochs; refuses weights that are NaN."""
         self._steps.check_weights()
-        return {**self._training.state(epoch), "history": self.history, "best": self.best}
+        own = {"history": self.history, "best": self.best, "metric": self._beside.state_dict()}
+        return {**self._training.state(epoch), **own}
 
 
 class EmbeddedPedestrians(torchreid.data.ImageDataset):  # type: ignore[misc]

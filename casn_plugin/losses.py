@@ -11,15 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from casn_plugin.attention import (
-    ROW_THRESHOLD,
-    PairScorer,
-    attention_distance,
     grad_cam,
-    row_profiles,
-    same_identity,
-    siamese_attention,
     soft_mask,
-    split_pairs,
 )
 from casn_plugin.doors import (
     check_choice,
@@ -325,82 +318,4 @@ class IdentificationAttentionLoss(nn.Module):
         """
         return identification_attention_loss(
             self.scores(classify, imgs, pids, logits, activations, network)
-        )
-
-
-class SiameseAttentionLoss(nn.Module):
-    """L_sa (paper, Section 3.2 and Eq. 5): pairs told apart, positive ones by the same rows.
-
-    Rows 2i and 2i+1 of a batch are pair i, as :class:`casn_plugin.PairSampler` draws them.
-
-    Args:
-        consistency_weight: α of Eq. 5, the weight of the attention distance.
-        row_threshold: t, the share of a map's maximum above which a row counts as attended.
-        unit: compare aligned profiles of unit length.
-        both_orders: show the pair classifier f1 − f2 and f2 − f1 of each pair.
-
-    Raises:
-        ValueError: t outside [0, 1), or a weight that is negative or not finite.
-
-    Example:
-        >>> activations = torch.rand(4, 8, 6, 3, requires_grad=True)
-        >>> classifier = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
-        >>> loss = SiameseAttentionLoss()
-        >>> pids = torch.tensor([5, 5, 2, 7])
-        >>> loss(classifier, activations.mean((2, 3)), pids, activations).shape
-        torch.Size([])
-    """
-
-    def __init__(
-        self,
-        consistency_weight: float = 0.2,
-        row_threshold: float = ROW_THRESHOLD,
-        unit: bool = False,
-        both_orders: bool = True,
-    ) -> None:
-        super().__init__()
-        self.consistency_weight = check_weight("consistency_weight", consistency_weight)
-        self.row_threshold = check_share("row_threshold", row_threshold)
-        self.unit = unit
-        self.both_orders = both_orders
-
-    def pairs(
-        self,
-        pair_classifier: PairScorer,
-        features: Float[Tensor, "batch dim"],
-        activations: Float[Tensor, "batch maps height width"],
-    ) -> tuple[Float[Tensor, "rows 2"], Float[Tensor, " pairs"]]:
-        """Returns the scores z of each pair (two rows for both orders) and its distance."""
-        first, second = split_pairs(features)
-        differences = first - second
-        if self.both_orders:
-            differences = torch.stack([differences, -differences], dim=1).flatten(0, 1)
-        maps = siamese_attention(pair_classifier, features, activations)
-        distances = attention_distance(
-            *split_pairs(row_profiles(maps)), row_threshold=self.row_threshold, unit=self.unit
-        )
-        return pair_classifier(differences), distances
-
-    def forward(
-        self,
-        pair_classifier: PairScorer,
-        features: Float[Tensor, "batch dim"],
-        pids: Int[Tensor, " batch"],
-        activations: Float[Tensor, "batch maps height width"],
-    ) -> Float[Tensor, ""]:
-        """Returns L_sa, a scalar.
-
-        Args:
-            pair_classifier: gives (P, 2) scores of (P, D) differences, column 1 = same identity;
-                its parameters belong into the optimizer.
-            features: f, computed from `activations`.
-            pids: identities; pair i is positive where rows 2i and 2i+1 agree.
-            activations: the last feature map A.
-
-        Raises:
-            ValueError: an odd batch, or features that do not depend on the activations.
-        """
-        pair_scores, distances = self.pairs(pair_classifier, features, activations)
-        return siamese_attention_loss(
-            pair_scores, distances, same_identity(pids), consistency_weight=self.consistency_weight
         )

@@ -15,16 +15,9 @@ from casn_plugin.encoding import Encoding
 from casn_plugin.heads import Forward
 from casn_plugin.hooks import place_of, twin, unwrapped
 from casn_plugin.layouts import Reshape
-from casn_plugin.losses import (
-    IdentificationAttentionLoss,
-    SiameseAttentionLoss,
-    casn_loss,
-    consistency,
-    identification_attention_loss,
-    pair_loss,
-    siamese_attention_loss,
-)
+from casn_plugin.losses import IdentificationAttentionLoss
 from casn_plugin.scores import Logits, at_least_float32
+from casn_plugin.siamese import SiameseAttentionLoss
 
 
 class CASNOutput(NamedTuple):
@@ -38,6 +31,7 @@ class CASNOutput(NamedTuple):
         pair_scores: (P, 2) z of the pairs, or (2P, 2) where both orders of each are shown, the
             rows of a pair in sequence; where a Siamese loss was given.
         distances: (P,) attention distances of the pairs, where a Siamese loss was given.
+        same: (P,) whether each pair shows one identity, where a Siamese loss and pids were given.
     """
 
     logits: Logits
@@ -46,6 +40,7 @@ class CASNOutput(NamedTuple):
     masked_scores: Tensor | None = None
     pair_scores: Tensor | None = None
     distances: Tensor | None = None
+    same: Tensor | None = None
 
 
 class PairClassifier(nn.Sequential):
@@ -180,42 +175,53 @@ class CASN(nn.Module):
         pids: Int[Tensor, " batch"] | None = None,
         identification: IdentificationAttentionLoss | None = None,
         siamese: SiameseAttentionLoss | None = None,
+        camids: Int[Tensor, " batch"] | None = None,
     ) -> CASNOutput | Tensor:
         """Returns a :class:`CASNOutput` in training mode, the backbone's features in eval mode.
 
         Where losses are given, the masked pass and the comparison of pairs run in here, so that
         nn.DataParallel and DistributedDataParallel see one forward call. Their terms are then
-        reduced by the pure functions of :mod:`casn_plugin.losses`.
+        reduced by :func:`casn_plugin.objective.loss_terms`. Each image goes through the network
+        once, in however many pairs it is.
 
         Args:
             imgs: a batch of images, normalised.
-            pids: their identities, which the identification loss needs.
+            pids: their identities, which the identification loss needs, and pairs that are chosen
+                inside of the batch.
             identification: the settings of L_ia; None skips the masked pass.
-            siamese: the settings of L_sa; None skips the pairs. Rows 2i and 2i+1 are pair i.
+            siamese: the settings of L_sa, which say what pairs are; None skips the pairs.
+            camids: their cameras, where pairs are chosen inside of the batch.
 
         Raises:
             TypeError: images that are no float tensor, or of another dtype than the model without
                 autocast.
-            ValueError: images of another shape or on another device, an identification loss
-                without identities, an odd number of rows with a Siamese loss, or a target layer
-                that was not called.
+            ValueError: images of another shape or on another device, losses that lack identities,
+                an odd number of rows or an identity-balanced batch where rows are pairs, or a
+                target layer that was not called.
         """
         self._check_place(imgs)
         if not self.training:
             return self.reader.features(self.backbone, imgs)
-        if identification is not None:
-            if pids is None:
-                raise ValueError("the identification attention loss needs pids")
-            check_lengths(imgs=imgs, pids=pids)
+        check_lengths(imgs=imgs, pids=pids, camids=camids)
+        if identification is not None and pids is None:
+            raise ValueError("the identification attention loss needs pids")
+        if siamese is not None and siamese.pairs != "rows" and pids is None:
+            raise ValueError("pairs that are chosen inside of a batch need pids")
+        pairs = siamese.choose(pids, camids) if siamese is not None and pids is not None else None
         logits, features, activations = self.reader.tapped(self.backbone, imgs)
-        masked_scores = pair_scores = distances = None
+        masked_scores = pair_scores = distances = same = None
         if identification is not None and pids is not None:
             masked_scores = identification.scores_of(
                 self.reader.logits, self.backbone, imgs, pids, logits, activations
             )
         if siamese is not None:
-            pair_scores, distances = siamese.pairs(self.pair_classifier, features, activations)
-        return CASNOutput(logits, features, activations, masked_scores, pair_scores, distances)
+            pair_scores, distances = siamese.compare(
+                self.pair_classifier, features, activations, pairs
+            )
+            same = None if pids is None else same_identity(pids, pairs)
+        return CASNOutput(
+            logits, features, activations, masked_scores, pair_scores, distances, same
+        )
 
     def _check_place(self, imgs: Tensor) -> None:
         """Raises TypeError or ValueError for images that the model can't take."""
@@ -324,56 +330,6 @@ class CASN(nn.Module):
             if backbone is None or not hasattr(backbone, name):
                 raise
             return getattr(backbone, name)
-
-
-def loss_terms(
-    output: CASNOutput,
-    pids: Int[Tensor, " batch"],
-    loss_ide: Float[Tensor, ""],
-    *,
-    lambda_ia: float = 0.5,
-    lambda_sa: float = 0.05,
-    siamese: SiameseAttentionLoss | None = None,
-) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-    """Returns L = L_ide + λ1 L_ia + λ2 L_sa (paper, Eq. 6), and all its terms without a graph.
-
-    The terms are "loss" and "loss_ide", and as far as they were computed "loss_ia"; "loss_sa",
-    "loss_bce", "attention_distance" and "pair_acc", the accuracy of the pair classifier in
-    percent.
-
-    Args:
-        output: of the model in training mode.
-        pids: identities of its images.
-        loss_ide: L_ide (Eq. 1) of its logits.
-        lambda_ia: λ1.
-        lambda_sa: λ2.
-        siamese: the settings of L_sa that the output was computed with, by default the loss's own.
-
-    Example:
-        >>> output = CASNOutput(torch.zeros(2, 5), torch.rand(2, 4), torch.rand(2, 3, 6, 2))
-        >>> loss, terms = loss_terms(output, torch.tensor([0, 1]), torch.tensor(1.5))
-        >>> loss, list(terms)
-        (tensor(1.5000), ['loss', 'loss_ide'])
-    """
-    loss_ia = loss_sa = loss_ide.new_zeros(())
-    terms: dict[str, Tensor] = {}
-    if output.masked_scores is not None:
-        loss_ia = terms["loss_ia"] = identification_attention_loss(output.masked_scores)
-    if output.pair_scores is not None and output.distances is not None:
-        consistency_weight = (siamese or SiameseAttentionLoss()).consistency_weight
-        same = same_identity(pids)
-        loss_sa = terms["loss_sa"] = siamese_attention_loss(
-            output.pair_scores, output.distances, same, consistency_weight=consistency_weight
-        )
-        rows = same.repeat_interleave(len(output.pair_scores) // len(same))
-        with torch.no_grad():
-            terms["loss_bce"] = pair_loss(output.pair_scores, rows)
-            terms["attention_distance"] = consistency(output.distances, same)
-            hits = output.pair_scores.argmax(1).bool() == rows
-            terms["pair_acc"] = 100 * hits.float().mean()
-    loss = casn_loss(loss_ide, loss_ia, loss_sa, lambda_ia=lambda_ia, lambda_sa=lambda_sa)
-    every = {"loss": loss, "loss_ide": loss_ide, **terms}
-    return loss, {name: term.detach() for name, term in every.items()}
 
 
 def as_casn(model: nn.Module) -> CASN:

@@ -92,6 +92,53 @@ def siamese_attention_loss(
     return pair_loss(pair_scores, same) + attention_weight * consistency
 
 
+def pairs_of_a_batch(pids: Sequence[int]) -> list[tuple[int, int, bool]]:
+    """Every pair of two images of a batch, and whether it shows one identity.
+
+    An identity of -1 is unknown, so nothing can be said of its pairs.
+    """
+    found = []
+    for i in range(len(pids)):
+        for j in range(i + 1, len(pids)):
+            if pids[i] != -1 and pids[j] != -1:
+                found.append((i, j, pids[i] == pids[j]))
+    return found
+
+
+def in_batch_loss(
+    head: Function,
+    pair_classifier: Function,
+    activations: torch.Tensor,
+    pids: Sequence[int],
+    pairs: Sequence[Sequence[int]],
+    *,
+    attention_weight: float,
+    threshold: float,
+) -> float:
+    """Eq. 5 over listed pairs of a batch, each computed by itself from its two images alone.
+
+    The pair classifier is shown f1 - f2 and f2 - f1 of each pair. Without a pair it is zero.
+    """
+    scores, distances, same = [], [], []
+    for i, j in pairs:
+        f1 = head(activations[i].unsqueeze(0))[0]
+        f2 = head(activations[j].unsqueeze(0))[0]
+        for difference in (f1 - f2, f2 - f1):
+            scores.append(pair_classifier(difference.unsqueeze(0))[0].detach().numpy())
+        maps = siamese_maps(head, pair_classifier, activations[i], activations[j])
+        distances.append(attention_distance(*(each.numpy() for each in maps), threshold))
+        same.append(pids[i] == pids[j])
+    if not distances:
+        return 0.0
+    both_orders = [is_same for is_same in same for _ in range(2)]
+    total, positives = 0.0, 0
+    for distance, is_same in zip(distances, same, strict=True):
+        total += distance if is_same else 0.0
+        positives += is_same
+    consistency = total / positives if positives else 0.0
+    return pair_loss(scores, both_orders) + attention_weight * consistency
+
+
 def casn_loss(ide: float, ia: float, sa: float, lambda_ia: float, lambda_sa: float) -> float:
     """Eq. 6, L = L_ide + lambda_1 L_ia + lambda_2 L_sa."""
     return ide + lambda_ia * ia + lambda_sa * sa

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import TinyBackbone, tiny_forward
 
-from casn_plugin import CASN, Encoding, attention, losses, scores
+from casn_plugin import CASN, Encoding, SiameseAttentionLoss, attention, losses, scores
 from casn_plugin.doors import (
     check_choice,
     check_count,
@@ -188,8 +188,8 @@ LOSS = losses.IdentificationAttentionLoss()
         lambda: losses.IdentificationAttentionLoss(mask_scale=NAN),
         lambda: losses.IdentificationAttentionLoss(mask_threshold=NAN),
         lambda: losses.IdentificationAttentionLoss(fill=NAN),
-        lambda: losses.SiameseAttentionLoss(consistency_weight=-1),
-        lambda: losses.SiameseAttentionLoss(row_threshold=NAN),
+        lambda: SiameseAttentionLoss(consistency_weight=-1),
+        lambda: SiameseAttentionLoss(row_threshold=NAN),
         lambda: MODEL.encode(torch.zeros(0, 3, 48, 24)),
         lambda: MODEL.encode(torch.zeros(2, 1, 48, 24)),
         lambda: MODEL.encode(torch.zeros(2, 3, 48, 24, dtype=torch.uint8)),

@@ -10,6 +10,7 @@ import time
 import urllib.error
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -174,23 +175,65 @@ def test_matches_of_a_checkpoint_are_explained_on_a_page(
         assert message in capsys.readouterr().err
 
 
-def test_a_loop_of_ones_own_learns_by_all_three_losses():
-    script = EXAMPLES / "own_loop.py"
+def epochs_of(script: Path) -> list[dict[str, float]]:
+    """The losses that a loop prints after each epoch."""
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    epochs = [
+    return [
         {name: float(value) for name, value in re.findall(r"(L_\w+) ([\d.]+)", line)}
         for line in done.stdout.splitlines()
     ]
+
+
+def test_a_loop_of_ones_own_learns_by_all_three_losses():
+    script = EXAMPLES / "own_loop.py"
+    epochs = epochs_of(script)
     assert epochs[-1]["L_ide"] < 0.7 * epochs[0]["L_ide"]
     assert epochs[-1]["L_sa"] < epochs[0]["L_sa"] and epochs[-1]["L_ia"] < 1
     assert "torchreid" not in re.findall(r"^(?:import|from) (\w+)", script.read_text(), re.M)
 
 
+def test_losses_and_miners_of_pytorch_metric_learning_learn_together_with_ours():
+    epochs = epochs_of(EXAMPLES / "metric_loop.py")
+    assert len(epochs) == 20
+    for name, share in (("L_ide", 0.7), ("L_t", 0.9), ("L_sa", 0.9)):
+        assert epochs[-1][name] < share * epochs[0][name], name
+
+
+def test_animals_in_the_layout_of_wildlife_tools_are_told_apart_by_a_timm_network(
+    tmp_path, monkeypatch, capsys
+):
+    """Generated animals: each has a colour of its own, on a grey ground."""
+    rng, lines = np.random.default_rng(0), ["image_id,path,identity,split"]
+    coats = [[255 * (animal >> bit & 1) for bit in range(3)] for animal in range(8)]
+    for animal, coat in enumerate(coats):
+        folder = tmp_path / "images" / f"animal {animal}"
+        folder.mkdir(parents=True)
+        for index in range(6):
+            picture = np.full((64, 64, 3), rng.integers(90, 160), dtype=np.uint8)
+            top, left = rng.integers(0, 32, 2)
+            picture[top : top + 32, left : left + 32] = coat
+            cv2.imwrite(str(folder / f"{index}.png"), picture)
+            split = "train" if index < 4 else "test"
+            path = (folder / f"{index}.png").relative_to(tmp_path)
+            lines.append(f"{len(lines)},{path},animal {animal},{split}")
+    (tmp_path / "metadata.csv").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(EXAMPLES)
+    wildlife = importlib.import_module("wildlife_timm")
+    options = {"root": tmp_path, "model": "test_resnet", "size": 64, "epochs": 12,
+               "batch-size": 16, "lr": 0.003, "device": "cpu"}  # fmt: skip
+    results = wildlife.main([str(each) for name, value in options.items()
+                             for each in (f"--{name}", value)])  # fmt: skip
+    assert "Epoch 12/12: loss " in capsys.readouterr().out
+    assert results["features"] > 0.6 and results["fused"] > 0.6  # chance is about 0.34
+    assert len(set(results.values())) > 1
+
+
 def test_the_examples_are_short_and_the_main_one_stands_alone():
     lines = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
     assert lines["train_casn_pcb.py"] <= 190 and lines["own_loop.py"] <= 50
+    assert lines["metric_loop.py"] <= 60 and lines["wildlife_timm.py"] <= 130
     neighbours = {path.stem for path in EXAMPLES.rglob("*.py")}
-    for name in ("train_casn_pcb.py", "own_loop.py"):
+    for name in ("train_casn_pcb.py", "own_loop.py", "metric_loop.py", "wildlife_timm.py"):
         text = (EXAMPLES / name).read_text()
         assert not neighbours & set(re.findall(r"^(?:import|from) (\w+)", text, re.M))

@@ -59,7 +59,7 @@ def test_maps_scaled_by_range_in_training_and_ranking_alike(lab):
     images = Encoding(features.detach(), basis=activations.detach() / 18)
 
     def trained(siamese: SiameseAttentionLoss) -> tuple[Tensor, Tensor]:
-        return siamese.pairs(model.pair_classifier, features, activations)
+        return siamese.compare(model.pair_classifier, features, activations)
 
     scores, distances = trained(scaling.SiameseByRange(row_threshold=0.4))
     ranked = scaling.distmat_by_range(

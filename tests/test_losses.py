@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from casn_plugin import IdentificationAttentionLoss, PairClassifier, SiameseAttentionLoss
-from casn_plugin.attention import grad_cam
+from casn_plugin.attention import grad_cam, same_identity
 from casn_plugin.hooks import capture
 from casn_plugin.losses import (
     casn_loss,
@@ -21,7 +21,6 @@ from casn_plugin.losses import (
     identification_attention_loss,
     identification_loss,
     pair_loss,
-    same_identity,
     siamese_attention_loss,
 )
 from casn_plugin.scores import identity_scores
@@ -182,7 +181,7 @@ def test_swapping_a_pair_changes_neither_score_sum_nor_distance():
     second = loss(classifier, swapped.mean((2, 3)), PIDS[order], swapped)
     assert first.item() == pytest.approx(second.item(), abs=1e-12)
     one = SiameseAttentionLoss(both_orders=False)
-    scores, distances = one.pairs(classifier, activations.mean((2, 3)), activations)
+    scores, distances = one.compare(classifier, activations.mean((2, 3)), activations)
     assert scores.shape == (2, 2) and distances.shape == (2,)
 
 

@@ -57,15 +57,19 @@ class IdentificationByRange(IdentificationAttentionLoss):
 class SiameseByRange(SiameseAttentionLoss):
     """L_sa whose profiles are scaled by their range."""
 
-    def pairs(
-        self, pair_classifier: PairScorer, features: Tensor, activations: Tensor
+    def compare(
+        self,
+        pair_classifier: PairScorer,
+        features: Tensor,
+        activations: Tensor,
+        pairs: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Returns the scores z of each pair (two rows for both orders) and its distance."""
-        first, second = split_pairs(features)
+        first, second = split_pairs(features, pairs)
         differences = first - second
         if self.both_orders:
             differences = torch.stack([differences, -differences], dim=1).flatten(0, 1)
-        maps = siamese_attention(pair_classifier, features, activations)
+        maps = siamese_attention(pair_classifier, features, activations, pairs)
         distances = attention_distance(
             *split_pairs(profiles_by_range(maps)), row_threshold=self.row_threshold, unit=self.unit
         )

@@ -10,9 +10,13 @@ from torch import Tensor, nn
 import casn_plugin
 from casn_plugin import (
     CASN,
+    BatchPairs,
     Encoding,
+    MetricOptions,
+    SiameseAttentionLoss,
     attention,
     basis,
+    batch_pairs,
     encoding,
     evaluation,
     identities,
@@ -64,7 +68,7 @@ def cases() -> dict[str, Case]:
     rows = retrieval.LabelledEncodings(part, np.array([1, 1, 2, 2, 3]), np.array([0, 1, 0, 1, 0]))
     ranked = {"model": model, "query": part[:3], "gallery": part}
     loss_ia = losses.IdentificationAttentionLoss()
-    loss_sa = losses.SiameseAttentionLoss()
+    loss_sa = SiameseAttentionLoss()
     picture = np.random.default_rng(0).random((2, 16, 8, 3))
     curve = {"mAP": 0.5, "cmc": [0.5, 1.0], "mINP": 0.25}
     results = {**dict.fromkeys(("features", "attention", "fused"), curve), "auc": 0.5}
@@ -131,8 +135,21 @@ def cases() -> dict[str, Case]:
              "trains": "attention", "statistics": "batch"},
         ),
         "SiameseAttentionLoss": (
-            losses.SiameseAttentionLoss,
+            SiameseAttentionLoss,
             {"consistency_weight": 0.2, "row_threshold": 0.2, "unit": False},
+        ),
+        "SiameseAttentionLoss.choose": (
+            SiameseAttentionLoss(pairs=BatchPairs()).choose, {"pids": pids, "camids": pids},
+        ),
+        "BatchPairs": (BatchPairs, {"number": 3, "positive_fraction": 0.5, "seed": 0}),
+        "BatchPairs.draw": (
+            BatchPairs().draw, {"pids": [1, 1, 2, -1], "camids": [0, 1, 0, 1]},
+        ),
+        "check_rows": (batch_pairs.check_rows, {"pids": pids}),
+        "MetricOptions": (MetricOptions, {"weight_t": 1.0, "weight_x": 1.0, "margin": 0.3}),
+        "MetricOptions.loss": (
+            MetricOptions(metric_loss=lambda features, pids: features.sum()).loss,
+            {"features": features, "pids": pids},
         ),
         "CASN.forward": (train_ia, {"imgs": imgs, "pids": pids}),
         "CASN.encode": (model.encode, {"imgs": imgs}),
