@@ -67,10 +67,9 @@ def _batch_norm(
     shape = [-1 if dim == 1 else 1 for dim in range(input.ndim)]
     values = input if input.itemsize >= 4 else input.float()  # as PyTorch does under autocast
     own = values.new_full((1,), values.numel() // values.shape[1])
-    *sums, number = torch.split(
-        _Sum.apply(torch.cat([values.sum(dims), own])), [values.shape[1], 1]
-    )
-    mean = sums[0] / number
+    total: Tensor = _Sum.apply(torch.cat([values.sum(dims), own]))
+    number = total[-1:]
+    mean = total[:-1] / number
     centred = values - mean.view(shape)
     variance = _Sum.apply(centred.square().sum(dims)) / number
     if running_mean is not None and running_var is not None:
@@ -87,7 +86,7 @@ class _Sum(torch.autograd.Function):
     """The sum over all processes; so is its gradient, and the gradient of that."""
 
     @staticmethod
-    def forward(_: Any, own: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(_: Any, own: Tensor) -> Tensor:
         """Returns the sum."""
         total = own.contiguous().clone()
         dist.all_reduce(total)
@@ -96,4 +95,5 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(_: Any, *gradients: Tensor) -> Tensor:
         """Returns the sum of what comes back."""
-        return _Sum.apply(gradients[0])
+        total: Tensor = _Sum.apply(gradients[0])
+        return total

@@ -190,8 +190,7 @@ class FiniteSteps:
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
             return {name: numbers[name] for name in terms}
-        sentence = f"{where()}: {', '.join(_not_finite(own) or bad)}"
-        self._skip(self._said(sentence, guilty=bool(_not_finite(own))) + "; the step is skipped")
+        self._skip(self._said(where, own, numbers) + "; the step is skipped")
         return None
 
     def _read(self, terms: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, float]]:
@@ -201,30 +200,32 @@ class FiniteSteps:
         read = [own]
         if processes.count > 1:
             signum = own.new_tensor([float(self.interruption.own or 0)])
-            read.append(processes.add(torch.cat([own, signum])))
+            read = [processes.add(torch.cat([own, signum])), own]
         if self.scaler is None:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             norms = [norm.float() for norm in torch._foreach_norm(gradients)] if gradients else []
             read.append(torch.stack([*norms, own.new_zeros(())]).sum()[None])
         values = torch.cat(read).tolist()
-        alone = dict(zip(terms, values, strict=False))
-        every = dict(alone)
+        every = dict(zip(terms, values, strict=False))
+        alone = every
         if processes.count > 1:
-            every = dict(zip(terms, values[len(terms) :], strict=False))
-            if values[2 * len(terms)]:
+            alone = dict(zip(terms, values[len(terms) + 1 :], strict=False))
+            if values[len(terms)]:
                 self.interruption.agree()
-        if self.scaler is None:
-            every["gradient"] = values[-1]
-        return every, alone
+        return every | ({} if self.scaler is not None else {"gradient": values[-1]}), alone
 
-    def _said(self, sentence: str, *, guilty: bool) -> str:
-        """Returns what is said of a bad step by the processes whose own terms are bad, or all."""
-        processes = self.interruption.processes
+    def _said(
+        self, where: Callable[[], str], own: dict[str, float], numbers: dict[str, float]
+    ) -> str:
+        """Returns what is said of a bad step: by the processes whose own terms are bad, or all."""
+        processes, bad = self.interruption.processes, _not_finite(numbers)
         if processes.count == 1:
-            return sentence
-        told = processes.gather((guilty, sentence))
-        shown = [rank for rank, (was, _) in enumerate(told) if was] or range(len(told))
-        return "; ".join(f"process {rank}, {told[rank][1]}" for rank in shown)
+            return f"{where()}: {', '.join(bad)}"
+        told = processes.gather((where(), _not_finite(own)))
+        shown = [rank for rank, (_, guilty) in enumerate(told) if guilty] or range(len(told))
+        return "; ".join(
+            f"process {rank}, {told[rank][0]}: {', '.join(told[rank][1] or bad)}" for rank in shown
+        )
 
     def _skip(self, sentence: str) -> None:
         """Puts back what the forward pass has moved, and says so."""
