@@ -225,25 +225,25 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         title = f"Epoch {self.epoch + 1}/{self.max_epoch}"
         self._epoch = Epoch(loader, title, interruption=self._interruption, resumed=resumed)
         self.train_loader = self._epoch
-        try:
-            with self._interruption.deferred():
+        with self._interruption.deferred():
+            try:
                 super().train(print_freq, fixbase_epoch, open_layers)
-        except Interrupted:
-            if self._checkpoints is not None:
-                state = self._state(self.epoch, **self._epoch.interrupted_state())
-                self._checkpoints.save_interrupted(state)
-            raise
-        finally:
-            self.train_loader = loader
-        self.processes.take_over(self.casn.buffers())  # the statistics are those of process 0
-        self._interruption.agree()
-        means = self._epoch.means()
-        if len(self._steps.skipped) > skipped:
-            means["skipped"] = len(self._steps.skipped) - skipped
-        self.history.append({"epoch": self.epoch + 1, **means})
-        if self._checkpoints is not None and self.keep_checkpoints:
-            self._checkpoints.save(self._state(self.epoch + 1))
-        if self._interruption.signum is not None:  # it came in the last step
+            except Interrupted:
+                if self._checkpoints is not None and self._interruption.signum is not None:
+                    state = self._state(self.epoch, **self._epoch.interrupted_state())
+                    self._checkpoints.save_interrupted(state)
+                raise
+            finally:
+                self.train_loader = loader
+            self.processes.take_over(self.casn.buffers())  # the statistics are those of process 0
+            means = self._epoch.means()
+            if len(self._steps.skipped) > skipped:
+                means["skipped"] = len(self._steps.skipped) - skipped
+            self.history.append({"epoch": self.epoch + 1, **means})
+            if self._checkpoints is not None and self.keep_checkpoints:
+                self._checkpoints.save(self._state(self.epoch + 1))
+            self._interruption.agree()
+        if self._interruption.signum is not None:  # it came in the last step, or since
             raise Interrupted(128 + self._interruption.signum)
         if self.writer is not None and self.logged_pairs and self.processes.leads:
             name = next(iter(self.test_loader))

@@ -19,7 +19,7 @@ import torchreid
 from PIL import Image
 from torch import nn
 
-from casn_plugin import CASN, ImageCASNEngine, PairSampler
+from casn_plugin import CASN, ImageCASNEngine, PairSampler, RankingOptions
 from casn_plugin.processes import Processes, launched
 from casn_plugin.training import Interrupted
 
@@ -62,7 +62,7 @@ class Net(nn.Module):
         return logits if self.loss == "softmax" else (logits, features)
 
 
-def make(folder, *, rows=16, dropout=0.0, wrap=lambda model: model, **options):
+def make(folder, *, rows=16, norms=False, dropout=0.0, wrap=lambda model: model, **options):
     """An engine whose batches have so many rows over all processes."""
     data = [[(str(Path(folder, "pictures", f"{p}_{c}_{i}.png")), p, c) for p, c, i in part]
             for part in (TRAIN, TEST[::3], [row for row in TEST if row[1]])]  # fmt: skip
@@ -83,7 +83,7 @@ def make(folder, *, rows=16, dropout=0.0, wrap=lambda model: model, **options):
     model = CASN(Net(norms, dropout), input_size=SIZE, hidden_dim=8)
     torch.manual_seed(Processes.found().rank)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
-    options = {"lambda_ia": 0.5, "lambda_sa": 0.5, **options}
+    options = {"lambda_ia": 0.5, "lambda_sa": 0.5, "logged_pairs": 2, **options}
     return ImageCASNEngine(datamanager, wrap(model), optimizer, use_gpu=False, **options)
 
 
@@ -177,8 +177,6 @@ def three_epochs(folder, name):
 
 
 def in_a_folder(folder, name):
-    from casn_plugin import RankingOptions
-
     ranking = RankingOptions(gallery_dir=f"{folder}/{name}-gallery")
     return trained(folder, name, epochs=1, ranking=ranking)
 
@@ -195,14 +193,13 @@ def full_disk(folder, name):
 
 
 def dying(folder, name):
-    """Started by torchrun: a process is killed in a step, or hangs."""
-    engine, inner = make(folder), None
+    """A process is killed in a step, or hangs."""
+    engine = make(folder)
     inner = engine.forward_backward
 
     def forward_backward(data):
         if engine.epoch == 1 and engine.processes.rank == 1:
-            print("now", flush=True)
-            if name == "hanging":
+            if name.startswith("hanging"):
                 time.sleep(600)
             os.kill(os.getpid(), signal.SIGKILL)
         return inner(data)
@@ -211,9 +208,12 @@ def dying(folder, name):
     engine.run(save_dir=f"{folder}/{name}", max_epoch=3)
 
 
+hanging = dying
+
+
 def long(folder, name):
     """Started by torchrun: trains until a signal comes."""
-    engine = make(folder)
+    engine = make(folder, rows=4, logged_pairs=0)
     inner, rank = engine.forward_backward, engine.processes.rank
 
     def forward_backward(data):
@@ -234,15 +234,15 @@ def run(folder, scenario) -> dict:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, scenarios = sys.argv[1], sys.argv[2].split(",")
-    if len(sys.argv) < 4:
+    if len(sys.argv) < 4:  # torchrun started it
         with launched(timeout=float(os.environ.get("TEST_TIMEOUT", 60))):
             for scenario in scenarios:
-                (dying if scenario in ("dying", "hanging") else long)(folder, scenario)
+                globals()[scenario](folder, scenario)
         raise SystemExit
     rank = int(sys.argv[3])
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=3 if scenarios == ["hanging"] else 60),
     )  # fmt: skip
     for scenario in scenarios:
         print(f"[{scenario}]")
