@@ -167,7 +167,11 @@ class CheckedData:
         self._paths: set[str] = set()
 
     def check(
-        self, train: Any, tests: Mapping[str, tuple[Any, Any]], counting: Mapping[str, Any]
+        self,
+        train: Any,
+        tests: Mapping[str, tuple[Any, Any]],
+        counting: Mapping[str, Any],
+        processes: Processes | None = None,
     ) -> None:
         """Finds before the first step what would fail after the last.
 
@@ -175,11 +179,21 @@ class CheckedData:
             train: the training data set, whose `train` lists (path, pid, camid); or None.
             tests: data sets of the queries and of the gallery of each test set.
             counting: what counts as a match: see :func:`check_test_set`.
+            processes: that all call this: process 0 looks, and where it finds something, all fail.
 
         Raises:
             TypeError: identities or cameras that are no integers.
             ValueError: pictures that can't be read, or queries without a match.
+            RuntimeError: process 0 has found something.
         """
+        processes = processes or Processes()
+        with processes.together():
+            if processes.leads:
+                self._check(train, tests, counting)
+
+    def _check(
+        self, train: Any, tests: Mapping[str, tuple[Any, Any]], counting: Mapping[str, Any]
+    ) -> None:
         rows = list(getattr(train, "train", []))
         for parts in tests.values():
             rows += [row for part in parts for row in getattr(part, "data", [])]

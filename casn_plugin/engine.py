@@ -59,9 +59,8 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
     features alone, the attention alone and both fused, and the AUC of the pair classifier; what
     counts (the returned rank-1, visrank, rerank) is the fused ranking.
 
-    In several processes (see :func:`casn_plugin.processes.launched`) each trains on its share of
-    every batch, encodes its share of the images and ranks its share of the pairs; process 0
-    writes and prints. All call the same methods.
+    In several processes (:func:`casn_plugin.processes.launched`) each trains, encodes and ranks
+    its share, process 0 writes and prints, and all call the same methods.
 
     Args:
         datamanager: a ``torchreid.data.ImageDataManager`` whose train loader draws pairs: see
@@ -107,6 +106,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
     """
 
     train_loader: Any
+    writer: Any
 
     # the first six arguments are torchreid's, the others the terms of Eq. 6 and how they are run
     def __init__(
@@ -139,6 +139,11 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         self.processes = Processes.found()
         check_datamanager(datamanager, pairs=bool(lambda_sa))
         check_optimizer(casn, optimizer, pairs=bool(lambda_sa))
+        self._whole = WholeBatch(
+            model, self._loss, self.processes, accumulate=accumulate,
+            shared_statistics=sync_batchnorm, pairs=bool(lambda_sa),
+        )  # fmt: skip
+        model = self._whole.model
         super().__init__(datamanager, model, optimizer, scheduler, use_gpu, label_smooth)
         self.casn = casn
         self.lambda_ia = lambda_ia
@@ -148,9 +153,8 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         self.identification.to(self._device)
         self.ranking = ranking or RankingOptions()
         self.autocast = autocast
-        self.scaler = torch.amp.GradScaler(
-            self._device.type, enabled=autocast == torch.float16 and self.use_gpu
-        )
+        scaled = autocast == torch.float16 and self.use_gpu
+        self.scaler = torch.amp.GradScaler(self._device.type, enabled=scaled)
         self.keep_checkpoints = keep_checkpoints
         self.results: dict[str, dict[str, Any]] = {}
         self.ranked: dict[str, RankedLists] = {}
@@ -160,10 +164,6 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         self._epoch: Epoch | None = None
         self._interruption = Interruption(self.processes)
         self._steps = FiniteSteps(casn, optimizer, self.scaler, interruption=self._interruption)
-        self._whole = WholeBatch(
-            model, self._loss, self.processes, accumulate=accumulate,
-            shared_statistics=sync_batchnorm, pairs=bool(lambda_sa),
-        )  # fmt: skip
         self._folder: str | None = None
         self.logged_pairs = logged_pairs
         self._board: AttentionBoard | None = None
@@ -205,8 +205,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         check_processes(self.processes, self.datamanager)
         self._check_data(self.train_loader.dataset)
         self._checkpoints = self._checkpoints_in(options["save_dir"])
-        if not self.processes.leads:
-            self.writer = silent_writer()
+        self.writer = self.writer if self.processes.leads else silent_writer()
         try:
             with self.processes.one_voice(), self._checkpoints.locked(), self._interruption:
                 super().run(*args, **kwargs)
@@ -220,8 +219,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         open_layers: str | Sequence[str] | None = None,
     ) -> None:
         """Trains one epoch, with a progress bar on a terminal, and saves its checkpoint."""
-        loader, skipped = self.train_loader, len(self._steps.skipped)
-        resumed, self._resumed = self._resumed, {}
+        loader, resumed, self._resumed = self.train_loader, self._resumed, {}
         title = f"Epoch {self.epoch + 1}/{self.max_epoch}"
         self._epoch = Epoch(loader, title, interruption=self._interruption, resumed=resumed)
         self.train_loader = self._epoch
@@ -236,22 +234,18 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             finally:
                 self.train_loader = loader
             self.processes.take_over(self.casn.buffers())  # the statistics are those of process 0
-            means = self._epoch.means()
-            if len(self._steps.skipped) > skipped:
-                means["skipped"] = len(self._steps.skipped) - skipped
-            self.history.append({"epoch": self.epoch + 1, **means})
+            self.history.append({"epoch": self.epoch + 1, **self._epoch.means()})
             if self._checkpoints is not None and self.keep_checkpoints:
                 self._checkpoints.save(self._state(self.epoch + 1))
             self._interruption.agree()
-        if self._interruption.signum is not None:  # it came in the last step, or since
-            raise Interrupted(128 + self._interruption.signum)
+        self._interruption.stop()  # it came in the last step, or since
         if self.writer is not None and self.logged_pairs and self.processes.leads:
             name = next(iter(self.test_loader))
             self._board = self._board or AttentionBoard(
                 name, *self._test_data(name), self.logged_pairs
             )
-            preprocessing = Preprocessing.of(self.datamanager)
-            self._board.log(self.writer, self.casn, preprocessing, self.epoch + 1)
+            shown_as = Preprocessing.of(self.datamanager)
+            self._board.log(self.writer, self.casn, shown_as, self.epoch + 1)
 
     def forward_backward(self, data: dict[str, Any]) -> dict[str, float]:
         """Returns the loss terms of one optimisation step, as numbers; none where it was skipped.
@@ -269,20 +263,15 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
                 self._whole.losses(imgs, pids),
                 lambda: where + pictures_of(data.get("impath"), imgs),
             )
-        if summary is None:
-            return {}
         if self._epoch is not None:
             self._epoch.add(summary)
-        return summary
+        return summary or {}
 
     def _loss(
         self, model: nn.Module, imgs: Tensor, pids: Tensor, balance: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss of a part of a batch, and its terms, as :class:`WholeBatch` asks."""
-        autocast = torch.autocast(
-            self._device.type, dtype=self.autocast, enabled=self.autocast is not None
-        )
-        with autocast:
+        with torch.autocast(self._device.type, self.autocast, self.autocast is not None):
             output = model(
                 imgs,
                 pids,
@@ -302,24 +291,16 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         terms["acc"] = torchreid.metrics.accuracy(output.logits, pids)[0][0]
         return loss, terms
 
-    def two_stepped_transfer_learning(self, *args: Any, **kwargs: Any) -> None:
-        """Opens layers as torchreid does, of the CASN in whatever wrapper the model is."""
-        super().two_stepped_transfer_learning(*args, **{"model": self.casn, **kwargs})
-
     def test(self, *args: Any, **kwargs: Any) -> float:
         """Returns the rank-1 of the fused ranking on the last target data set.
 
         Evaluation leaves the random state as found, so how often it is done changes no training.
         """
-        self.results = {}
-        self.ranked = {}
+        self.results, self.ranked = {}, {}
         folder = shared_folder(self.ranking.gallery_dir, self.processes)
         with preserved_random_state(), self.processes.one_voice(), folder as self._folder:
             self._check_data(None)
-            try:
-                return float(super().test(*args, **kwargs))
-            finally:
-                self._folder = None
+            return float(super().test(*args, **kwargs))
 
     @torch.no_grad()
     def _evaluate(
@@ -410,11 +391,8 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         )
 
     def _check_data(self, train: Any) -> None:
-        """Lets process 0 look for what would fail after hours; where it finds that, all fail."""
         tests = {name: self._test_data(name) for name in self.test_loader}
-        with self.processes.together():
-            if self.processes.leads:
-                self._checked.check(train, tests, self.ranking.counting)
+        self._checked.check(train, tests, self.ranking.counting, self.processes)
 
     def _test_data(self, name: str) -> tuple[Any, Any]:
         """Returns the queries and the gallery of a target, as data sets."""

@@ -52,6 +52,9 @@ class WholeBatch:
         pairs: rows 2i and 2i+1 are pair i, whose attention distances are averaged.
         beside: other modules that are trained, such as a loss with parameters of its own.
 
+    Attributes:
+        model: what is trained, without these two where they are not used.
+
     Raises:
         ValueError: `accumulate` below 1.
 
@@ -82,6 +85,7 @@ class WholeBatch:
         own = DistributedDataParallel if alone else (DistributedDataParallel, nn.DataParallel)
         while isinstance(model, own):
             model = model.module
+        self.model = model
         shared = shared_statistics and not alone
         self._step = _Step(model, loss, processes if shared else Processes(), beside)
         self._parallel: DistributedDataParallel | None = None

@@ -81,6 +81,15 @@ class Interruption:
         """Lets every process know of a signal that any has got; all call it together."""
         self.signum = max(self.processes.gather(self.own or 0)) or None
 
+    def stop(self) -> None:
+        """Ends the run where all know of a signal.
+
+        Raises:
+            Interrupted: they do.
+        """
+        if self.signum is not None:
+            raise Interrupted(128 + self.signum)
+
     def _handle(self, signum: int, _: FrameType | None) -> None:
         if not self._deferred or self.own is not None:
             raise Interrupted(128 + signum)
@@ -281,7 +290,7 @@ class Epoch:
     ) -> None:
         self.loader = loader
         self.title = title
-        self.interruption = interruption
+        self.interruption = interruption or Interruption()
         self._resumed = resumed or {}
         self._terms: dict[str, tuple[float, int]] = dict(self._resumed.get("terms", {}))
         self._begun: dict[str, Any] = {"random_state": random_state()}
@@ -290,6 +299,7 @@ class Epoch:
         if isinstance(sampler, PairSampler):
             self._begun["sampler_epoch"] = sampler.epoch
             self._rows = sampler.batch_size * sampler.num_replicas
+        self._skipped: int = self._resumed.get("skipped", 0)
         if self._rows != self._resumed.get("rows", self._rows):
             raise ValueError(
                 f"the interrupted run had batches of {self._resumed['rows']} images over all its "
@@ -308,38 +318,37 @@ class Epoch:
             next(batches)
         if "random_state" in self._resumed:
             set_random_state(self._resumed["random_state"])
-        silent = self.interruption is not None and not self.interruption.processes.leads
         bar = tqdm(
             total=len(self), initial=self.done, desc=self.title, unit="batch", leave=False,
-            disable=silent or None,
+            disable=None if self.interruption.processes.leads else True,
         )  # fmt: skip
         with bar:
             while self.done < len(self):
-                self._stop_if_interrupted()
+                self.interruption.stop()
                 try:
                     batch = next(batches)
                 except StopIteration:
                     return
                 except RuntimeError:  # the signal may have ended the loader's processes too
-                    self._stop_if_interrupted()
+                    self.interruption.stop()
                     raise
                 yield batch
                 self.done += 1
                 bar.update()
 
-    def _stop_if_interrupted(self) -> None:
-        if self.interruption is not None and self.interruption.signum is not None:
-            raise Interrupted(128 + self.interruption.signum)
-
-    def add(self, summary: dict[str, float]) -> None:
-        """Takes the terms of a step into the means."""
+    def add(self, summary: dict[str, float] | None) -> None:
+        """Takes the terms of a step into the means; None: of one that was skipped."""
+        if summary is None:
+            self._skipped += 1
+            return
         for name, value in summary.items():
             total, count = self._terms.get(name, (0.0, 0))
             self._terms[name] = total + value, count + 1
 
     def means(self) -> dict[str, float]:
-        """Returns the mean of every term."""
-        return {name: total / count for name, (total, count) in self._terms.items()}
+        """Returns the mean of every term, and the number of steps "skipped" where there are any."""
+        means = {name: total / count for name, (total, count) in self._terms.items()}
+        return means | ({"skipped": self._skipped} if self._skipped else {})
 
     def interrupted_state(self) -> dict[str, Any]:
         """Returns what a checkpoint within this epoch holds in place of a finished epoch's state.
@@ -347,7 +356,7 @@ class Epoch:
         Going on from it, the epoch begins as it did, and leaves out what was done.
         """
         inner = {"batches": self.done, "terms": self._terms, "random_state": random_state()}
-        inner |= {} if self._rows is None else {"rows": self._rows}
+        inner |= {"rows": self._rows, "skipped": self._skipped}
         return {**self._begun, "interrupted": inner}
 
 

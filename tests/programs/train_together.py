@@ -242,7 +242,7 @@ if __name__ == "__main__":
     rank = int(sys.argv[3])
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2,
-        timeout=timedelta(seconds=3 if scenarios == ["hanging"] else 60),
+        timeout=timedelta(seconds=6 if scenarios == ["hanging"] else 60),
     )  # fmt: skip
     for scenario in scenarios:
         print(f"[{scenario}]")
