@@ -233,7 +233,6 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
                 raise
             finally:
                 self.train_loader = loader
-            self.processes.take_over(self.casn.buffers())  # the statistics are those of process 0
             self.history.append({"epoch": self.epoch + 1, **self._epoch.means()})
             if self._checkpoints is not None and self.keep_checkpoints:
                 self._checkpoints.save(self._state(self.epoch + 1))
@@ -300,6 +299,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         folder = shared_folder(self.ranking.gallery_dir, self.processes)
         with preserved_random_state(), self.processes.one_voice(), folder as self._folder:
             self._check_data(None)
+            self.processes.take_over(self.casn.state_dict().values())  # statistics differ
             return float(super().test(*args, **kwargs))
 
     @torch.no_grad()

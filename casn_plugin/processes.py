@@ -113,6 +113,19 @@ class Processes:
                 tensor.copy_(values)
 
     @contextmanager
+    def one_first(self) -> Iterator[None]:
+        """Lets process 0 go ahead, alone and aloud; the others follow in silence.
+
+        What is rendered, downloaded or built inside is there when they come.
+        """
+        if not self.leads:
+            self.gather(None)
+        with self.one_voice():
+            yield
+        if self.leads:
+            self.gather(None)
+
+    @contextmanager
     def one_voice(self) -> Iterator[None]:
         """Lets process 0 alone print: what the others say inside is not shown."""
         if self.leads:

@@ -145,10 +145,13 @@ def test_a_killed_process_ends_the_job(folder):
 
 def test_a_process_that_hangs_ends_the_job_after_the_timeout(folder):
     """Without torchrun, which would end the one that hangs half a minute later."""
+    for left in folder.glob("here-*"):
+        left.unlink()
+    (folder / "meet").unlink(missing_ok=True)
     processes = [start("train_together", folder, "hanging", rank) for rank in range(2)]
     try:
         _, said = processes[0].communicate(timeout=60)
-        assert processes[0].returncode != 0 and "Timed out waiting 6000ms" in said
+        assert processes[0].returncode != 0 and "Timed out waiting 8000ms" in said
         assert processes[1].poll() is None
     finally:
         for process in processes:

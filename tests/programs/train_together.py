@@ -240,9 +240,12 @@ if __name__ == "__main__":
                 globals()[scenario](folder, scenario)
         raise SystemExit
     rank = int(sys.argv[3])
+    Path(folder, f"here-{rank}").touch()  # a short timeout is not spent on imports
+    while not Path(folder, f"here-{1 - rank}").exists():
+        time.sleep(0.05)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2,
-        timeout=timedelta(seconds=6 if scenarios == ["hanging"] else 60),
+        timeout=timedelta(seconds=8 if scenarios == ["hanging"] else 60),
     )  # fmt: skip
     for scenario in scenarios:
         print(f"[{scenario}]")
