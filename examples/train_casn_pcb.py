@@ -114,9 +114,9 @@ def build_backbone(args: argparse.Namespace, num_classes: int) -> nn.Module:
     try:
         backbone = torchreid.models.build_model(name, num_classes, "softmax", download, gpu)
     except Exception as error:  # an unknown name; or each model fails to download in its own way
-        raise SystemExit(f"--backbone {name}: {error}. Weights that can't be downloaded are named: "
-                         "--weights FILE (for pcb_p6 https://download.pytorch.org/models/resnet50-"
-                         "19c8e357.pth); or train with --weights none.") from error  # fmt: skip
+        raise SystemExit(f"--backbone {name}: {error}. If weights could not be downloaded, name "
+                         "them, --weights FILE (of https://download.pytorch.org/models/resnet50-19c"
+                         "8e357.pth for pcb_p6), or use --weights none.") from error  # fmt: skip
     if args.backbone == "ide":  # Section 3.1.1: two fully connected layers
         layers = nn.Linear(2048, 512), nn.ReLU(), nn.Linear(512, num_classes)
         backbone.classifier = nn.Sequential(*layers)

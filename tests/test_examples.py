@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import EXAMPLES, SCRIPT
+from conftest import EXAMPLES, PROGRAMS, SCRIPT
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
@@ -187,10 +187,32 @@ def test_a_loop_of_ones_own_learns_by_all_three_losses():
     assert "torchreid" not in re.findall(r"^(?:import|from) (\w+)", script.read_text(), re.M)
 
 
+def test_a_lightning_module_learns_by_all_three_losses(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    main = importlib.import_module("lightning_module").main
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    first, last = (main(max_epochs=epochs, **quiet).logged_metrics for epochs in (1, 10))
+    assert last["loss_ide"] < 0.7 * first["loss_ide"] and last["loss_sa"] < first["loss_sa"]
+    assert last["loss_ia"] < 1 and last["pair_acc"] > 60
+
+
+def test_two_processes_of_lightning_train_on_shares_of_pairs(tmp_path):
+    program = PROGRAMS / "lightning_together.py"
+    command = [sys.executable, str(program), str(EXAMPLES), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"process{rank}.pt") for rank in range(2))
+    for name, value in first["weights"].items():
+        assert torch.equal(value, second["weights"][name]), name
+    assert len(first["rows"]) == len(second["rows"]) == 32  # of 64
+    assert set(first["rows"]) | set(second["rows"]) == set(range(64))
+
+
 def test_the_examples_are_short_and_the_main_one_stands_alone():
     lines = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
     assert lines["train_casn_pcb.py"] <= 190 and lines["own_loop.py"] <= 50
+    assert lines["lightning_module.py"] <= 75
     neighbours = {path.stem for path in EXAMPLES.rglob("*.py")}
-    for name in ("train_casn_pcb.py", "own_loop.py"):
+    for name in ("train_casn_pcb.py", "own_loop.py", "lightning_module.py"):
         text = (EXAMPLES / name).read_text()
         assert not neighbours & set(re.findall(r"^(?:import|from) (\w+)", text, re.M))
