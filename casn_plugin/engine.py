@@ -267,7 +267,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         return summary or {}
 
     def _loss(
-        self, model: nn.Module, imgs: Tensor, pids: Tensor, balance: Tensor | None
+        self, model: nn.Module, imgs: Tensor, pids: Tensor, *, balance: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss of a part of a batch, and its terms, as :class:`WholeBatch` asks."""
         with torch.autocast(self._device.type, self.autocast, self.autocast is not None):

@@ -26,9 +26,10 @@ from casn_plugin.ranking import Compute, GalleryIndex
 from casn_plugin.ranking.filling import share
 from casn_plugin.retrieval import LabelledEncodings
 
-Loss = Callable[[nn.Module, Tensor, Tensor, Tensor | None], tuple[Tensor, dict[str, Tensor]]]
-"""Gives the loss of a model, images and pids, and its terms without a graph, as means over what
-they are given; attention distances are multiplied by the last, where there is one."""
+Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+"""Gives the loss of a model, of images, pids and what else is known of them, and its terms without
+a graph: means over the images it is given. Attention distances are multiplied by its keyword
+`balance`, where that is no None."""
 
 
 class WholeBatch:
@@ -59,7 +60,7 @@ class WholeBatch:
         ValueError: `accumulate` below 1.
 
     Example:
-        >>> def loss(model, imgs, pids, balance):
+        >>> def loss(model, imgs, pids, *, balance):
         ...     value = model(imgs).square().mean()
         ...     return value, {"loss": value.detach()}
         >>> whole = WholeBatch(nn.Linear(2, 1), loss, Processes(), accumulate=2, pairs=False)
@@ -91,7 +92,9 @@ class WholeBatch:
         self._parallel: DistributedDataParallel | None = None
         self._trained: list[int] = []
 
-    def losses(self, imgs: Tensor, pids: Tensor) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    def losses(
+        self, imgs: Tensor, pids: Tensor, *more: Sequence[Any] | None
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Yields loss and terms of each part, weighted: the sums over parts count.
 
         Each is to be differentiated before the next one is asked for. Terms are shares of the
@@ -100,13 +103,14 @@ class WholeBatch:
         Args:
             imgs: of this process.
             pids: their identities.
+            *more: what else the loss is given of each image, such as cameras, or None.
 
         Raises:
             ValueError: fewer pairs than parts.
         """
         count = self.processes.count
         if count == self.accumulate == 1:
-            yield self._step(imgs, pids, None)
+            yield self._step(imgs, pids, *more, balance=None)
             return
         ends = self._ends(len(imgs))
         parts = list(zip([0, *ends], ends, strict=False))
@@ -122,7 +126,8 @@ class WholeBatch:
             with ExitStack() as stack:
                 if isinstance(step, DistributedDataParallel) and number + 1 < len(parts):
                     stack.enter_context(step.no_sync())
-                loss, terms = step(imgs[start:end], pids[start:end], balance)
+                part = [None if each is None else each[start:end] for each in (imgs, pids, *more)]
+                loss, terms = step(*part, balance=balance)
                 weight = rows[number]
                 yield loss * weight * count, {name: each * weight for name, each in terms.items()}
 
@@ -160,11 +165,11 @@ class _Step(nn.Module):
         self._shared = shared
 
     def forward(
-        self, imgs: Tensor, pids: Tensor, balance: Tensor | None
+        self, *batch: Sequence[Any] | None, balance: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss and its terms."""
         with shared_batchnorm(self._shared):
-            return self._loss(self.model, imgs, pids, balance)
+            return self._loss(self.model, *batch, balance=balance)
 
 
 def with_random_states(state: dict[str, Any], processes: Processes) -> dict[str, Any]:

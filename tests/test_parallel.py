@@ -179,13 +179,15 @@ def test_torchrun_hands_its_signal_on_and_all_stop_after_one_step(folder):
 def test_parts_are_of_whole_pairs_and_of_a_size():
     seen = []
 
-    def loss(model, imgs, pids, balance):
+    def loss(model, imgs, pids, names, nothing, *, balance):
         seen.append(len(imgs))
+        assert nothing is None and names == [f"{pid}" for pid in pids.tolist()]
         return imgs.mean(), {"rows": imgs.new_tensor(float(len(imgs)))}
 
     imgs, pids = torch.rand(14, 3, requires_grad=True), torch.arange(14) // 2
     whole = WholeBatch(nn.Identity(), loss, Processes(), accumulate=3)
-    losses = list(whole.losses(imgs, pids))
+    names = [f"{pid}" for pid in pids.tolist()]
+    losses = list(whole.losses(imgs, pids, names, None))
     assert seen == [4, 4, 6]
     torch.testing.assert_close(sum(loss for loss, _ in losses), imgs.mean())
     with pytest.raises(ValueError, match=r"batch of 4 images has 2 pairs, .* accumulate=3 parts"):
