@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from casn_plugin.doors import check_count, check_kind
 from casn_plugin.files import TEMPORARY, replacing
+from casn_plugin.processes import Processes
 from casn_plugin.sampler import PairSampler
 
 _INTERRUPTED = "model-interrupted.pth.tar"
@@ -56,6 +57,8 @@ class Checkpoints:
     Args:
         folder: made when the first one is saved.
         keep: so many of the last epochs are kept, >= 1.
+        processes: that all call the same methods: process 0 writes, the others wait for it, and
+            fail with a RuntimeError where it does.
 
     Attributes:
         last: the checkpoint that this object has saved last, if any.
@@ -73,10 +76,16 @@ class Checkpoints:
         (['model.pth.tar-2', 'model.pth.tar-3'], 'model.pth.tar-3')
     """
 
-    def __init__(self, folder: str | os.PathLike[str], keep: int = 3) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        keep: int = 3,
+        processes: Processes | None = None,
+    ) -> None:
         check_count("keep", keep)
         self.folder = Path(folder)
         self.keep = keep
+        self.processes = processes or Processes()
         self.last: Path | None = None
         self._saved: list[Path] = []
 
@@ -93,15 +102,18 @@ class Checkpoints:
             OSError: as :func:`save_checkpoint`.
         """
         epoch = check_count("epoch of the state", check_kind("state", state, dict).get("epoch"), 0)
-        path = save_checkpoint(state, self.folder / f"model.pth.tar-{epoch}")
-        if is_best:
-            with replacing(self.folder / "model-best.pth.tar") as file:
-                shutil.copyfile(path, file)
+        path = self.folder / f"model.pth.tar-{epoch}"
         self._saved = [*(each for each in self._saved if each != path), path]
-        for old in self._saved[: -self.keep]:
-            old.unlink(missing_ok=True)
+        with self.processes.together():
+            if self.processes.leads:
+                save_checkpoint(state, path)
+                if is_best:
+                    with replacing(self.folder / "model-best.pth.tar") as file:
+                        shutil.copyfile(path, file)
+                for old in self._saved[: -self.keep]:
+                    old.unlink(missing_ok=True)
+                (self.folder / _INTERRUPTED).unlink(missing_ok=True)
         self._saved, self.last = self._saved[-self.keep :], path
-        (self.folder / _INTERRUPTED).unlink(missing_ok=True)
         return path
 
     def save_interrupted(self, state: dict[str, Any]) -> Path:
@@ -112,8 +124,12 @@ class Checkpoints:
         Raises:
             OSError: as :func:`save_checkpoint`.
         """
-        self.last = save_checkpoint(state, self.folder / _INTERRUPTED)
-        return self.last
+        path = self.folder / _INTERRUPTED
+        with self.processes.together():
+            if self.processes.leads:
+                save_checkpoint(state, path)
+        self.last = path
+        return path
 
     def newest(self) -> Path:
         """Returns the checkpoint in the folder that was written last and is whole.
@@ -133,11 +149,30 @@ class Checkpoints:
     def locked(self) -> Iterator[None]:
         """Keeps every other run out of the folder, and deletes what a killed one left half-written.
 
+        After an exception it is said which checkpoint to go on from.
+
         Raises:
             RuntimeError: another run is in it.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / ".run.lock")
+        try:
+            with self.processes.together():
+                if self.processes.leads:
+                    self._enter(lock)
+            yield
+        except BaseException:
+            if self.last is not None:
+                print(
+                    f'The last checkpoint is "{self.last}": go on with '
+                    "engine.run(start_epoch=engine.resume(...), ...)"
+                )
+            raise
+        finally:
+            lock.release()
+
+    def _enter(self, lock: FileLock) -> None:
+        """Takes the folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(blocking=False)
         except Timeout:
@@ -145,13 +180,9 @@ class Checkpoints:
                 f"another run writes its checkpoints to {self.folder}: give this one another "
                 "save_dir, or wait for the other to end"
             ) from None
-        try:
-            for left in self.folder.glob("*.tmp"):  # of a run that was killed: nobody else is here
-                if re.fullmatch(TEMPORARY, left.name):
-                    left.unlink(missing_ok=True)
-            yield
-        finally:
-            lock.release()
+        for left in self.folder.glob("*.tmp"):  # of a run that was killed: nobody else is here
+            if re.fullmatch(TEMPORARY, left.name):
+                left.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

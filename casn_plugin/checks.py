@@ -1,16 +1,18 @@
 """What would fail after hours, found before the first step: data, labels, optimizer, test sets."""
 
+import os
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from casn_plugin.doors import check_kind
 from casn_plugin.identities import check_labels, have_match
 from casn_plugin.loading import check_pictures
 from casn_plugin.model import CASN
+from casn_plugin.processes import Processes, started
 from casn_plugin.sampler import PairSampler
 
 
@@ -51,21 +53,51 @@ def check_datamanager(datamanager: Any, *, pairs: bool) -> None:
         check_labels("pids of the training images", labels, datamanager.num_train_pids)
 
 
-def check_processes() -> None:
-    """Finds out whether this process trains alone.
+def check_processes(processes: Processes, datamanager: Any) -> None:
+    """Finds out whether each of the processes that train draws its own share of the same data.
+
+    Args:
+        processes: that train together; all call this.
+        datamanager: whose train loader is looked at.
 
     Raises:
-        RuntimeError: it is one of several, which would all train on the same pairs.
+        RuntimeError: processes that ``torchrun`` has started, but that have not joined; a sampler
+            that draws for another number of them, or as another one; or not the same data, pairs
+            and batches in each.
 
     Example:
-        >>> check_processes()
+        >>> from types import SimpleNamespace
+        >>> check_processes(Processes(), SimpleNamespace(train_loader=[]))
     """
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    loader = datamanager.train_loader
+    if processes.count == 1 and started() > 1:
         raise RuntimeError(
-            f"expected one process that trains, got {dist.get_world_size()}: all would train on "
-            "the same pairs and write the same files; for several GPUs wrap the model in "
-            "nn.DataParallel"
+            f"torchrun has started {started()} processes, which all would train on the same "
+            "pairs: join them first, with casn_plugin.processes.launched(), before the sampler "
+            "and the engine are made"
         )
+    sampler = getattr(loader, "sampler", None)
+    drawn = getattr(sampler, "num_replicas", 1), getattr(sampler, "rank", 0)
+    wrong = drawn != (processes.count, processes.rank)
+    rows = getattr(getattr(loader, "dataset", None), "train", [])
+    data = repr([(os.path.basename(str(row[0])), *row[1:3]) for row in rows])
+    order = [getattr(sampler, name, None) for name in ("seed", "epoch", "positive_fraction")]
+    batches = getattr(loader, "batch_size", None), len(loader)
+    told = processes.gather((wrong, zlib.crc32(data.encode()), order, batches))
+    if any(each[0] for each in told):
+        raise RuntimeError(
+            f"expected a sampler that draws a share for each of {processes.count} processes, got "
+            f"{type(sampler).__name__}, which draws for {drawn[0]}, as process {drawn[1]} from 0: "
+            "all processes would train on the same pictures; PairSampler, made once they are "
+            "joined, draws shares"
+        )
+    for rank, each in enumerate(told):
+        if each != told[0]:
+            raise RuntimeError(
+                "expected the same data, seed and batches in all processes, got (checksum of the "
+                f"data, seed and epoch, batches) {told[0][1:]} in process 0 and {each[1:]} in "
+                f"process {rank}"
+            )
 
 
 def check_optimizer(
@@ -152,7 +184,11 @@ class CheckedData:
         self._paths: set[str] = set()
 
     def check(
-        self, train: Any, tests: Mapping[str, tuple[Any, Any]], counting: Mapping[str, Any]
+        self,
+        train: Any,
+        tests: Mapping[str, tuple[Any, Any]],
+        counting: Mapping[str, Any],
+        processes: Processes | None = None,
     ) -> None:
         """Finds before the first step what would fail after the last.
 
@@ -160,11 +196,21 @@ class CheckedData:
             train: the training data set, whose `train` lists (path, pid, camid); or None.
             tests: data sets of the queries and of the gallery of each test set.
             counting: what counts as a match: see :func:`check_test_set`.
+            processes: that all call this: process 0 looks, and where it finds something, all fail.
 
         Raises:
             TypeError: identities or cameras that are no integers.
             ValueError: pictures that can't be read, or queries without a match.
+            RuntimeError: process 0 has found something.
         """
+        processes = processes or Processes()
+        with processes.together():
+            if processes.leads:
+                self._check(train, tests, counting)
+
+    def _check(
+        self, train: Any, tests: Mapping[str, tuple[Any, Any]], counting: Mapping[str, Any]
+    ) -> None:
         rows = list(getattr(train, "train", []))
         for parts in tests.values():
             rows += [row for part in parts for row in getattr(part, "data", [])]

@@ -9,18 +9,14 @@ import inspect
 import math
 import os
 import os.path as osp
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torchreid
-from torch import nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+from torch import Tensor, nn
 
 from casn_plugin.checkpoint import (
     Checkpoints,
@@ -32,13 +28,23 @@ from casn_plugin.checks import CheckedData, check_datamanager, check_optimizer, 
 from casn_plugin.doors import check_count, check_kind, check_settings, check_weight
 from casn_plugin.evaluation import RankedLists
 from casn_plugin.explanation import AttentionBoard, ExplainedRankings, log_results
-from casn_plugin.loading import Preprocessing, encode_loader
+from casn_plugin.loading import Preprocessing
 from casn_plugin.losses import IdentificationAttentionLoss
 from casn_plugin.model import as_casn
 from casn_plugin.objective import MetricOptions, loss_terms
+from casn_plugin.parallel import (
+    WholeBatch,
+    encode_together,
+    ranked_by,
+    shared_folder,
+    silent_writer,
+    with_own_random_state,
+    with_random_states,
+)
 from casn_plugin.pedestrians import load_pedestrians
-from casn_plugin.ranking import GalleryIndex, RankingOptions
-from casn_plugin.retrieval import FeatureMetric, LabelledEncodings, retrieve, side_by_side
+from casn_plugin.processes import Processes
+from casn_plugin.ranking import RankingOptions
+from casn_plugin.retrieval import FeatureMetric, retrieve, side_by_side
 from casn_plugin.siamese import SiameseAttentionLoss
 from casn_plugin.training import Epoch, FiniteSteps, Interrupted, Interruption, pictures_of
 
@@ -55,10 +61,14 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
     TensorBoard, the CMC and mAP of the features alone, the attention alone and both fused, and the
     AUC of the pair classifier; what counts (the returned rank-1, visrank, rerank) is the fused one.
 
+    In several processes (:func:`casn_plugin.processes.launched`) each trains, encodes and ranks
+    its share, process 0 writes and prints, and all call the same methods.
+
     Args:
         datamanager: a ``torchreid.data.ImageDataManager`` whose train loader draws pairs: see
             :meth:`casn_plugin.PairSampler.install`; or any, where `siamese` chooses them.
-        model: a :class:`casn_plugin.CASN`, or one in ``nn.DataParallel``.
+        model: a :class:`casn_plugin.CASN`, or one in ``nn.DataParallel``. In several processes
+            the engine puts it into a DistributedDataParallel of its own.
         optimizer: made from the wrapped model, so that it holds the pair classifier too.
         scheduler: stepped once an epoch; None keeps the learning rate.
         use_gpu: use CUDA where there is one. The model is the caller's to move.
@@ -76,6 +86,9 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             Data sets that list no images in `.data`, as torchreid's do: none, and a warning.
         keep_checkpoints: so many of the last epochs' checkpoints are kept by :meth:`run`, beside
             the best; 0: none but torchreid's own, after an evaluation.
+        accumulate: each batch goes through the network in so many parts, and one step is taken
+            for all: the memory of a part is enough.
+        sync_batchnorm: BatchNorm normalises by the images of all processes.
 
     Attributes:
         results: of the last evaluation: data set, then "features", "attention" and "fused", each
@@ -92,9 +105,11 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         ValueError: a train loader that draws no pairs although λ2 > 0, or draws several views of
             an image; identities that are no classes; weights that are negative or not finite;
             negative numbers; an optimizer that lacks parameters of the model.
+        RuntimeError: processes that do not each draw a share of the same data.
     """
 
     train_loader: Any
+    writer: Any
 
     # the first six arguments are torchreid's, the others the terms of Eq. 6 and how they are run
     def __init__(
@@ -115,6 +130,8 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         autocast: torch.dtype | None = None,
         logged_pairs: int = 4,
         keep_checkpoints: int = 3,
+        accumulate: int = 1,
+        sync_batchnorm: bool = False,
     ) -> None:
         casn = as_casn(model)
         check_weight("lambda_ia", lambda_ia)
@@ -123,6 +140,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         check_count("keep_checkpoints", keep_checkpoints, least=0)
         if autocast not in (None, torch.float16, torch.bfloat16):
             raise TypeError(f"autocast must be torch.float16 or torch.bfloat16, got {autocast}")
+        self.processes = Processes.found()
         identification = check_settings(
             "identification", identification, IdentificationAttentionLoss
         )
@@ -131,8 +149,14 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         metric = check_kind("metric", metric, MetricOptions).with_triplets(
             torchreid.losses.TripletLoss
         )
-        check_datamanager(datamanager, pairs=bool(lambda_sa) and siamese.pairs == "rows")
+        by_rows = bool(lambda_sa) and siamese.pairs == "rows"
+        check_datamanager(datamanager, pairs=by_rows)
         check_optimizer(casn, optimizer, pairs=bool(lambda_sa), beside=metric.modules)
+        self._whole = WholeBatch(
+            model, self._loss, self.processes, accumulate=accumulate,
+            shared_statistics=sync_batchnorm, pairs=by_rows, beside=[metric.modules],
+        )  # fmt: skip
+        model = self._whole.model
         super().__init__(datamanager, model, optimizer, scheduler, use_gpu, label_smooth)
         self.casn = casn
         self.lambda_ia = lambda_ia
@@ -143,9 +167,8 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         self._beside = metric.modules.to(self._device)
         self.ranking = check_settings("ranking", ranking, RankingOptions)
         self.autocast = autocast
-        self.scaler = torch.amp.GradScaler(
-            self._device.type, enabled=autocast == torch.float16 and self.use_gpu
-        )
+        scaled = autocast == torch.float16 and self.use_gpu
+        self.scaler = torch.amp.GradScaler(self._device.type, enabled=scaled)
         self.keep_checkpoints = keep_checkpoints
         self.results: dict[str, dict[str, Any]] = {}
         self.ranked: dict[str, RankedLists] = {}
@@ -153,12 +176,12 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         self.best = -math.inf
         self.batch_idx = 0  # torchreid's, once it trains
         self._epoch: Epoch | None = None
-        self._steps = FiniteSteps(casn, optimizer, self.scaler)
+        self._interruption = Interruption(self.processes)
+        self._steps = FiniteSteps(casn, optimizer, self.scaler, interruption=self._interruption)
         self._folder: str | None = None
         self.logged_pairs = logged_pairs
         self._board: AttentionBoard | None = None
         self._checkpoints: Checkpoints | None = None
-        self._interruption = Interruption()
         self._resumed: dict[str, Any] = {}
         self._checked = CheckedData()
 
@@ -179,7 +202,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         kept. SIGINT and SIGTERM finish the step, write a checkpoint, and end the run.
 
         Raises:
-            RuntimeError: another run has the same `save_dir`, or this process is one of several.
+            RuntimeError: another run has the same `save_dir`; or another process has failed.
             ValueError: queries without a match, pictures that can't be read, or what torchreid
                 rejects.
             DivergedError: several steps in a row whose losses or gradients were not finite.
@@ -193,20 +216,13 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             return
         if not options["ranks"] or min(options["ranks"]) < 1:
             raise ValueError(f"ranks must be at least 1, got {options['ranks']}")
-        check_processes()
-        self._checked.check(self.train_loader.dataset, self._test_sets(), self.ranking.counting)
-        keep = max(self.keep_checkpoints, 1)
-        self._checkpoints = Checkpoints(osp.join(options["save_dir"], "model"), keep)
+        check_processes(self.processes, self.datamanager)
+        self._check_data(self.train_loader.dataset)
+        self._checkpoints = self._checkpoints_in(options["save_dir"])
+        self.writer = self.writer if self.processes.leads else silent_writer()
         try:
-            with self._checkpoints.locked(), self._interruption:
+            with self.processes.one_voice(), self._checkpoints.locked(), self._interruption:
                 super().run(*args, **kwargs)
-        except BaseException:
-            if self._checkpoints.last is not None:
-                print(
-                    f'The last checkpoint is "{self._checkpoints.last}": go on with '
-                    "engine.run(start_epoch=engine.resume(...), ...)"
-                )
-            raise
         finally:
             self._checkpoints = None
 
@@ -217,36 +233,32 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         open_layers: str | Sequence[str] | None = None,
     ) -> None:
         """Trains one epoch, with a progress bar on a terminal, and saves its checkpoint."""
-        loader, skipped = self.train_loader, len(self._steps.skipped)
-        resumed, self._resumed = self._resumed, {}
+        loader, resumed, self._resumed = self.train_loader, self._resumed, {}
         title = f"Epoch {self.epoch + 1}/{self.max_epoch}"
         self._epoch = Epoch(loader, title, interruption=self._interruption, resumed=resumed)
         self.train_loader = self._epoch
-        try:
-            with self._interruption.deferred():
+        with self._interruption.deferred():
+            try:
                 super().train(print_freq, fixbase_epoch, open_layers)
-        except Interrupted:
-            if self._checkpoints is not None:
-                state = {**self._state(self.epoch), **self._epoch.interrupted_state()}
-                self._checkpoints.save_interrupted(state)
-            raise
-        finally:
-            self.train_loader = loader
-        means = self._epoch.means()
-        if len(self._steps.skipped) > skipped:
-            means["skipped"] = len(self._steps.skipped) - skipped
-        self.history.append({"epoch": self.epoch + 1, **means})
-        if self._checkpoints is not None and self.keep_checkpoints:
-            self._checkpoints.save(self._state(self.epoch + 1))
-        if self._interruption.signum is not None:  # it came in the last step
-            raise Interrupted(128 + self._interruption.signum)
-        if self.writer is not None and self.logged_pairs:
+            except Interrupted:
+                if self._checkpoints is not None and self._interruption.signum is not None:
+                    state = self._state(self.epoch, **self._epoch.interrupted_state())
+                    self._checkpoints.save_interrupted(state)
+                raise
+            finally:
+                self.train_loader = loader
+            self.history.append({"epoch": self.epoch + 1, **self._epoch.means()})
+            if self._checkpoints is not None and self.keep_checkpoints:
+                self._checkpoints.save(self._state(self.epoch + 1))
+            self._interruption.agree()
+        self._interruption.stop()  # it came in the last step, or since
+        if self.writer is not None and self.logged_pairs and self.processes.leads:
             name = next(iter(self.test_loader))
             self._board = self._board or AttentionBoard(
                 name, *self._test_data(name), self.logged_pairs
             )
-            preprocessing = Preprocessing.of(self.datamanager)
-            self._board.log(self.writer, self.casn, preprocessing, self.epoch + 1)
+            shown_as = Preprocessing.of(self.datamanager)
+            self._board.log(self.writer, self.casn, shown_as, self.epoch + 1)
 
     def forward_backward(self, data: dict[str, Any]) -> dict[str, float]:
         """Returns the loss terms of one optimisation step, as numbers; none where it was skipped.
@@ -258,48 +270,52 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         """
         imgs, pids = self.parse_data_for_train(data)
         imgs, pids = imgs.to(self._device), pids.to(self._device)
-        autocast = torch.autocast(
-            self._device.type, dtype=self.autocast, enabled=self.autocast is not None
-        )
+        where = f"epoch {self.epoch + 1}, step {self.batch_idx + 1}, "
         with self._steps.watched():
-            with autocast:
-                output = self.model(
-                    imgs, pids, self.identification if self.lambda_ia else None,
-                    self.siamese if self.lambda_sa else None, data.get("camid"),
-                )  # fmt: skip
-                identify = partial(self.compute_loss, self.criterion, output.logits, pids)
-                loss, terms = loss_terms(
-                    output, pids, identify() if self.metric.weight_x else None, metric=self.metric,
-                    lambda_ia=self.lambda_ia, lambda_sa=self.lambda_sa, siamese=self.siamese,
-                )  # fmt: skip
-            terms["acc"] = torchreid.metrics.accuracy(output.logits, pids)[0][0]
-            where = f"epoch {self.epoch + 1}, step {self.batch_idx + 1}, "
             summary = self._steps.take(
-                loss, terms, lambda: where + pictures_of(data.get("impath"), imgs)
+                self._whole.losses(imgs, pids, data.get("camid")),
+                lambda: where + pictures_of(data.get("impath"), imgs),
             )
-        if summary is None:
-            return {}
         if self._epoch is not None:
             self._epoch.add(summary)
-        return summary
+        return summary or {}
+
+    def _loss(
+        self,
+        model: nn.Module,
+        imgs: Tensor,
+        pids: Tensor,
+        camids: Any = None,
+        *,
+        balance: Tensor | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss of a part of a batch, and its terms, as :class:`WholeBatch` asks."""
+        with torch.autocast(self._device.type, self.autocast, self.autocast is not None):
+            output = model(
+                imgs, pids, self.identification if self.lambda_ia else None,
+                self.siamese if self.lambda_sa else None, camids,
+            )  # fmt: skip
+            if balance is not None:
+                output = output._replace(distances=output.distances * balance)
+            identify = partial(self.compute_loss, self.criterion, output.logits, pids)
+            loss, terms = loss_terms(
+                output, pids, identify() if self.metric.weight_x else None, metric=self.metric,
+                lambda_ia=self.lambda_ia, lambda_sa=self.lambda_sa, siamese=self.siamese,
+            )  # fmt: skip
+        terms["acc"] = torchreid.metrics.accuracy(output.logits, pids)[0][0]
+        return loss, terms
 
     def test(self, *args: Any, **kwargs: Any) -> float:
         """Returns the rank-1 of the fused ranking on the last target data set.
 
         Evaluation leaves the random state as found, so how often it is done changes no training.
         """
-        self.results = {}
-        self.ranked = {}
-        folder: Any = contextlib.nullcontext()
-        if self.ranking.gallery_dir is not None:
-            Path(self.ranking.gallery_dir).mkdir(parents=True, exist_ok=True)
-            folder = tempfile.TemporaryDirectory(dir=self.ranking.gallery_dir)
-        with preserved_random_state(), folder as self._folder:
-            self._checked.check(None, self._test_sets(), self.ranking.counting)
-            try:
-                return float(super().test(*args, **kwargs))
-            finally:
-                self._folder = None
+        self.results, self.ranked = {}, {}
+        folder = shared_folder(self.ranking.gallery_dir, self.processes)
+        with preserved_random_state(), self.processes.one_voice(), folder as self._folder:
+            self._check_data(None)
+            self.processes.take_over(self.casn.state_dict().values())  # statistics differ
+            return float(super().test(*args, **kwargs))
 
     @torch.no_grad()
     def _evaluate(
@@ -317,8 +333,11 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         rerank: bool = False,
     ) -> tuple[float, float]:
         """Returns rank-1 and mAP of the fused ranking, as shares."""
-        query = self._encode(query_loader, "query")
-        gallery = self._encode(gallery_loader, "gallery", self._folder)
+        encoded = partial(
+            encode_together, self.casn, processes=self.processes, parse=self.parse_data_for_eval
+        )
+        query = encoded(query_loader, "query")
+        gallery = encoded(gallery_loader, "gallery", folder=self._folder)
         print(f"Computing distance matrices with metric={dist_metric} ...")
         if rerank:
             print("Applying person re-ranking ...")
@@ -327,7 +346,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             self.model,
             query,
             gallery,
-            options=replace(self.ranking, compute=replace(self.ranking.compute, progress=True)),
+            options=replace(self.ranking, compute=ranked_by(self.ranking.compute, self.processes)),
             row_threshold=self.siamese.row_threshold,
             metric=FeatureMetric(distances, normalize_feature, dist_metric == "euclidean"),
             rerank=torchreid.utils.re_ranking if rerank else None,
@@ -345,7 +364,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         print(side_by_side(results, ranks))
         if self.writer is not None:
             log_results(self.writer, dataset_name, results, self.epoch)
-        if visrank:
+        if visrank and self.processes.leads:
             torchreid.utils.visualize_ranked_results(
                 found.distmats["fused"].numpy(),
                 self.datamanager.fetch_test_loaders(dataset_name),
@@ -356,21 +375,6 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
                 topk=visrank_topk,
             )
         return results["fused"]["cmc"][0], results["fused"]["mAP"]
-
-    def _encode(
-        self, loader: DataLoader[Any], name: str, folder: str | None = None
-    ) -> LabelledEncodings:
-        """Returns the encodings of a loader's images: on the CPU, or in a folder."""
-        if folder is not None:
-            index = GalleryIndex.create(tempfile.mkdtemp(dir=folder), self.casn)
-            index.extend(self.casn, loader, progress=True)
-            print(f"Done, encoded {len(index)} {name} images to {index.folder}")
-            return LabelledEncodings(index, index.pids, index.camids)
-        batches = tqdm(loader, desc=f"Encoding {name}", leave=False, disable=None)
-        found = encode_loader(self.casn, map(self.parse_data_for_eval, batches))
-        rows, dim = found.encoding.features.shape
-        print(f"Done, encoded {rows} {name} images, {dim} features each")
-        return LabelledEncodings(*found)
 
     def explain(self, dataset_name: str | None = None, *, topk: int = 5) -> ExplainedRankings:
         """Returns the ranked lists of the last evaluation, each explained when it is asked for.
@@ -401,8 +405,9 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             row_threshold=self.siamese.row_threshold,
         )
 
-    def _test_sets(self) -> dict[str, tuple[Any, Any]]:
-        return {name: self._test_data(name) for name in self.test_loader}
+    def _check_data(self, train: Any) -> None:
+        tests = {name: self._test_data(name) for name in self.test_loader}
+        self._checked.check(train, tests, self.ranking.counting, self.processes)
 
     def _test_data(self, name: str) -> tuple[Any, Any]:
         """Returns the queries and the gallery of a target, as data sets."""
@@ -412,9 +417,13 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
     def save_model(self, epoch: int, rank1: float, save_dir: str, is_best: bool = False) -> None:
         """Saves the checkpoint of an epoch again, with its rank-1, once it was evaluated."""
         is_best, self.best = is_best or rank1 > self.best, max(self.best, rank1)
-        checkpoints = self._checkpoints or Checkpoints(osp.join(save_dir, "model"))
+        checkpoints = self._checkpoints or self._checkpoints_in(save_dir)
         state = {**self._state(epoch + 1), "rank1": float(rank1)}
         print(f'Checkpoint saved to "{checkpoints.save(state, is_best=is_best)}"')
+
+    def _checkpoints_in(self, save_dir: str) -> Checkpoints:
+        keep = max(self.keep_checkpoints, 1)
+        return Checkpoints(osp.join(save_dir, "model"), keep, self.processes)
 
     def resume(self, fpath: str | os.PathLike[str]) -> int:
         """Returns the epoch to start from, having loaded a checkpoint of this engine.
@@ -429,7 +438,8 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             FileNotFoundError: no such file, or no whole checkpoint in the folder.
             ValueError: no checkpoint, or one of another engine or another model.
         """
-        path, checkpoint = checkpoint_in(fpath)
+        path, checkpoint = self.processes.first(lambda: checkpoint_in(fpath))
+        checkpoint = with_own_random_state(checkpoint, self.processes)
         self.metric.load(checkpoint.get("metric", {}))
         epoch = self._training.restore(checkpoint, path)
         self.history = list(checkpoint.get("history", []))
@@ -437,11 +447,11 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         self._resumed = checkpoint.get("interrupted", {})
         return epoch
 
-    def _state(self, epoch: int) -> dict[str, Any]:
+    def _state(self, epoch: int, **more: Any) -> dict[str, Any]:
         """Returns what a checkpoint holds after so many epochs; refuses weights that are NaN."""
         self._steps.check_weights()
         own = {"history": self.history, "best": self.best, "metric": self._beside.state_dict()}
-        return {**self._training.state(epoch), **own}
+        return with_random_states({**self._training.state(epoch), **own, **more}, self.processes)
 
 
 class EmbeddedPedestrians(torchreid.data.ImageDataset):  # type: ignore[misc]

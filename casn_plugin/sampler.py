@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from casn_plugin.doors import check_count, check_weight
 from casn_plugin.identities import UNKNOWN, Ids, as_ids, check_labels
+from casn_plugin.processes import Processes
 
 Manager = TypeVar("Manager")
 
@@ -20,19 +21,26 @@ class PairSampler(Sampler[int]):
     so an epoch is about as long as one of the plain engine. The length is exact and a multiple
     of the batch size. Each epoch has another order; all follow from the seed.
 
+    In several processes each draws its own share, of whole pairs: together they draw, batch by
+    batch, what one process would with the batches of all.
+
     Args:
         pids: identity of each image.
         camids: camera of each image; without it, or where it is unknown, all count as one.
-        batch_size: images in a batch, even.
+        batch_size: images in a batch of one process, even.
         positive_fraction: share of the pairs that show one identity, in [0, 1].
-        seed: of the sampler's own generator, >= 0.
+        seed: of the sampler's own generator, >= 0; the same in all processes.
+        num_replicas: processes that train together; by default those of ``torch.distributed``'s
+            group where there is one, else 1.
+        rank: the number of this one, from 0; by default its rank in that group.
 
     Raises:
         TypeError: pids or camids that are no integers.
         ValueError: an odd batch size, no image, an unknown identity, pids and camids of unequal
             length, a fraction outside [0, 1], a negative seed, a single identity where different
-            pairs are wanted, no identity with two images where same pairs are wanted, or
-            identities with one image where all pairs must be positive.
+            pairs are wanted, no identity with two images where same pairs are wanted,
+            identities with one image where all pairs must be positive, `num_replicas` below 1, or
+            a rank that is none of theirs.
 
     Example:
         >>> sampler = PairSampler([0, 0, 1, 1, 2, 2, 3, 3], [0, 1] * 4, batch_size=4)
@@ -48,6 +56,8 @@ class PairSampler(Sampler[int]):
         batch_size: int,
         positive_fraction: float = 0.5,
         seed: int = 0,
+        num_replicas: int | None = None,
+        rank: int | None = None,
     ) -> None:
         self.pids = as_ids("pids", pids)
         self.camids = as_ids("camids", camids, len(self.pids))
@@ -66,7 +76,14 @@ class PairSampler(Sampler[int]):
                 f"{len(self.pids)} are unknown (-1 or None)"
             )
         check_count("seed", seed, least=0, most=2**63 - 1)
+        found = Processes.found()
+        num_replicas = found.count if num_replicas is None else num_replicas
+        self.num_replicas = check_count("num_replicas", num_replicas)
+        self.rank = check_count("rank", found.rank if rank is None else rank, least=0)
+        if self.rank >= num_replicas:
+            raise ValueError(f"rank must lie in [0, {num_replicas}), got {self.rank}")
         self.batch_size = batch_size
+        self._rows = batch_size * num_replicas  # in a batch of all processes
         self.positive_fraction = positive_fraction
         self.seed = seed
         self.epoch = 0
@@ -106,7 +123,8 @@ class PairSampler(Sampler[int]):
 
         Args:
             datamanager: a ``torchreid.data.ImageDataManager``.
-            batch_size: images in a batch; by default that of the data manager's loader.
+            batch_size: images in a batch of one process; by default that of the data manager's
+                loader.
             positive_fraction: see the class.
             cross_camera: prefer positive pairs of two cameras, as the class does with camids.
             seed: see the class.
@@ -152,30 +170,31 @@ class PairSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Returns the number of images drawn in an epoch, a multiple of the batch size."""
+        """Returns the number of images that this process draws in an epoch, in whole batches."""
         return self._num_batches * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
-        """Yields the image indices of the next epoch."""
+        """Yields the image indices of the next epoch, of this process's share."""
         rng = np.random.default_rng([self.seed, self.epoch])
         self.epoch += 1
         counts = self._positives_per_batch(self._num_batches)
         positives = self._draw_positives(rng, int(counts.sum()))
         drawn = np.zeros(len(self.pids), dtype=bool)
         drawn[positives.ravel()] = True
-        num_pairs = self._num_batches * self.batch_size // 2
+        num_pairs = self._num_batches * self._rows // 2
         negatives = self._draw_negatives(rng, num_pairs - len(positives), np.flatnonzero(~drawn))
         start = np.concatenate([[0], counts.cumsum()])
         for batch in range(self._num_batches):
             same = positives[start[batch] : start[batch + 1]]
-            first = batch * self.batch_size // 2 - start[batch]
-            different = negatives[first : first + self.batch_size // 2 - len(same)]
+            first = batch * self._rows // 2 - start[batch]
+            different = negatives[first : first + self._rows // 2 - len(same)]
             pairs = rng.permuted(np.concatenate([same, different]), axis=1)
-            yield from rng.permutation(pairs).ravel().tolist()
+            own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+            yield from rng.permutation(pairs).ravel()[own].tolist()
 
     def _positives_per_batch(self, num_batches: int) -> np.ndarray:
         """Returns how many pairs of each batch show one identity: exact over the epoch."""
-        per_batch = self.positive_fraction * (self.batch_size // 2)
+        per_batch = self.positive_fraction * (self._rows // 2)
         return np.diff(np.round(np.arange(num_batches + 1) * per_batch, 6).astype(np.int64))
 
     def _count_batches(self) -> int:
@@ -190,10 +209,10 @@ class PairSampler(Sampler[int]):
                 disjoint += pairs
                 leftover += len(images) - 2 * pairs
         most = max(len(images) for images in self._images.values())
-        num_batches = -(-len(self.pids) // self.batch_size)
+        num_batches = -(-len(self.pids) // self._rows)
         while True:
             same = int(self._positives_per_batch(num_batches).sum())
-            different = num_batches * self.batch_size // 2 - same
+            different = num_batches * self._rows // 2 - same
             held = 2 * min(same, disjoint) + min(max(same - disjoint, 0), leftover)
             # a negative pair holds one image of an identity, and pairs are drawn blindly
             missing = len(self.pids) - held

@@ -3,7 +3,7 @@
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from casn_plugin.checkpoint import random_state, set_random_state
 from casn_plugin.doors import check_count
+from casn_plugin.processes import Processes
 from casn_plugin.sampler import PairSampler
 
 
@@ -25,17 +26,93 @@ class Interrupted(SystemExit):
     """A signal has ended the run after the step that it met, with a checkpoint."""
 
 
+class Interruption:
+    """Lets SIGINT and SIGTERM wait for the end of a step, so that nothing trained is lost.
+
+    Outside of :meth:`deferred`, and at the second signal, the run ends at once. Signals of other
+    threads than the main one are left alone.
+
+    Args:
+        processes: that train together: a signal counts once all have heard of it, so that all end
+            after the same step.
+
+    Attributes:
+        signum: the signal that ends the run, or None.
+
+    Example:
+        >>> with Interruption() as interruption, interruption.deferred():
+        ...     signal.raise_signal(signal.SIGTERM)
+        ...     interruption.signum == signal.SIGTERM
+        Stopping after this step (once more: at once) ...
+        True
+    """
+
+    def __init__(self, processes: Processes | None = None) -> None:
+        self.processes = processes or Processes()
+        self.signum: int | None = None
+        self.own: int | None = None
+        self._deferred = False
+        self._found: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interruption":
+        """Takes over the signals."""
+        self.signum = self.own = None
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._found[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Gives the signals back."""
+        for signum, handler in self._found.items():
+            signal.signal(signum, handler)
+        self._found = {}
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside, a signal is only noted."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def agree(self) -> None:
+        """Lets every process know of a signal that any has got; all call it together."""
+        self.signum = max(self.processes.gather(self.own or 0)) or None
+
+    def stop(self) -> None:
+        """Ends the run where all know of a signal.
+
+        Raises:
+            Interrupted: they do.
+        """
+        if self.signum is not None:
+            raise Interrupted(128 + self.signum)
+
+    def _handle(self, signum: int, _: FrameType | None) -> None:
+        if not self._deferred or self.own is not None:
+            raise Interrupted(128 + signum)
+        self.own = signum
+        if self.processes.count == 1:
+            self.signum = signum
+        tqdm.write("Stopping after this step (once more: at once) ...")
+
+
 class FiniteSteps:
     """Optimisation steps that leave no NaN and no infinity in the weights.
 
     A step whose loss terms or gradients are not finite is skipped: weights, optimizer and the
-    statistics of BatchNorm stay as they were before its forward pass.
+    statistics of BatchNorm stay as they were before its forward pass. Processes that train
+    together skip the same steps.
 
     Args:
         model: what is trained.
         optimizer: of its parameters.
         scaler: of the gradients under float16, which skips steps with infinite ones by itself.
         patience: so many bad steps in a row end the training, >= 1.
+        interruption: of the run: its processes are those that train together, and hear with each
+            step whether a signal has come to one of them.
 
     Attributes:
         skipped: one sentence for each step that was skipped.
@@ -45,7 +122,7 @@ class FiniteSteps:
         >>> steps = FiniteSteps(net, torch.optim.SGD(net.parameters(), 0.1))
         >>> with steps.watched():
         ...     loss = net(torch.full((4, 2), torch.nan)).sum()
-        ...     steps.take(loss, {"loss": loss.detach()}, lambda: "step 1") is None
+        ...     steps.take([(loss, {"loss": loss.detach()})], lambda: "step 1") is None
         step 1: loss is nan, gradient is nan; the step is skipped
         True
         >>> bool(net.weight.isfinite().all())
@@ -59,12 +136,14 @@ class FiniteSteps:
         scaler: torch.amp.GradScaler | None = None,
         *,
         patience: int = 5,
+        interruption: Interruption | None = None,
     ) -> None:
         check_count("patience", patience)
         self.model = model
         self.optimizer = optimizer
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.patience = patience
+        self.interruption = interruption or Interruption()
         self.skipped: list[str] = []
         self._in_a_row = 0
         self._before: list[tuple[Tensor, Tensor]] = []
@@ -89,31 +168,29 @@ class FiniteSteps:
             self._before = []
 
     def take(
-        self, loss: Tensor, terms: dict[str, Tensor], where: Callable[[], str]
+        self, losses: Iterable[tuple[Tensor, dict[str, Tensor]]], where: Callable[[], str]
     ) -> dict[str, float] | None:
         """Returns the terms as numbers, having taken a step; None where it was skipped.
 
         All that is read from the device is read at once.
 
         Args:
-            loss: of the forward pass in :meth:`watched`, with its graph.
-            terms: of the loss, without a graph.
+            losses: loss and terms of each part of the batch, which are summed: a loss has the
+                graph of its forward pass in :meth:`watched`, and is differentiated before the
+                next part is asked for; terms have none. They are summed over the processes too,
+                losses are not.
             where: gives epoch, step and pictures, where something is printed.
 
         Raises:
             DivergedError: the last `patience` steps were skipped.
         """
         self.optimizer.zero_grad()
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        read = dict(terms)
-        if self.scaler is None:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            norms = [norm.float() for norm in torch._foreach_norm(gradients)] if gradients else []
-            read["gradient"] = torch.stack([*norms, loss.new_zeros((), dtype=torch.float)]).sum()
-        values = torch.stack([each.detach().float() for each in read.values()])
-        numbers = dict(zip(read, values.tolist(), strict=True))
-        bad = [f"{name} is {number}" for name, number in numbers.items()
-               if not math.isfinite(number)]  # fmt: skip
+        terms: dict[str, Tensor] = {}
+        for loss, part in losses:
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            terms = {name: terms[name] + each if terms else each for name, each in part.items()}
+        numbers, own = self._read(terms)
+        bad = _not_finite(numbers)
         if not bad:
             self._in_a_row = 0
             if self.scaler is None:
@@ -122,8 +199,42 @@ class FiniteSteps:
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
             return {name: numbers[name] for name in terms}
-        self._skip(f"{where()}: {', '.join(bad)}; the step is skipped")
+        self._skip(self._said(where, own, numbers) + "; the step is skipped")
         return None
+
+    def _read(self, terms: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, float]]:
+        """Returns as numbers the terms over all processes with the gradient, and those of this."""
+        processes = self.interruption.processes
+        own = torch.stack([each.float() for each in terms.values()])
+        read = [own]
+        if processes.count > 1:
+            signum = own.new_tensor([float(self.interruption.own or 0)])
+            read = [processes.add(torch.cat([own, signum])), own]
+        if self.scaler is None:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            norms = [norm.float() for norm in torch._foreach_norm(gradients)] if gradients else []
+            read.append(torch.stack([*norms, own.new_zeros(())]).sum()[None])
+        values = torch.cat(read).tolist()
+        every = dict(zip(terms, values, strict=False))
+        alone = every
+        if processes.count > 1:
+            alone = dict(zip(terms, values[len(terms) + 1 :], strict=False))
+            if values[len(terms)]:
+                self.interruption.agree()
+        return every | ({} if self.scaler is not None else {"gradient": values[-1]}), alone
+
+    def _said(
+        self, where: Callable[[], str], own: dict[str, float], numbers: dict[str, float]
+    ) -> str:
+        """Returns what is said of a bad step: by the processes whose own terms are bad, or all."""
+        processes, bad = self.interruption.processes, _not_finite(numbers)
+        if processes.count == 1:
+            return f"{where()}: {', '.join(bad)}"
+        told = processes.gather((where(), _not_finite(own)))
+        shown = [rank for rank, (_, guilty) in enumerate(told) if guilty] or range(len(told))
+        return "; ".join(
+            f"process {rank}, {told[rank][0]}: {', '.join(told[rank][1] or bad)}" for rank in shown
+        )
 
     def _skip(self, sentence: str) -> None:
         """Puts back what the forward pass has moved, and says so."""
@@ -141,56 +252,9 @@ class FiniteSteps:
             )
 
 
-class Interruption:
-    """Lets SIGINT and SIGTERM wait for the end of a step, so that nothing trained is lost.
-
-    Outside of :meth:`deferred`, and at the second signal, the run ends at once. Signals of other
-    threads than the main one are left alone.
-
-    Attributes:
-        signum: the signal that waits, or None.
-
-    Example:
-        >>> with Interruption() as interruption, interruption.deferred():
-        ...     signal.raise_signal(signal.SIGTERM)
-        ...     interruption.signum == signal.SIGTERM
-        Stopping after this step (once more: at once) ...
-        True
-    """
-
-    def __init__(self) -> None:
-        self.signum: int | None = None
-        self._deferred = False
-        self._found: dict[int, Any] = {}
-
-    def __enter__(self) -> "Interruption":
-        """Takes over the signals."""
-        self.signum = None
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self._found[signum] = signal.signal(signum, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Gives the signals back."""
-        for signum, handler in self._found.items():
-            signal.signal(signum, handler)
-        self._found = {}
-
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Inside, a signal is only noted."""
-        self._deferred = True
-        try:
-            yield
-        finally:
-            self._deferred = False
-
-    def _handle(self, signum: int, _: FrameType | None) -> None:
-        if not self._deferred or self.signum is not None:
-            raise Interrupted(128 + signum)
-        self.signum = signum
-        tqdm.write("Stopping after this step (once more: at once) ...")
+def _not_finite(numbers: dict[str, float]) -> list[str]:
+    """Returns what is not finite, in words."""
+    return [f"{name} is {each}" for name, each in numbers.items() if not math.isfinite(each)]
 
 
 class Epoch:
@@ -206,6 +270,9 @@ class Epoch:
 
     Attributes:
         done: batches that were trained on, those before the interruption included.
+
+    Raises:
+        ValueError: the interrupted run had other batches: its epoch can't go on with these.
 
     Example:
         >>> epoch = Epoch([1, 2, 3], "Epoch 1", resumed={"batches": 1})
@@ -223,13 +290,21 @@ class Epoch:
     ) -> None:
         self.loader = loader
         self.title = title
-        self.interruption = interruption
+        self.interruption = interruption or Interruption()
         self._resumed = resumed or {}
         self._terms: dict[str, tuple[float, int]] = dict(self._resumed.get("terms", {}))
         self._begun: dict[str, Any] = {"random_state": random_state()}
         sampler = getattr(loader, "sampler", None)
+        self._rows: int | None = None
         if isinstance(sampler, PairSampler):
             self._begun["sampler_epoch"] = sampler.epoch
+            self._rows = sampler.batch_size * sampler.num_replicas
+        self._skipped: int = self._resumed.get("skipped", 0)
+        if self._rows != self._resumed.get("rows", self._rows):
+            raise ValueError(
+                f"the interrupted run had batches of {self._resumed['rows']} images over all its "
+                f"processes, got {self._rows}: within an epoch, a run goes on with the same"
+            )
         self.done = self._resumed.get("batches", 0)
 
     def __len__(self) -> int:
@@ -245,35 +320,35 @@ class Epoch:
             set_random_state(self._resumed["random_state"])
         bar = tqdm(
             total=len(self), initial=self.done, desc=self.title, unit="batch", leave=False,
-            disable=None,
+            disable=None if self.interruption.processes.leads else True,
         )  # fmt: skip
         with bar:
             while self.done < len(self):
-                self._stop_if_interrupted()
+                self.interruption.stop()
                 try:
                     batch = next(batches)
                 except StopIteration:
                     return
                 except RuntimeError:  # the signal may have ended the loader's processes too
-                    self._stop_if_interrupted()
+                    self.interruption.stop()
                     raise
                 yield batch
                 self.done += 1
                 bar.update()
 
-    def _stop_if_interrupted(self) -> None:
-        if self.interruption is not None and self.interruption.signum is not None:
-            raise Interrupted(128 + self.interruption.signum)
-
-    def add(self, summary: dict[str, float]) -> None:
-        """Takes the terms of a step into the means."""
+    def add(self, summary: dict[str, float] | None) -> None:
+        """Takes the terms of a step into the means; None: of one that was skipped."""
+        if summary is None:
+            self._skipped += 1
+            return
         for name, value in summary.items():
             total, count = self._terms.get(name, (0.0, 0))
             self._terms[name] = total + value, count + 1
 
     def means(self) -> dict[str, float]:
-        """Returns the mean of every term."""
-        return {name: total / count for name, (total, count) in self._terms.items()}
+        """Returns the mean of every term, and the number of steps "skipped" where there are any."""
+        means = {name: total / count for name, (total, count) in self._terms.items()}
+        return means | ({"skipped": self._skipped} if self._skipped else {})
 
     def interrupted_state(self) -> dict[str, Any]:
         """Returns what a checkpoint within this epoch holds in place of a finished epoch's state.
@@ -281,6 +356,7 @@ class Epoch:
         Going on from it, the epoch begins as it did, and leaves out what was done.
         """
         inner = {"batches": self.done, "terms": self._terms, "random_state": random_state()}
+        inner |= {"rows": self._rows, "skipped": self._skipped}
         return {**self._begun, "interrupted": inner}
 
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
 """Trains CASN on a PCB backbone and ranks with attention fused in.
 
-Without arguments: on the embedded data set of rendered pedestrians, on the CPU, in minutes.
+Without options on the embedded data set of rendered pedestrians, on the CPU, in minutes; by the
+paper's protocol on one that torchreid reads from --root (docs/protocols.md); on several GPUs or
+cores with torchrun (docs/processes.md):
 
     python examples/train_casn_pcb.py
-
-The paper's protocol, on a data set that torchreid reads from --root (see docs/protocols.md):
-
     python examples/train_casn_pcb.py --preset market1501-pcb --root reid-data
+    torchrun --nproc-per-node 2 examples/train_casn_pcb.py
 """
 
 import argparse
@@ -24,10 +24,8 @@ from casn_plugin import CASN, ImageCASNEngine, PairSampler, RankingOptions
 from casn_plugin.checkpoint import load_weights
 from casn_plugin.explanation import plot_curves
 from casn_plugin.files import replacing
+from casn_plugin.processes import Processes, launched, started
 
-# below --root; torchreid would make a folder that is missing, and try to download
-FOLDERS = {"market1501": "market1501", "cuhk03": "cuhk03", "dukemtmcreid": "dukemtmc-reid",
-           "msmt17": "msmt17"}  # fmt: skip
 # Section 4 and Eq. 1 of the paper; docs/protocols.md says what it leaves open
 PAPER = dict(batch_size=16, max_epoch=40, stepsize=30, optim="sgd", lr=0.03, label_smooth=False,
              weights="imagenet", eval_freq=10)  # fmt: skip
@@ -40,9 +38,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 PRESETS["paper"] = PRESETS["market1501-pcb"]
 PRESETS["embedded"] = dict(
-    sources=["casn_pedestrians"], backbone="pcb_slim", height=128, width=64, batch_size=32,
-    max_epoch=10, stepsize=8, optim="adam", lr=0.001, label_smooth=True, weights="none",
-    eval_freq=-1,
+    sources=["casn_pedestrians"], backbone="pcb_slim", height=128, width=64, batch_size=32, lr=1e-3,
+    max_epoch=10, stepsize=8, optim="adam", label_smooth=True, weights="none", eval_freq=-1,
 )  # fmt: skip
 
 
@@ -52,20 +49,20 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="embedded", help="data, network and training")
     add("--root", default="", help="folder of torchreid's data sets")
-    add("--backbone", help="pcb_slim (for the CPU), ide (the paper's: resnet50 with a classifier "
-        "of two layers), or a name of torchreid's model factory")  # fmt: skip
-    add("--weights", help="file with initial weights (ImageNet's, or a checkpoint), 'imagenet' to "
-        "download the backbone's, or 'none'")  # fmt: skip
+    add("--backbone", help="pcb_slim (for the CPU), ide (the paper's) or a name of torchreid's")
+    add("--weights", help="file with initial weights, 'imagenet' to download them, or 'none'")
     add("--max-epoch", type=int, help="epochs to train")
     add("--lambda-ia", type=float, default=0.5, help="weight of identification attention (Eq. 6)")
     add("--lambda-sa", type=float, default=0.05, help="weight of Siamese attention (Eq. 6)")
     add("--gallery-dir", help="keep the gallery's encodings on disk there while ranking")
     add("--one-camera", action="store_true", help="matches of the query's own camera count too")
+    add("--batch-size", type=int, help="images in a batch of all processes together")
+    add("--accumulate", type=int, default=1, help="parts in which a batch goes through the network")
+    add("--sync-batchnorm", action="store_true", help="BatchNorm over all processes")
     add("--seed", type=int, default=0)
     add("--device", choices=["cpu", "cuda"], help="by default CUDA where there is one")
     add("--workers", type=int, default=0 if sys.platform == "win32" else 2)
-    add("--resume", nargs="?", const="newest", metavar="CHECKPOINT",
-        help="go on from a checkpoint, by default the newest in --save-dir")  # fmt: skip
+    add("--resume", nargs="?", const="newest", help="checkpoint, by default the last of --save-dir")
     add("--test-only", action="store_true", help="rank with --resume or --weights, do not train")
     add("--save-dir", default="log/casn_pcb", help="folder for checkpoints, curves and pictures")
     return parser
@@ -81,15 +78,16 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> argpa
         parser.error("--device cuda: no CUDA device is available here")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.resume = args.save_dir if args.resume == "newest" else args.resume
-    for option in ("resume", "weights"):
-        file = getattr(args, option)
+    if args.batch_size % (2 * started()):
+        parser.error("--batch-size: each process takes a share of whole pairs")
+    for option, file in (("resume", args.resume), ("weights", args.weights)):
         if file and file not in ("imagenet", "none") and not Path(file).exists():
             parser.error(f"--{option}: there is no file {file}")
     if args.test_only and not args.resume and args.weights in ("imagenet", "none"):
         parser.error("--test-only ranks with a model: name it with --resume or --weights FILE")
     for name in args.sources:
-        folder = Path(args.root).expanduser() / FOLDERS.get(name, "")
-        if name in FOLDERS and not folder.is_dir():
+        folder = Path(args.root).expanduser() / name.replace("mcreid", "mc-reid")
+        if name != "casn_pedestrians" and not folder.is_dir():  # torchreid would try to download
             parser.error(f"--root: {name} is expected in {folder}, and there is no such folder; "
                          "none is downloaded here: docs/protocols.md has the layouts")  # fmt: skip
     return args
@@ -112,15 +110,13 @@ def build_backbone(args: argparse.Namespace, num_classes: int) -> nn.Module:
     if args.backbone == "pcb_slim":
         return SlimPCB(num_classes)
     name = "resnet50" if args.backbone == "ide" else args.backbone
-    download = args.weights == "imagenet" and not args.resume
+    download, gpu = args.weights == "imagenet" and not args.resume, args.device == "cuda"
     try:
-        use_gpu = args.device == "cuda"
-        backbone = torchreid.models.build_model(name, num_classes, "softmax", download, use_gpu)
+        backbone = torchreid.models.build_model(name, num_classes, "softmax", download, gpu)
     except Exception as error:  # an unknown name; or each model fails to download in its own way
-        raise SystemExit(f"--backbone {name}: {error}. If ImageNet's weights could not be "
-                         "downloaded, get the file by other means (pcb_p6 takes https://download."
-                         "pytorch.org/models/resnet50-19c8e357.pth) and name it with --weights "
-                         "FILE, or train from scratch with --weights none.") from error  # fmt: skip
+        raise SystemExit(f"--backbone {name}: {error}. If weights could not be downloaded, name "
+                         "them, --weights FILE (of https://download.pytorch.org/models/resnet50-19c"
+                         "8e357.pth for pcb_p6), or use --weights none.") from error  # fmt: skip
     if args.backbone == "ide":  # Section 3.1.1: two fully connected layers
         layers = nn.Linear(2048, 512), nn.ReLU(), nn.Linear(512, num_classes)
         backbone.classifier = nn.Sequential(*layers)
@@ -142,48 +138,52 @@ def start_from(args: argparse.Namespace, model: CASN) -> None:
 
 def build_engine(args: argparse.Namespace) -> ImageCASNEngine:
     """Returns the engine, with data and model, that the options ask for, all seeded."""
-    torchreid.utils.set_random_seed(args.seed)
+    torchreid.utils.set_random_seed(args.seed + Processes.found().rank)
     datamanager = torchreid.data.ImageDataManager(
         root=args.root, sources=args.sources, height=args.height, width=args.width,
-        batch_size_train=args.batch_size, batch_size_test=64, workers=args.workers,
+        batch_size_train=args.batch_size // started(), batch_size_test=64, workers=args.workers,
         use_gpu=args.device == "cuda", cuhk03_labeled="cuhk03-labeled" in args.preset,
     )  # fmt: skip
     backbone = build_backbone(args, datamanager.num_train_pids)
     model = CASN(backbone, input_size=(args.height, args.width), seed=args.seed)
     start_from(args, model)
-    datamanager = PairSampler.install(datamanager, seed=args.seed)
     optimizer = torchreid.optim.build_optimizer(model, optim=args.optim, lr=args.lr)
     scheduler = torchreid.optim.build_lr_scheduler(optimizer, "single_step", args.stepsize)
     return ImageCASNEngine(
-        datamanager, model, optimizer, scheduler, args.device == "cuda", args.label_smooth,
-        lambda_ia=args.lambda_ia, lambda_sa=args.lambda_sa,
+        PairSampler.install(datamanager, seed=args.seed), model, optimizer, scheduler,
+        args.device == "cuda", args.label_smooth, lambda_ia=args.lambda_ia,
+        lambda_sa=args.lambda_sa, accumulate=args.accumulate, sync_batchnorm=args.sync_batchnorm,
         ranking=RankingOptions(gallery_dir=args.gallery_dir, cross_camera=not args.one_camera),
     )  # fmt: skip
 
 
 def run(engine: ImageCASNEngine, args: argparse.Namespace, **options: Any) -> dict[str, Any]:
     """Trains, ranks and saves; returns the results of each data set."""
-    save_dir = Path(args.save_dir)
     try:
         start_epoch = engine.resume(args.resume) if args.resume else 0
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(f"--resume: {error}") from error
     engine.run(save_dir=args.save_dir, start_epoch=start_epoch, max_epoch=args.max_epoch,
                eval_freq=args.eval_freq, test_only=args.test_only, **options)  # fmt: skip
+    if not engine.processes.leads:
+        return engine.results
     saved = {"args": vars(args), "results": engine.results, "history": engine.history}
-    with replacing(save_dir / "results.json") as file:
+    with replacing(f"{args.save_dir}/results.json") as file:
         file.write_text(json.dumps(saved))
     for name, results in engine.results.items():
-        plot_curves(engine.history, results).savefig(save_dir / f"curves_{name}.png")
-        engine.explain(name)[0].plot().savefig(save_dir / f"pairs_{name}.png")
-    print(f"Saved results, curves and pairs; attention by epochs: tensorboard --logdir {save_dir}")
+        plot_curves(engine.history, results).savefig(f"{args.save_dir}/curves_{name}.png")
+        engine.explain(name)[0].plot().savefig(f"{args.save_dir}/pairs_{name}.png")
+    print(f"Saved results, curves, pairs; attention by epoch: tensorboard --logdir {args.save_dir}")
     return engine.results
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Trains, ranks and saves what the options ask for; returns the results."""
     args = parse_args(make_parser(), argv)
-    return run(build_engine(args), args)
+    with launched(args.device == "cuda") as processes:
+        with processes.one_first():  # that renders or downloads what is not there
+            engine = build_engine(args)
+        return run(engine, args)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from casn_plugin.checks import (
     check_processes,
     check_test_set,
 )
+from casn_plugin.processes import Processes
 
 
 class Rows(Dataset):
@@ -88,16 +89,39 @@ def test_queries_have_a_match_in_the_gallery():
     check_test_set("set", SimpleNamespace(), gallery)
 
 
-def test_several_processes_would_train_on_the_same_pairs(tmp_path, monkeypatch):
-    check_processes()
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1
-    )
-    try:
-        check_processes()
-        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-        with pytest.raises(RuntimeError, match=r"one process that trains, got 2: .*DataParallel"):
-            check_processes()
-    finally:
-        monkeypatch.undo()
-        torch.distributed.destroy_process_group()
+class Two(Processes):
+    """Process 1 of two, of which the other tells what it is given."""
+
+    def __init__(self, other) -> None:
+        super().__init__()
+        self.rank, self.count, self.other = 1, 2, other
+
+    def gather(self, own):
+        return [self.other(own), own]
+
+
+def test_each_process_draws_its_share_of_the_same_data(monkeypatch):
+    check_processes(Processes(), manager())
+    share = PairSampler.install(manager())
+    check_processes(Processes(), share)
+    with pytest.raises(RuntimeError, match=r"each of 2 processes, got PairSampler, .* for 1, as"):
+        check_processes(Two(lambda own: own), share)
+    with pytest.raises(RuntimeError, match=r"each of 2 processes, got SequentialSampler"):
+        check_processes(Two(lambda own: own), manager())
+    share.train_loader.sampler.num_replicas, share.train_loader.sampler.rank = 2, 1
+    check_processes(Two(lambda own: own), share)
+    with pytest.raises(RuntimeError, match=r"each of 1 processes, .* for 2, as process 1"):
+        check_processes(Processes(), share)
+    for changed in (1, 2, 3):  # data, seed, batches
+        with pytest.raises(RuntimeError, match="same data, seed and batches in all processes"):
+            check_processes(
+                Two(lambda own, at=changed: (*own[:at], "other", *own[at + 1 :])), share
+            )
+    with pytest.raises(RuntimeError, match="a share for each of 2"):  # of which the other says so
+        check_processes(Two(lambda own: (True, *own[1:])), share)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(
+        RuntimeError, match=r"started 4 processes, .*casn_plugin\.processes\.launched\(\)"
+    ):
+        check_processes(Processes(), manager())

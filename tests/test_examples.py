@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import EXAMPLES, SCRIPT
+from conftest import EXAMPLES, PROGRAMS, SCRIPT
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
@@ -229,11 +229,36 @@ def test_animals_in_the_layout_of_wildlife_tools_are_told_apart_by_a_timm_networ
     assert len(set(results.values())) > 1
 
 
+def test_a_lightning_module_learns_by_all_three_losses(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    main = importlib.import_module("lightning_module").main
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    first, last = (main(max_epochs=epochs, **quiet).logged_metrics for epochs in (1, 10))
+    assert last["loss_ide"] < 0.7 * first["loss_ide"] and last["loss_sa"] < first["loss_sa"]
+    assert last["loss_ia"] < 1 and last["pair_acc"] > 60
+
+
+def test_two_processes_of_lightning_train_on_shares_of_pairs(tmp_path):
+    program = PROGRAMS / "lightning_together.py"
+    command = [sys.executable, str(program), str(EXAMPLES), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"process{rank}.pt") for rank in range(2))
+    for name, value in first["weights"].items():
+        assert torch.equal(value, second["weights"][name]), name
+    assert len(first["rows"]) == len(second["rows"]) == 32  # of 64
+    assert set(first["rows"]) | set(second["rows"]) == set(range(64))
+
+
 def test_the_examples_are_short_and_the_main_one_stands_alone():
     lines = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
     assert lines["train_casn_pcb.py"] <= 190 and lines["own_loop.py"] <= 50
     assert lines["metric_loop.py"] <= 60 and lines["wildlife_timm.py"] <= 130
+    assert lines["lightning_module.py"] <= 75
     neighbours = {path.stem for path in EXAMPLES.rglob("*.py")}
-    for name in ("train_casn_pcb.py", "own_loop.py", "metric_loop.py", "wildlife_timm.py"):
+    for name in (
+        "train_casn_pcb.py", "own_loop.py", "metric_loop.py", "wildlife_timm.py",
+        "lightning_module.py",
+    ):  # fmt: skip
         text = (EXAMPLES / name).read_text()
         assert not neighbours & set(re.findall(r"^(?:import|from) (\w+)", text, re.M))

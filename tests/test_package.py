@@ -15,11 +15,11 @@ import casn_plugin
 ROOT = Path(casn_plugin.__file__).parent
 # from the bottom; a wing's own files likewise, its face above them
 ROOMS = (
-    "files", "doors", "identities", "scores", "kernels", "layouts", "hooks", "attention",
-    "batch_pairs", "losses", "siamese", "sampler", "encoding", "basis", "evaluation", "quality",
-    "heads", "tryout", "taps", "backbones", "model", "objective", "loading",
+    "files", "doors", "processes", "identities", "scores", "kernels", "layouts", "hooks",
+    "attention", "batch_pairs", "losses", "siamese", "sampler", "encoding", "basis", "evaluation",
+    "quality", "heads", "tryout", "taps", "backbones", "model", "objective", "loading",
     *(f"ranking.{name}" for name in (
-        "processes", "compute", "tiles", "closed_form", "sides", "pairs", "candidates",
+        "compute", "tiles", "closed_form", "sides", "pairs", "candidates",
         "distances", "fused", "search", "company", "manifest", "shards", "filling", "contents",
         "store", "index",
     )),
@@ -27,7 +27,7 @@ ROOMS = (
     *(f"explanation.{name}" for name in (
         "pictures", "figures", "curves", "pair", "lists", "fixed_pairs", "board", "report",
     )),
-    "explanation", "checkpoint", "checks", "training",
+    "explanation", "batchnorm", "checkpoint", "checks", "training", "parallel",
     *(f"pedestrians.{name}" for name in (
         "colours", "looks", "cameras", "surfaces", "solids", "body", "street", "picture",
         "dataset",

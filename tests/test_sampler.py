@@ -51,6 +51,41 @@ def test_an_ordinary_epoch_draws_each_image_once():
     assert sorted(sampler) == list(range(len(pids)))
 
 
+@given(
+    count=st.integers(1, 5), half_batch=st.integers(1, 4), fraction=st.sampled_from([0, 0.3, 0.5])
+)
+@settings(deadline=None, max_examples=60)
+def test_processes_draw_together_what_one_would(count, half_batch, fraction):
+    pids, camids = np.arange(60) % 9, np.arange(60) % 4
+
+    def make(rows: int, **shares: int) -> PairSampler:
+        sampler = PairSampler(
+            pids, camids, batch_size=rows, positive_fraction=float(fraction), **shares
+        )
+        sampler.set_epoch(2)
+        return sampler
+
+    rows = 2 * half_batch
+    shares = [make(rows, num_replicas=count, rank=rank) for rank in range(count)]
+    drawn = np.array([list(each) for each in shares])
+    assert drawn.shape == (count, len(shares[0])) and len(shares[0]) % rows == 0
+    together = drawn.reshape(count, -1, rows).swapaxes(0, 1).ravel()  # batch by batch
+    assert together.tolist() == list(make(count * rows))
+    assert set(together) == set(range(60))
+
+
+def test_a_share_is_one_of_those_that_there_are():
+    options = {"pids": [0, 0, 1, 1], "batch_size": 2}
+    assert (PairSampler(**options).num_replicas, PairSampler(**options).rank) == (1, 0)
+    for shares, message in (
+        ({"num_replicas": 0}, "num_replicas must be at least 1, got 0"),
+        ({"num_replicas": 2, "rank": 2}, r"rank must lie in \[0, 2\), got 2"),
+        ({"rank": -1}, "rank must be >= 0, got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PairSampler(**options, **shares)
+
+
 def test_seed_and_epoch_decide_the_order():
     def make(seed: int) -> PairSampler:
         return PairSampler(np.repeat(np.arange(9), 4), batch_size=4, seed=seed)

@@ -30,7 +30,9 @@ def network() -> tuple[nn.Module, torch.optim.Optimizer]:
 def step(steps: FiniteSteps, imgs: torch.Tensor, factor: float = 1.0):
     with steps.watched():
         loss = factor * steps.model(imgs).square().mean()
-        return steps.take(loss, {"loss": loss.detach(), "one": imgs.new_ones(())}, lambda: "here")
+        return steps.take(
+            [(loss, {"loss": loss.detach(), "one": imgs.new_ones(())})], lambda: "here"
+        )
 
 
 def state_of(steps: FiniteSteps) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from casn_plugin.doors import check_count
-from casn_plugin.ranking.processes import Processes
+from casn_plugin.processes import Processes
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from casn_plugin.encoding import Encoding
 from casn_plugin.loading import encode_images, read_batch
 from casn_plugin.model import CASN
-from casn_plugin.ranking.processes import Processes
+from casn_plugin.processes import Processes
 from casn_plugin.ranking.shards import taken_error
 
 _Labels = Sequence[int | None] | None

@@ -21,12 +21,12 @@ from casn_plugin.hooks import unwrapped
 from casn_plugin.identities import Ids
 from casn_plugin.loading import encode_images
 from casn_plugin.model import CASN
+from casn_plugin.processes import Processes
 from casn_plugin.ranking.company import aside, locked
 from casn_plugin.ranking.contents import Rows
 from casn_plugin.ranking.distances import pair_attention
 from casn_plugin.ranking.filling import encoded, in_shards, share
 from casn_plugin.ranking.manifest import DTYPES, MANIFEST, Manifest, dtype_name
-from casn_plugin.ranking.processes import Processes
 from casn_plugin.ranking.search import Ranking, rank_gallery
 from casn_plugin.ranking.shards import Writer
 from casn_plugin.ranking.store import Store

@@ -6,7 +6,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from casn_plugin.ranking.processes import Processes
+from casn_plugin.processes import Processes
 
 folder, rank = sys.argv[1], int(sys.argv[2])
 dist.init_process_group(

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starting import finish_two
 
-from casn_plugin.ranking.processes import Processes
+from casn_plugin.processes import Processes
 
 
 def test_two_processes_share_gather_and_fail_together(tmp_path):
