@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from casn_plugin.attention import same_identity
 from casn_plugin.backbones import Forward, Reader, input_size_of
-from casn_plugin.doors import check_count, check_images, check_lengths, check_size
+from casn_plugin.doors import check_images, check_lengths, check_size
 from casn_plugin.encoding import Encoding, encode_head
+from casn_plugin.evidence import PairClassifier
 from casn_plugin.hooks import place_of, twin, unwrapped
 from casn_plugin.losses import (
     IdentificationAttentionLoss,
@@ -43,32 +44,6 @@ class CASNOutput(NamedTuple):
     masked_scores: Tensor | None = None
     pair_scores: Tensor | None = None
     distances: Tensor | None = None
-
-
-class PairClassifier(nn.Sequential):
-    """The BCE classifier of Section 3.2.1: two fully connected layers, f⁻ to z ∈ R².
-
-    The ReLU between them is needed: no affine function of a signed difference in random order
-    can tell same from different.
-
-    Args:
-        feature_dim: D, the dimension of the features.
-        hidden_dim: width of the first layer.
-        seed: of the initial weights; the caller's random state is left as found.
-
-    Example:
-        >>> PairClassifier(8)(torch.rand(3, 8)).shape
-        torch.Size([3, 2])
-    """
-
-    def __init__(self, feature_dim: int, hidden_dim: int = 512, *, seed: int = 0) -> None:
-        check_count("feature_dim", feature_dim)
-        check_count("hidden_dim", hidden_dim)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            super().__init__(
-                nn.Linear(feature_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 2)
-            )
 
 
 _OWN = ("backbone", "pair_classifier", "reader", "input_size", "training")
@@ -106,7 +81,8 @@ class CASN(nn.Module):
             and a batch of images that returns (logits, features). It must be a function that can
             be pickled (not a lambda) where the model is to be pickled.
         pair_classifier: maps (P, D) differences to (P, 2) scores, column 1 = same identity. By
-            default a new :class:`PairClassifier`.
+            default a new :class:`PairClassifier`. A :class:`Similarity` for a network that never
+            saw CASN: nothing is trained, and identity logits are not needed.
         hidden_dim: width of the default pair classifier.
         input_size: (rows, columns) of the image with which the layers are tried out once; by
             default 256x128, and 160x64 for HACNN.

@@ -10,6 +10,7 @@ from casn_plugin.ranking.distances import (
     attention_distmat,
     indicator_flips,
     pair_attention,
+    pair_scores,
     same_identity_logits,
 )
 from casn_plugin.ranking.fused import (
@@ -37,6 +38,7 @@ __all__ = [
     "fused_distmats",
     "indicator_flips",
     "pair_attention",
+    "pair_scores",
     "rank_gallery",
     "same_identity_logits",
 ]
