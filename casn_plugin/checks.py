@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from casn_plugin.evidence import Similarity
 from casn_plugin.identities import check_labels, have_match
 from casn_plugin.loading import check_pictures
 from casn_plugin.model import CASN
@@ -70,7 +71,7 @@ def check_optimizer(model: CASN, optimizer: torch.optim.Optimizer, *, pairs: boo
         pairs: whether the pair classifier is trained too.
 
     Raises:
-        ValueError: it lacks some.
+        ValueError: it lacks some, or pairs are to be trained and there is no pair classifier.
 
     Example:
         >>> from torch import nn
@@ -79,6 +80,11 @@ def check_optimizer(model: CASN, optimizer: torch.optim.Optimizer, *, pairs: boo
         >>> model = CASN(nn.Sequential(nn.Conv2d(3, 8, 3)), forward=forward)
         >>> check_optimizer(model, torch.optim.SGD(model.parameters(), 0.1), pairs=True)
     """
+    if pairs and isinstance(model.pair_classifier, Similarity):
+        raise ValueError(
+            "a Similarity has no weights to train: lambda_sa must be 0, or the model must have a "
+            "PairClassifier, as CASN(backbone) has by default"
+        )
     optimized = {id(each) for group in optimizer.param_groups for each in group["params"]}
     missing = [
         name

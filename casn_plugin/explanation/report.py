@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from casn_plugin.evaluation import RANKINGS
+from casn_plugin.evidence import Evidence
 from casn_plugin.explanation.curves import plot_cmc
 from casn_plugin.explanation.lists import ExplainedRankings, RankingExplanation
 from casn_plugin.explanation.pictures import (
@@ -84,6 +85,8 @@ def html_report(
             failures=len(explained.ranked.failures()),
             table=_table(results),
             auc=results.get("auc"),
+            evidence=explained.evidence,
+            by_similarity=explained.evidence is Evidence.SIMILARITY,
             curves=curves,
             cmc=list(zip(*(curves[name]["cmc"] for name in _CURVES), strict=True))[:20],
             cmc_picture=plot_cmc(curves),
