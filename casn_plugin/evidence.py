@@ -35,8 +35,8 @@ class PairClassifier(nn.Sequential):
         check_count("hidden_dim", hidden_dim)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            last = nn.Linear(hidden_dim, 2)
-            super().__init__(nn.Linear(feature_dim, hidden_dim), nn.ReLU(), last)
+            first, last = nn.Linear(feature_dim, hidden_dim), nn.Linear(hidden_dim, 2)
+        super().__init__(first, nn.ReLU(), last)
         self._initial = last.weight.detach().clone()
 
     def is_trained(self) -> bool:
