@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from casn_plugin.attention import grad_cam
 from casn_plugin.batch_pairs import BatchPairs
 from casn_plugin.encoding import Encoding
+from casn_plugin.evidence import Evidence, PairClassifier, Similarity
 from casn_plugin.explanation import explain_pair, explain_ranking
 from casn_plugin.loading import Preprocessing
 from casn_plugin.losses import IdentificationAttentionLoss
-from casn_plugin.model import CASN, CASNOutput, PairClassifier
+from casn_plugin.model import CASN, CASNOutput
 from casn_plugin.objective import MetricOptions
 from casn_plugin.ranking import (
     Compute,
@@ -35,6 +36,7 @@ __all__ = [
     "CASNOutput",
     "Compute",
     "Encoding",
+    "Evidence",
     "GalleryIndex",
     "IdentificationAttentionLoss",
     "ImageCASNEngine",
@@ -44,6 +46,7 @@ __all__ = [
     "Preprocessing",
     "RankingOptions",
     "SiameseAttentionLoss",
+    "Similarity",
     "attention_distmat",
     "explain_pair",
     "explain_ranking",

@@ -178,6 +178,38 @@ def siamese_attention(
     return torch.cat(maps)[torch.tensor(where, device=features.device).long()]
 
 
+def similarity_attention(
+    features: Float[Tensor, "batch dim"],
+    activations: Float[Tensor, "batch channels height width"],
+    *,
+    create_graph: bool = True,
+) -> Float[Tensor, "batch height width"]:
+    """Returns the Grad-CAM maps of the cosine of both features, for each image of each pair.
+
+    s = f1·f2 / (‖f1‖ ‖f2‖), w = GAP(∂s/∂A), M = ReLU(Σ_k w_k A_k): no pair classifier is needed.
+    Rows 2i and 2i+1 are pair i. The maps are >= 0 and unscaled.
+
+    Args:
+        features: f, computed from `activations` with gradients enabled.
+        activations: the map A.
+        create_graph: keep the graph, so that a loss of the maps can be trained.
+
+    Raises:
+        TypeError: as :func:`grad_cam`.
+        ValueError: an odd number of rows, other shapes, or features that do not depend on the
+            activations.
+
+    Example:
+        >>> a = torch.rand(4, 3, 6, 2, requires_grad=True)
+        >>> similarity_attention(a.mean((2, 3)), a).shape
+        torch.Size([4, 6, 2])
+    """
+    unit = F.normalize(check_tensor("features", features, "batch dim"), dim=1)
+    first, second = split_pairs(unit)
+    others = torch.stack([second, first], 1).flatten(0, 1).detach()
+    return grad_cam((unit * others).sum(1), activations, create_graph=create_graph)
+
+
 def split_pairs(rows: Tensor, pairs: Int[Tensor, "pairs 2"] | None = None) -> tuple[Tensor, Tensor]:
     """Returns the first and the second images of all pairs: rows 2i and rows 2i+1.
 

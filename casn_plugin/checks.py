@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from casn_plugin.doors import check_kind
+from casn_plugin.evidence import Similarity
 from casn_plugin.identities import check_labels, have_match
 from casn_plugin.loading import check_pictures
 from casn_plugin.model import CASN
@@ -117,7 +118,7 @@ def check_optimizer(
 
     Raises:
         TypeError: no optimizer.
-        ValueError: it lacks some.
+        ValueError: it lacks some, or pairs are to be trained and there is no pair classifier.
 
     Example:
         >>> def forward(net, imgs):
@@ -126,6 +127,11 @@ def check_optimizer(
         >>> check_optimizer(model, torch.optim.SGD(model.parameters(), 0.1), pairs=True)
     """
     check_kind("optimizer", optimizer, torch.optim.Optimizer)
+    if pairs and isinstance(model.pair_classifier, Similarity):
+        raise ValueError(
+            "a Similarity has no weights to train: lambda_sa must be 0, or the model must have a "
+            "PairClassifier, as CASN(backbone) has by default"
+        )
     optimized = {id(each) for group in optimizer.param_groups for each in group["params"]}
     parameters = [*model.named_parameters(), *(beside.named_parameters() if beside else ())]
     missing = [

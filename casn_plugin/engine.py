@@ -93,7 +93,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
     Attributes:
         results: of the last evaluation: data set, then "features", "attention" and "fused", each
             with "mAP" and "mINP" (shares; with `use_metric_cuhk03` no mINP) and "cmc" (a list of
-            shares), and "auc" of the pair classifier.
+            shares), "auc" of the pair classifier, and "evidence", the words for what that was.
         ranked: of the last evaluation: data set, then who came where in the fused ranking:
             see :class:`casn_plugin.evaluation.RankedLists` and :meth:`explain`.
         history: one dictionary an epoch, the mean of every loss term in it, and the number of

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from casn_plugin.attention import same_identity
 from casn_plugin.backbones import Reader
 from casn_plugin.basis import encode_head
-from casn_plugin.doors import check_count, check_images, check_lengths
+from casn_plugin.doors import check_images, check_lengths
 from casn_plugin.encoding import Encoding
+from casn_plugin.evidence import PairClassifier
 from casn_plugin.heads import Forward
 from casn_plugin.hooks import place_of, twin, unwrapped
 from casn_plugin.layouts import Reshape
@@ -41,33 +42,6 @@ class CASNOutput(NamedTuple):
     pair_scores: Tensor | None = None
     distances: Tensor | None = None
     same: Tensor | None = None
-
-
-class PairClassifier(nn.Sequential):
-    """The BCE classifier of Section 3.2.1: two fully connected layers, f⁻ to z ∈ R².
-
-    The ReLU between them is needed: no affine function of a signed difference in random order
-    can tell same from different.
-
-    Args:
-        feature_dim: D, the dimension of the features.
-        hidden_dim: width of the first layer.
-        seed: of the initial weights; the caller's random state is left as found.
-
-    Example:
-        >>> PairClassifier(8)(torch.rand(3, 8)).shape
-        torch.Size([3, 2])
-    """
-
-    def __init__(self, feature_dim: int, hidden_dim: int = 512, *, seed: int = 0) -> None:
-        check_count("feature_dim", feature_dim, most=2**24)
-        check_count("hidden_dim", hidden_dim, most=2**24)
-        check_count("seed", seed, least=0, most=2**63 - 1)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            super().__init__(
-                nn.Linear(feature_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 2)
-            )
 
 
 _OWN = ("backbone", "pair_classifier", "reader", "input_size", "training")
@@ -105,7 +79,8 @@ class CASN(nn.Module):
             and a batch of images that returns (logits, features). It must be a function that can
             be pickled (not a lambda) where the model is to be pickled.
         pair_classifier: maps (P, D) differences to (P, 2) scores, column 1 = same identity. By
-            default a new :class:`PairClassifier`.
+            default a new :class:`PairClassifier`. A :class:`Similarity` for a network that never
+            saw CASN: nothing is trained, and identity logits are not needed.
         hidden_dim: width of the default pair classifier.
         input_size: (rows, columns) of the image with which the layers are tried out once; by
             default 256x128, and 160x64 for HACNN.

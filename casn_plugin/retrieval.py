@@ -21,12 +21,14 @@ from casn_plugin.evaluation import (
     ranked_lists,
     verification_auc,
 )
+from casn_plugin.evidence import evidence_of
 from casn_plugin.identities import Ids, pairs_by_identity
 from casn_plugin.ranking import (
     FeatureDistances,
     RankingOptions,
     fused_distmats,
-    same_identity_logits,
+    pair_classifier_of,
+    pair_scores,
 )
 
 Rerank = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -84,7 +86,8 @@ class Retrieval:
 
     Attributes:
         results: "features", "attention" and "fused", each with "mAP" and "mINP" (shares) and
-            "cmc" (a list of shares); "auc" of the pair classifier.
+            "cmc" (a list of shares); "auc" of the pair classifier or the similarity, and
+            "evidence", which of them it was.
         ranked: who came where in the fused ranking.
         distmats: the (Q, G) distances of the three.
     """
@@ -126,7 +129,7 @@ def retrieve(
         >>> query = LabelledEncodings(images[:2], [7, 8], [0, 0])
         >>> found = retrieve(model, query, LabelledEncodings(images, [8, 7, 7, 8], [1] * 4))
         >>> list(found.results)
-        ['features', 'attention', 'fused', 'auc']
+        ['features', 'attention', 'fused', 'auc', 'evidence']
     """
     for name, images in (("query", query), ("gallery", gallery)):
         if not isinstance(images, LabelledEncodings):
@@ -152,8 +155,9 @@ def retrieve(
         }  # fmt: skip
     same, counted = pairs_by_identity(*ids, **options.counting)
     queries = query.encoding[: len(query.encoding)]
-    logits = same_identity_logits(model, queries, gallery.encoding, compute=options.compute)
-    results["auc"] = verification_auc(logits.cpu()[counted], same[counted])
+    scores = pair_scores(model, queries, gallery.encoding, compute=options.compute)
+    results["auc"] = verification_auc(scores.cpu()[counted], same[counted])
+    results["evidence"] = evidence_of(pair_classifier_of(model)).value
     ranked = ranked_lists(distmats["features"], distmats["fused"], *ids, **options.counting)
     return Retrieval(results, ranked, distmats)
 
@@ -194,7 +198,7 @@ def side_by_side(results: Mapping[str, Any], ranks: Sequence[int] = (1, 5, 10, 2
 
     Args:
         results: "features", "attention" and "fused", each with "mAP", "cmc" and maybe "mINP", as
-            shares; "auc" of the pair classifier.
+            shares; "auc", and maybe the "evidence" that it is of.
         ranks: of the CMC, as far as it goes.
 
     Raises:
@@ -208,7 +212,7 @@ def side_by_side(results: Mapping[str, Any], ranks: Sequence[int] = (1, 5, 10, 2
                     features  attention      fused
         mAP            50.0%      50.0%      50.0%
         Rank-1         25.0%      25.0%      25.0%
-        Pair classifier: AUC 0.900 (0.5 is chance)
+        Evidence: AUC 0.900 (0.5 is chance)
     """
     check_results(results)
     check_weight("auc", results.get("auc"))
@@ -227,4 +231,5 @@ def side_by_side(results: Mapping[str, Any], ranks: Sequence[int] = (1, 5, 10, 2
         f"{name:<9}" + "".join(f"{share:>11.1%}" for share in shares)
         for name, shares in rows.items()
     ]
-    return "\n".join([*lines, f"Pair classifier: AUC {results['auc']:.3f} (0.5 is chance)"])
+    evidence = f"Evidence: {results['evidence']}, AUC" if "evidence" in results else "Evidence: AUC"
+    return "\n".join([*lines, f"{evidence} {results['auc']:.3f} (0.5 is chance)"])

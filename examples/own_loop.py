@@ -8,9 +8,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from casn_plugin import IdentificationAttentionLoss, PairSampler, SiameseAttentionLoss
+from casn_plugin import (
+    IdentificationAttentionLoss,
+    PairClassifier,
+    PairSampler,
+    SiameseAttentionLoss,
+)
 from casn_plugin.losses import casn_loss, identification_loss
-from casn_plugin.model import PairClassifier
 from casn_plugin.pedestrians import render_pedestrian
 
 torch.manual_seed(0)

@@ -274,6 +274,46 @@ def siamese_maps(
     return grad_cam(s1, a1), grad_cam(s2, a2)
 
 
+def cosine(f1: torch.Tensor, f2: torch.Tensor) -> torch.Tensor:
+    """f1 . f2 / (|f1| |f2|) of one pair, (D,) each, with its graph."""
+    product = squares1 = squares2 = torch.zeros((), dtype=f1.dtype)
+    for value1, value2 in zip(f1, f2, strict=True):
+        product = product + value1 * value2
+        squares1 = squares1 + value1 * value1
+        squares2 = squares2 + value2 * value2
+    return product / (squares1.sqrt() * squares2.sqrt())
+
+
+def similarity_maps(
+    head: Function, a1: torch.Tensor, a2: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Grad-CAM of the cosine of both features of one pair, in both images, by autograd."""
+    a1 = a1.detach().clone().requires_grad_()
+    a2 = a2.detach().clone().requires_grad_()
+    f1 = head(a1.clone().unsqueeze(0))[0]
+    f2 = head(a2.clone().unsqueeze(0))[0]
+    s = cosine(f1, f2)
+    return grad_cam(s, a1), grad_cam(s, a2)
+
+
+def similarity_distmat(
+    head: Function,
+    query_activations: torch.Tensor,
+    gallery_activations: torch.Tensor,
+    threshold: float,
+    unit: bool = False,
+) -> Array:
+    """The attention distance of every query to every gallery image by their similarity, (Q, G)."""
+    distmat = np.zeros((len(query_activations), len(gallery_activations)))
+    for q, query in enumerate(query_activations):
+        for g, gallery in enumerate(gallery_activations):
+            maps = similarity_maps(head, query, gallery)
+            distmat[q, g] = attention_distance(
+                *(each.double().cpu().numpy() for each in maps), threshold, unit
+            )
+    return distmat
+
+
 def row_profile(attention: Array) -> Array:
     """Section 3.2.2, M_m: the highest response across each row of pixels, (H,)."""
     return np.array([max(row) for row in attention], dtype=np.float64)

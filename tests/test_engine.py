@@ -41,7 +41,7 @@ def test_three_lines(market_root, tmp_path, capsys):
     assert all(name in printed for name in ("features", "attention", "fused", "mAP", "Rank-1 "))
     assert "AUC" in printed and "loss_ia" in printed
     results = engine.results["market1501"]
-    assert set(results) == {"features", "attention", "fused", "auc"}
+    assert set(results) == {"features", "attention", "fused", "auc", "evidence"}
     assert sorted(path.name for path in (tmp_path / "model").glob("model*")) == [
         "model-best.pth.tar", "model.pth.tar-1", "model.pth.tar-2",
     ]  # fmt: skip

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import PIL.Image
 import pytest
 import torch
-from conftest import EXAMPLES, PROGRAMS, SCRIPT
+from conftest import EXAMPLES, MOBILENET, PROGRAMS, SCRIPT, build_backbone
+
+from casn_plugin.pedestrians import render_pedestrian
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
@@ -250,15 +253,40 @@ def test_two_processes_of_lightning_train_on_shares_of_pairs(tmp_path):
     assert set(first["rows"]) | set(second["rows"]) == set(range(64))
 
 
+@pytest.mark.parametrize("network", ["osnet_x0_25", "mobilenet_v2"])
+def test_a_network_that_never_saw_casn_explains_its_pairs(network, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    explain = importlib.import_module("explain_any_network")
+    weights = MOBILENET
+    if network != "mobilenet_v2":
+        weights = Path("osnet.pth")
+        torch.save({"state_dict": build_backbone(network).state_dict()}, weights)
+    elif not MOBILENET.is_file():
+        pytest.skip(f"needs {MOBILENET}, torchvision's MobileNetV2 trained on ImageNet")
+    pictures = []
+    for pid, camid in ((1, 0), (2, 1), (1, 1)):
+        pictures.append(f"{pid}_{camid}.png")
+        picture, _ = render_pedestrian(pid, camid, 0, height=128, width=64)
+        PIL.Image.fromarray(picture).save(pictures[-1])
+    explain.main(["--network", network, "--weights", str(weights), "--out", "seen", *pictures])
+    said = capsys.readouterr().out
+    evidence = "Evidence: similarity of both features (no pair classifier was trained)"
+    assert said.count(evidence) == 2 and "Cosine similarity 0." in said
+    assert "tensors taken from" in said and "The features are alike by 0." in said
+    for name in ("pair.png", "ranking.png"):
+        with PIL.Image.open(Path("seen", name)) as drawn:
+            assert np.asarray(drawn).std() > 10
+
+
 def test_the_examples_are_short_and_the_main_one_stands_alone():
     lines = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
     assert lines["train_casn_pcb.py"] <= 190 and lines["own_loop.py"] <= 50
     assert lines["metric_loop.py"] <= 60 and lines["wildlife_timm.py"] <= 130
-    assert lines["lightning_module.py"] <= 75
+    assert lines["lightning_module.py"] <= 75 and lines["explain_any_network.py"] <= 65
     neighbours = {path.stem for path in EXAMPLES.rglob("*.py")}
     for name in (
         "train_casn_pcb.py", "own_loop.py", "metric_loop.py", "wildlife_timm.py",
-        "lightning_module.py",
+        "lightning_module.py", "explain_any_network.py",
     ):  # fmt: skip
         text = (EXAMPLES / name).read_text()
         assert not neighbours & set(re.findall(r"^(?:import|from) (\w+)", text, re.M))

@@ -16,8 +16,9 @@ ROOT = Path(casn_plugin.__file__).parent
 # from the bottom; a wing's own files likewise, its face above them
 ROOMS = (
     "files", "doors", "processes", "identities", "scores", "kernels", "layouts", "hooks",
-    "attention", "batch_pairs", "losses", "siamese", "sampler", "encoding", "basis", "evaluation",
-    "quality", "heads", "tryout", "taps", "backbones", "model", "objective", "loading",
+    "attention", "batch_pairs", "losses", "siamese", "sampler", "encoding", "basis", "evidence",
+    "evaluation", "quality", "heads", "tryout", "taps", "backbones", "model", "objective",
+    "loading",
     *(f"ranking.{name}" for name in (
         "compute", "tiles", "closed_form", "sides", "pairs", "candidates",
         "distances", "fused", "search", "company", "manifest", "shards", "filling", "contents",

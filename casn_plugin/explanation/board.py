@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from casn_plugin.evaluation import RANKINGS
+from casn_plugin.evidence import Evidence, evidence_of
 from casn_plugin.explanation.fixed_pairs import FixedPairs
 from casn_plugin.loading import Preprocessing
 from casn_plugin.model import CASN
@@ -57,4 +58,6 @@ class AttentionBoard:
         if self._pairs is None:
             self._pairs = FixedPairs(*self._sets, self._number)
         mosaic = self._pairs.mosaic(model, preprocessing)
-        writer.add_image(f"Attention/{self.name}", mosaic, epoch, dataformats="HWC")
+        similar = evidence_of(model.pair_classifier) is Evidence.SIMILARITY
+        tag = f"Attention{' of similarity' if similar else ''}/{self.name}"
+        writer.add_image(tag, mosaic, epoch, dataformats="HWC")

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from casn_plugin.evidence import Evidence
 from casn_plugin.explanation.pictures import RIGHT, WRONG, AttendedImage, png_uri, verdict
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def plot_pair(
     headline: str = "",
     details: str = "",
     names: tuple[str, str] = ("first picture", "second picture"),
+    evidence: Evidence | None = None,
 ) -> "Figure":
     """Returns a figure that explains one pair to a reader who does not know the paper.
 
@@ -58,6 +60,7 @@ def plot_pair(
         headline: what the model says.
         details: a line below it.
         names: what to call the two pictures.
+        evidence: what attention is evidence of.
 
     Example:
         >>> image = AttendedImage(np.zeros((8, 4, 3)), Tensor([[0.0, 1.0], [0.5, 0.0]]))
@@ -77,9 +80,10 @@ def plot_pair(
     _plot_side(axes[:3:-1], second, PAIR_COLOURS[1], names[1])
     axes[4].invert_xaxis()  # both profiles grow towards the middle
     _plot_aligned(axes[3], first, second, names)
+    said = "" if evidence is None else f"\nEvidence: {evidence}."
     figure.supxlabel(
-        f"{details}\nBright: what speaks for the same person. t: rows that reach more than "
-        f"{first.row_threshold:.0%} of the strongest count. Grey: what differs.".strip(),
+        f"{details}\nBright: {(evidence or Evidence.TRAINED).marks}. t: rows that reach more than "
+        f"{first.row_threshold:.0%} of the strongest count. Grey: what differs.{said}".strip(),
         fontsize=8,
     )
     return figure
@@ -93,6 +97,7 @@ def plot_ranking(
     *,
     headline: str = "",
     apart: int = 0,
+    evidence: Evidence | None = None,
 ) -> "Figure":
     """Returns a figure of a ranked list: the query, its matches, the attention of each pair.
 
@@ -106,6 +111,7 @@ def plot_ranking(
         captions: some lines below each match's picture.
         headline: above all.
         apart: so many matches at the end are set apart: they are no part of the list.
+        evidence: what attention is evidence of.
 
     Example:
         >>> image = AttendedImage(np.zeros((8, 4, 3)), Tensor([[0.0, 1.0], [0.5, 0.0]]))
@@ -126,6 +132,9 @@ def plot_ranking(
     figure = Figure(figsize=(width, 3 * tall + 1.5), layout="constrained", dpi=110)
     title = textwrap.fill(headline, int(9 * width))  # 9 letters of its size fill an inch
     figure.suptitle(title, fontsize=12, fontweight="bold")
+    if evidence is not None:
+        words = textwrap.fill(f"Evidence: {evidence}", int(15 * width))
+        figure.supxlabel(words, fontsize=8)
     axes: Any = figure.subplots(3, len(widths), squeeze=False, width_ratios=widths)
     for axis in axes[:, 1 + number - apart] if apart else ():
         axis.remove()

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from casn_plugin.attention import ROW_THRESHOLD
 from casn_plugin.doors import check_share
 from casn_plugin.evaluation import RankedLists, ranked_lists
+from casn_plugin.evidence import Evidence, evidence_of
 from casn_plugin.explanation.figures import Drawn, plot_ranking
 from casn_plugin.explanation.pair import IMAGENET, PairExplanation, explain_pairs
 from casn_plugin.explanation.pictures import verdict
@@ -70,6 +71,7 @@ class RankingExplanation(Drawn):
         ap: average precision of its fused ranking in (0, 1]; NaN without a match.
         matches: the nearest gallery images, in order.
         truth: the right image that stands first, where it is none of `matches`; else None.
+        evidence: what attention is evidence of.
     """
 
     query: int
@@ -79,6 +81,7 @@ class RankingExplanation(Drawn):
     ap: float
     matches: tuple[Match, ...]
     truth: Match | None
+    evidence: Evidence
 
     @property
     def found(self) -> Match | None:
@@ -106,8 +109,7 @@ class RankingExplanation(Drawn):
         """Returns a figure of the query, its matches and the attention of each pair."""
         shown = self._shown()
         captions = [
-            f"rank {match.rank}\n(features: {match.feature_rank})\n"
-            f"same: {match.pair.probability:.0%}"
+            f"rank {match.rank}\n(features: {match.feature_rank})\n{match.pair.in_short}"
             for match in shown
         ]
         return plot_ranking(
@@ -117,6 +119,7 @@ class RankingExplanation(Drawn):
             captions,
             headline=self.headline(),
             apart=0 if self.truth is None else 1,
+            evidence=self.evidence,
         )
 
     def describe(self) -> str:
@@ -125,7 +128,8 @@ class RankingExplanation(Drawn):
             f"rank {match.rank} (by features {match.feature_rank}): {verdict(match.right)[2:]}"
             for match in self._shown()
         ]
-        return f"{self.headline()}. {'; '.join(words) or 'Nothing to compare with'}."
+        listed = "; ".join(words) or "Nothing to compare with"
+        return f"{self.headline()}. {listed}. Evidence: {self.evidence}."
 
     def _shown(self) -> list[Match]:
         """Returns the matches and the truth that stands apart."""
@@ -205,6 +209,11 @@ class ExplainedRankings(Sequence[RankingExplanation]):
             return [self[row] for row in range(*query.indices(len(self)))]
         return self._explain(range(len(self))[query])
 
+    @property
+    def evidence(self) -> Evidence:
+        """What attention is evidence of."""
+        return evidence_of(self.model.pair_classifier)
+
     def failures(self, number: int | None = None) -> Iterator[RankingExplanation]:
         """Yields the queries that are wrong at rank 1, the worst first."""
         return (self[row] for row in self.ranked.failures(number))
@@ -249,6 +258,7 @@ class ExplainedRankings(Sequence[RankingExplanation]):
             ap=float(ranked.ap[row]),
             matches=tuple(matches[: len(columns)]),
             truth=matches[-1] if len(matches) > len(columns) else None,
+            evidence=self.evidence,
         )
 
 

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from casn_plugin.attention import ROW_THRESHOLD, attention_distance, scale_maps
 from casn_plugin.doors import check_share
+from casn_plugin.evidence import Evidence, evidence_of, probabilities
 from casn_plugin.explanation.figures import Drawn, plot_pair
 from casn_plugin.explanation.pictures import AttendedImage
 from casn_plugin.loading import Image, Preprocessing, encode_images
 from casn_plugin.model import CASN, as_casn
-from casn_plugin.ranking import pair_attention, same_identity_logits
+from casn_plugin.ranking import pair_attention, pair_scores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,20 +26,22 @@ IMAGENET = Preprocessing()
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PairExplanation(Drawn):
-    """Why a pair counts as same or different, as :func:`explain_pair` finds it.
+    """Why a pair counts as same, different or similar, as :func:`explain_pair` finds it.
 
     Attributes:
         first: the first image, and where the model looked in it: Siamese attention M1, scaled to
             [0, 1], and all that Eq. 5 makes of it.
         second: the second image and M2, likewise.
-        probability: softmax probability of z1, "same identity", in [0, 1].
+        evidence: what attention is evidence of, a pair classifier or the similarity.
+        probability: softmax probability of z1, "same identity", in [0, 1]; None of a similarity.
         feature_distance: l2 distance of the unit-length features, in [0, 2].
         same: whether both show one identity; None where that is not known.
     """
 
     first: AttendedImage
     second: AttendedImage
-    probability: float
+    evidence: Evidence
+    probability: float | None
     feature_distance: float
     same: bool | None = None
 
@@ -53,16 +56,29 @@ class PairExplanation(Drawn):
         profiles = self.first.profile, self.second.profile
         return float(attention_distance(*profiles, row_threshold=self.row_threshold))
 
+    @property
+    def similarity(self) -> float:
+        """The cosine of both features, in [-1, 1]."""
+        return 1 - self.feature_distance**2 / 2
+
+    @property
+    def in_short(self) -> str:
+        """The probability of "same", or the similarity, in two words."""
+        if self.probability is None:
+            return f"similarity: {self.similarity:.2f}"
+        return f"same: {self.probability:.0%}"
+
     def headline(self) -> str:
         """Returns what the model says of the pair, and whether that is right where it is known."""
+        truth = {True: "it is one person", False: "it is two persons", None: ""}[self.same]
+        if self.probability is None:
+            headline = f"The features are alike by {self.similarity:.2f} of at most 1"
+            return f"{headline} — {truth}" if truth else headline
         says = "the same person" if self.probability >= 0.5 else "different persons"
         chance = max(self.probability, 1 - self.probability)
         headline = f"The model says: {says} ({chance:.0%})"
-        if self.same is not None:
-            right = self.same == (self.probability >= 0.5)
-            truth = "one person" if self.same else "two persons"
-            headline += f" — {'right' if right else 'wrong'}, it is {truth}"
-        return headline
+        right = self.same == (self.probability >= 0.5)
+        return f"{headline} — {'right' if right else 'wrong'}, {truth}" if truth else headline
 
     def plot(self) -> "Figure":
         """Returns a figure that a reader understands without the paper."""
@@ -72,12 +88,18 @@ class PairExplanation(Drawn):
             headline=self.headline(),
             details=f"Features differ by {self.feature_distance:.2f} of at most 2, attention by "
             f"{self.attention_distance:.2f} (0: the same rows in both).",
+            evidence=self.evidence,
         )
 
     def describe(self) -> str:
         """Returns what the model says of the pair and where it looked, in words."""
+        chance = (
+            f"Cosine similarity {self.similarity:.2f}"
+            if self.probability is None
+            else f"Same identity with probability {self.probability:.2f}"
+        )
         return (
-            f"{self.headline()}. Same identity with probability {self.probability:.2f}. Attention "
+            f"{self.headline()}. {chance}. Evidence: {self.evidence}. Attention "
             f"on {self.first.describe()} in the first picture and {self.second.describe()} in the "
             f"second picture. Feature distance {self.feature_distance:.2f}, attention distance "
             f"{self.attention_distance:.2f}."
@@ -85,8 +107,9 @@ class PairExplanation(Drawn):
 
     def __repr__(self) -> str:
         """Returns the figures of the pair on a line."""
+        says = "None" if self.probability is None else f"{self.probability:.3f}"
         return (
-            f"PairExplanation(probability={self.probability:.3f}, "
+            f"PairExplanation(probability={says}, evidence={self.evidence.name}, "
             f"feature_distance={self.feature_distance:.3f}, "
             f"attention_distance={self.attention_distance:.3f}, same={self.same})"
         )
@@ -104,6 +127,7 @@ def explain_pair(
     """Returns why the model takes two images for the same or for different persons.
 
     The model runs in eval mode and is left as found. The first image is the query: f⁻ = f1 − f2.
+    A CASN with a :class:`~casn_plugin.Similarity` is asked why it finds them alike.
 
     Args:
         model: a CASN, or one in nn.DataParallel.
@@ -178,14 +202,17 @@ def explain_pairs(
     second = encoding[1:]
     repeated = encoding[torch.zeros(len(second), dtype=torch.long)]
     first_maps, second_maps = (scale_maps(m.cpu()) for m in pair_attention(model, repeated, second))
-    scores = same_identity_logits(model, encoding[:1], second)[0].cpu()
+    scores = pair_scores(model, encoding[:1], second)[0].cpu()
+    chances = probabilities(model.pair_classifier, scores)
+    evidence = evidence_of(model.pair_classifier)
     unit = F.normalize(encoding.features)
     distances = (unit[:1] - unit[1:]).norm(dim=1)
     return [
         PairExplanation(
             AttendedImage(pictures[0], first_maps[i], row_threshold),
             AttendedImage(pictures[1 + i], second_maps[i], row_threshold),
-            probability=float(scores[i].sigmoid()),
+            evidence=evidence,
+            probability=chances[i],
             feature_distance=float(distances[i]),
             same=same[i],
         )

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from casn_plugin.doors import check_count
 from casn_plugin.evaluation import RANKINGS, check_results
+from casn_plugin.evidence import Evidence
 from casn_plugin.explanation.curves import plot_cmc
 from casn_plugin.explanation.lists import ExplainedRankings, RankingExplanation
 from casn_plugin.explanation.pictures import (
@@ -82,6 +83,8 @@ def html_report(
             failures=len(explained.ranked.failures()),
             table=_table(results),
             auc=results.get("auc"),
+            evidence=explained.evidence,
+            by_similarity=explained.evidence is Evidence.SIMILARITY,
             curves=curves,
             cmc=list(zip(*(curves[name]["cmc"] for name in _CURVES), strict=True))[:20],
             cmc_picture=plot_cmc(curves),

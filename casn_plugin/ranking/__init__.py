@@ -10,6 +10,7 @@ from casn_plugin.ranking.distances import (
     attention_distmat,
     indicator_flips,
     pair_attention,
+    pair_scores,
     same_identity_logits,
 )
 from casn_plugin.ranking.fused import (
@@ -21,6 +22,7 @@ from casn_plugin.ranking.fused import (
     fused_distmats,
 )
 from casn_plugin.ranking.index import GalleryIndex, SearchResult
+from casn_plugin.ranking.pairs import pair_classifier_of
 from casn_plugin.ranking.search import Ranking, rank_gallery
 
 __all__ = [
@@ -37,6 +39,8 @@ __all__ = [
     "fused_distmats",
     "indicator_flips",
     "pair_attention",
+    "pair_classifier_of",
+    "pair_scores",
     "rank_gallery",
     "same_identity_logits",
 ]

@@ -1,11 +1,13 @@
-"""The pair classifier in closed form: the indicator α and the scores of any pairs of images.
+"""What says "same" in closed form: directions of attention, and scores, of any pairs of images.
 
 Of a two-layer ReLU classifier, z = W2 ReLU(W1 (f1 − f2) + b1) + b2, an image is W1 f (+ b1 for
 queries), its *key*: a hidden unit is open where the key of the query is greater. Any other
-classifier is differentiated, and a key is the features themselves. Tensors in, tensors out.
+classifier is differentiated, and a key is the features themselves. Of the similarity, a key is the
+features at unit length. Tensors in, tensors out.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -13,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from casn_plugin.attention import indicator
+from casn_plugin.evidence import Similarity
 from casn_plugin.hooks import place_of
 from casn_plugin.ranking.compute import Arithmetic
 
@@ -23,16 +26,116 @@ Indicators = Callable[[Tensor, Tensor], Tensor]
 """
 
 
+class Direction(NamedTuple):
+    """Where evidence grows in the features of one image of each pair: `along` − `less` · its key.
+
+    The map of the image is linear in it. Only a :class:`Similarity` takes away or knows no way.
+
+    Attributes:
+        along: (images, others, D), or (pairs, D) of listed pairs; (1, others, D) where it is the
+            same for all images.
+        less: (images, others), or (pairs,); None takes nothing away.
+        nowhere: of the same shape, where there is no such direction: maps are blank. None: none.
+    """
+
+    along: Tensor
+    less: Tensor | None = None
+    nowhere: Tensor | None = None
+
+    def pick(self, rows: Tensor) -> "Direction":
+        """Returns those of some of the images or pairs."""
+        return self._map(lambda values: values.index_select(0, rows))
+
+    def singly(self) -> "Direction":
+        """Returns those of listed pairs as those of images, each with one other."""
+        return self._map(lambda values: values[:, None])
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Direction":
+        less, nowhere = (
+            None if each is None else function(each) for each in (self.less, self.nowhere)
+        )
+        return Direction(function(self.along), less, nowhere)
+
+
+@runtime_checkable
+class Directions(Protocol):
+    """The directions of pairs of some queries and gallery images, for the one and for the other.
+
+    They lie in memory that the next call reuses.
+    """
+
+    def of_all(
+        self, first: Float[Tensor, "queries keys"], second: Float[Tensor, "galleries keys"]
+    ) -> tuple[Direction, Direction]:
+        """Returns those of all pairs, (queries, galleries, ...) and (galleries, queries, ...)."""
+
+    def of_listed(
+        self, first: Float[Tensor, "pairs keys"], second: Float[Tensor, "pairs keys"]
+    ) -> tuple[Direction, Direction]:
+        """Returns those of listed pairs, (pairs, ...) each."""
+
+
+class _ByIndicator:
+    """Of a pair classifier: α, one for both images of a pair."""
+
+    def __init__(self, indicators: Indicators) -> None:
+        self._indicators = indicators
+
+    def of_all(self, first: Tensor, second: Tensor) -> tuple[Direction, Direction]:
+        alpha = self._indicators(first[:, None], second[None])
+        return Direction(alpha), Direction(alpha.transpose(0, 1))
+
+    def of_listed(self, first: Tensor, second: Tensor) -> tuple[Direction, Direction]:
+        alpha = Direction(self._indicators(first, second))
+        return alpha, alpha
+
+
+class _ByCosine:
+    """Of the similarity s of unit-length u1 and u2: ∂s/∂f1 = (u2 − s u1) / ‖f1‖, so u2 less s u1.
+
+    u2 is the same whatever it is paired with: all maps are one matrix product. Where s is within
+    rounding of 1 or −1, as of a picture and itself, the gradient is zero, and what is left of it
+    is noise.
+    """
+
+    def __init__(self, arithmetic: Arithmetic) -> None:
+        self._operand = arithmetic.operand
+
+    def of_all(self, first: Tensor, second: Tensor) -> tuple[Direction, Direction]:
+        less, nowhere = self._less(first @ second.T)
+        one, two = self._operand(first)[None], self._operand(second)[None]
+        return (
+            Direction(two, less, nowhere),
+            Direction(one, less.T, None if nowhere is None else nowhere.T),
+        )
+
+    def of_listed(self, first: Tensor, second: Tensor) -> tuple[Direction, Direction]:
+        taken = self._less((first * second).sum(1))
+        return Direction(self._operand(second), *taken), Direction(self._operand(first), *taken)
+
+    def _less(self, cosines: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns s, and where the gradient is zero, if anywhere."""
+        nowhere = 1 - cosines.square() <= 16 * torch.finfo(cosines.dtype).eps
+        return self._operand(cosines), nowhere if nowhere.any() else None
+
+
 def pair_form(
-    pair_classifier: nn.Module, arithmetic: Arithmetic, *, dim: int, parts: int = 0
+    pair_classifier: nn.Module,
+    arithmetic: Arithmetic,
+    *,
+    dim: int,
+    parts: int = 0,
+    differentiate: bool = False,
 ) -> "PairForm":
     """Returns a pair classifier in closed form; Linear, ReLU, Linear without a backward pass.
 
     Args:
-        pair_classifier: gives (P, 2) scores, column 1 = same identity.
+        pair_classifier: gives (P, 2) scores, column 1 = same identity; or is a
+            :class:`~casn_plugin.Similarity`.
         arithmetic: where and in which numbers.
         dim: D, the number of features.
         parts: the number of normalised parts they are made of; 0 with a basis.
+        differentiate: take a backward pass through any pair classifier.
 
     Example:
         >>> classifier = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -40,9 +143,13 @@ def pair_form(
         >>> form.keys(torch.rand(3, 4), is_query=True).shape
         torch.Size([3, 8])
     """
-    layers = _layers(pair_classifier)
-    two = [type(layer) for layer in layers] == [nn.Linear, nn.ReLU, nn.Linear]
-    return (_TwoLayers if two else PairForm)(pair_classifier, arithmetic, dim=dim, parts=parts)
+    layers = [type(layer) for layer in _layers(pair_classifier)]
+    kind = PairForm
+    if isinstance(pair_classifier, Similarity):
+        kind = _Cosine
+    elif layers == [nn.Linear, nn.ReLU, nn.Linear] and not differentiate:
+        kind = _TwoLayers
+    return kind(pair_classifier, arithmetic, dim=dim, parts=parts)
 
 
 class PairForm:
@@ -85,6 +192,16 @@ class PairForm:
 
         return alpha
 
+    def directions(
+        self, first: Float[Tensor, "queries keys"], second: Float[Tensor, "galleries keys"]
+    ) -> Directions:
+        """Returns what gives the directions of attention of pairs of these queries and images."""
+        return _ByIndicator(self.indicators(first, second))
+
+    def steepness(self, features: Float[Tensor, "images dim"]) -> Float[Tensor, " images"]:
+        """Returns what the maps of images are times, once their directions are followed."""
+        return features.new_ones(len(features))
+
     def one_indicator(self) -> Float[Tensor, "1 dim"] | None:
         """Returns the α of all pairs, where they have but one: an affine pair classifier."""
         layers = _layers(self._pair_classifier)
@@ -98,7 +215,7 @@ class PairForm:
     def logits(
         self, first: Float[Tensor, "queries keys"], second: Float[Tensor, "galleries keys"]
     ) -> Float[Tensor, "queries galleries"]:
-        """Returns z1 − z0 of every pair: above 0 where they are the same identity."""
+        """Returns z1 − z0 of every pair, above 0 where they are the same identity; or s."""
         differences = first[:, None] - second[None]
         dtype = place_of(self._pair_classifier, differences).dtype
         scores: Tensor = self._pair_classifier(differences.flatten(0, 1).to(dtype))
@@ -168,6 +285,32 @@ class _TwoLayers(PairForm):
         hidden = (first[:, None] - second[None]).relu_()
         scores: Tensor = hidden @ (last.weight[1] - last.weight[0]).to(hidden.dtype)
         return scores if last.bias is None else scores + (last.bias[1] - last.bias[0])
+
+
+class _Cosine(PairForm):
+    """The similarity s of both features; the channels of a part stand together in its keys."""
+
+    def pair_bytes(self) -> int:
+        return (2 * self._dim + 2) * self._arithmetic.products.itemsize  # of a listed pair
+
+    def keys(self, features: Tensor, *, is_query: bool) -> Tensor:
+        return _by_part(F.normalize(features, dim=1), self._parts)
+
+    def indicators(self, first: Tensor, second: Tensor) -> Indicators:
+        raise ValueError("a Similarity has no indicator α: expected a pair classifier")
+
+    def directions(self, first: Tensor, second: Tensor) -> Directions:
+        return _ByCosine(self._arithmetic)
+
+    def steepness(self, features: Tensor) -> Tensor:
+        lengths: Tensor = features.norm(dim=1).clamp(min=1e-12)
+        return 1 / lengths
+
+    def one_indicator(self) -> None:
+        return None
+
+    def logits(self, first: Tensor, second: Tensor) -> Tensor:
+        return first @ second.T
 
 
 def _layers(pair_classifier: nn.Module) -> list[nn.Module]:

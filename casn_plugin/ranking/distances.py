@@ -10,11 +10,18 @@ from torch import Tensor, nn
 from casn_plugin.attention import ROW_THRESHOLD, align_profiles, attention_distance
 from casn_plugin.doors import check_count, check_finite, check_share
 from casn_plugin.encoding import Encoding, Encodings
-from casn_plugin.hooks import place_of
+from casn_plugin.evidence import Similarity
 from casn_plugin.ranking.candidates import compare, nearest
-from casn_plugin.ranking.closed_form import PairForm
+from casn_plugin.ranking.closed_form import pair_form
 from casn_plugin.ranking.compute import Arithmetic, Compute
-from casn_plugin.ranking.pairs import Pairs, Tile, check_alike, pair_classifier_of, undisturbed
+from casn_plugin.ranking.pairs import (
+    Pairs,
+    Tile,
+    check_alike,
+    device_of,
+    pair_classifier_of,
+    undisturbed,
+)
 from casn_plugin.ranking.sides import Side
 
 
@@ -101,7 +108,8 @@ def pair_attention(
 ) -> tuple[Float[Tensor, "pairs height width"], Float[Tensor, "pairs height width"]]:
     """Returns the attention maps M1 and M2 of pairs: row i of both encodings (Section 3.2.2).
 
-    The maps are >= 0 and unscaled.
+    The maps are >= 0 and unscaled. With a :class:`~casn_plugin.Similarity`, they are what
+    :func:`~casn_plugin.attention.similarity_attention` gives.
 
     Args:
         model: the CASN whose `pair_classifier` looks at the pairs.
@@ -125,16 +133,21 @@ def pair_attention(
         raise ValueError(
             f"expected as many first as second images, got {len(first)}, {len(second)}"
         )
-    device = place_of(pair_classifier, first.features).device
+    device = device_of(model, first.features)
     with undisturbed(pair_classifier, device):
         first, second = first.to(device), second.to(device)
         arithmetic = Arithmetic(device, first.features.dtype)
-        sides = [Side.of(each, each.features, arithmetic) for each in (first, second)]
         dim, size = first.features.shape[1], first.maps.shape[2:]
-        form = PairForm(pair_classifier, arithmetic, dim=dim, parts=first.parts)
-        alpha = form.indicators(first.features, second.features)(first.features, second.features)
-        one, two = (side.attention(alpha[:, None]).relu_()[..., 0] for side in sides)
-        return one.unflatten(1, size), two.unflatten(1, size)
+        form = pair_form(
+            pair_classifier, arithmetic, dim=dim, parts=first.parts, differentiate=True
+        )
+        keys = form.keys(first.features, is_query=True), form.keys(second.features, is_query=False)
+        directions = form.directions(*keys).of_listed(*keys)
+        maps = []
+        for images, key, each in zip((first, second), keys, directions, strict=True):
+            found = Side.of(images, key, arithmetic).attention(each.singly())[..., 0].relu_()
+            maps.append((found * form.steepness(images.features)[:, None]).unflatten(1, size))
+        return maps[0], maps[1]
 
 
 def same_identity_logits(
@@ -149,7 +162,8 @@ def same_identity_logits(
         compute: with what the pairs are worked on.
 
     Raises:
-        TypeError: encodings of unlike kinds or dtypes, or features in half precision.
+        TypeError: encodings of unlike kinds or dtypes, features in half precision, or a
+            Similarity, of which :func:`pair_scores` are the cosines.
         ValueError: unlike feature or map sizes, or no pair classifier.
 
     Example:
@@ -158,6 +172,33 @@ def same_identity_logits(
         >>> images = Encoding(torch.rand(3, 4), basis=torch.rand(3, 4, 6, 2))
         >>> same_identity_logits(model, images, images).shape
         torch.Size([3, 3])
+    """
+    if isinstance(pair_classifier_of(model), Similarity):
+        raise TypeError("a Similarity gives no logits: pair_scores are the cosines of all pairs")
+    return pair_scores(model, query, gallery, compute=compute)
+
+
+def pair_scores(
+    model: nn.Module, query: Encoding, gallery: Encodings, *, compute: Compute | None = None
+) -> Float[Tensor, "queries galleries"]:
+    """Returns how much speaks for "same" in every pair: z1 − z0, or the cosine of a Similarity.
+
+    Args:
+        model: the CASN whose `pair_classifier` looks at the pairs.
+        query: the queries, as ``model.encode`` gives them.
+        gallery: the gallery: an encoding or an index.
+        compute: with what the pairs are worked on.
+
+    Raises:
+        TypeError: encodings of unlike kinds or dtypes, or features in half precision.
+        ValueError: unlike feature or map sizes, or no pair classifier.
+
+    Example:
+        >>> model = nn.Module()
+        >>> model.pair_classifier = Similarity()
+        >>> images = Encoding(torch.rand(3, 4), basis=torch.rand(3, 4, 6, 2))
+        >>> pair_scores(model, images, images).diagonal()
+        tensor([1.0000, 1.0000, 1.0000])
     """
     pairs = Pairs(model, query, gallery, compute)
     with pairs.working():
@@ -184,7 +225,8 @@ def indicator_flips(
 
     Raises:
         TypeError: encodings of unlike kinds or dtypes, or features in half precision.
-        ValueError: unlike feature or map sizes, or no pair classifier.
+        ValueError: unlike feature or map sizes, no pair classifier, or a Similarity, which has
+            no α.
 
     Example:
         >>> model = nn.Module()
@@ -195,11 +237,12 @@ def indicator_flips(
     """
     pairs = Pairs(model, query, gallery, compute)
     with pairs.working():
-        exact = PairForm(
+        exact = pair_form(
             copy.deepcopy(pair_classifier_of(model)).double(),
             Arithmetic(pairs.device, torch.float64),
             dim=query.features.shape[1],
             parts=query.parts,
+            differentiate=True,
         )
 
         def flips(tile: Tile) -> Tensor:

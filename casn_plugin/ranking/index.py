@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from casn_plugin.doors import check_choice, check_count, check_kind
 from casn_plugin.encoding import Encoding
+from casn_plugin.evidence import Similarity, evidence_of
 from casn_plugin.hooks import unwrapped
 from casn_plugin.identities import Ids
 from casn_plugin.loading import encode_images
@@ -46,6 +47,8 @@ class SearchResult:
         camids: their cameras, -1 where none was given.
         query_attention: attention maps of the query in each pair, >= 0, unscaled.
         gallery_attention: attention maps of the image found in each pair.
+
+    ``ranking.evidence`` says what attention is evidence of.
     """
 
     ranking: Ranking
@@ -110,7 +113,8 @@ class GalleryIndex:
 
         Args:
             folder: made if need be.
-            model: the index is bound to its weights: maps of another model mean nothing here.
+            model: the index is bound to its weights, and to its evidence, pair classifier or
+                similarity: maps of another model mean nothing here.
             dtype: maps are kept in it: torch.float16 halves the size, and rounds. By default
                 that of the encodings.
 
@@ -319,15 +323,19 @@ class GalleryIndex:
     def _check_model(self, model: CASN) -> None:
         if _fingerprint(model) != self._store.contents.manifest.model:
             raise ValueError(
-                f"the index in {self.folder} was created for a model with other weights: its maps "
-                "mean nothing to this one"
+                f"the index in {self.folder} was created for a model with other weights or other "
+                "evidence: its maps mean nothing to this one, whose evidence is the "
+                f"{evidence_of(model.pair_classifier)}"
             )
 
 
 def _fingerprint(model: nn.Module) -> str:
-    """Returns a checksum of all weights of a model."""
+    """Returns a checksum of all weights of a model, and of its evidence where that has none."""
     digest = hashlib.sha256()
-    for name, value in unwrapped(check_kind("model", model, nn.Module)).state_dict().items():
+    network = unwrapped(check_kind("model", model, nn.Module))
+    if isinstance(getattr(network, "pair_classifier", None), Similarity):
+        digest.update(b"similarity")
+    for name, value in network.state_dict().items():
         digest.update(name.encode())
         if isinstance(value, Tensor):
             values = value.detach().cpu().contiguous().flatten().view(torch.uint8)

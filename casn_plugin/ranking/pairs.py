@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from casn_plugin.encoding import Encoding, Encodings
 from casn_plugin.hooks import evaluating, place_of, unwrapped
-from casn_plugin.ranking.closed_form import Indicators, PairForm, pair_form
+from casn_plugin.ranking.closed_form import Direction, Directions, PairForm, pair_form
 from casn_plugin.ranking.compute import Arithmetic, Buffer, Compute
 from casn_plugin.ranking.sides import Images, Side, as_compared, map_bytes
 from casn_plugin.ranking.tiles import Grid
@@ -28,7 +28,7 @@ class Tile:
         first: the queries.
         second: the gallery images.
         form: the pair classifier that looks at them.
-        indicators: gives α of these pairs.
+        directions: gives the directions of attention of these pairs.
         maps: memory for maps.
     """
 
@@ -37,12 +37,12 @@ class Tile:
     first: Side
     second: Side
     form: PairForm
-    indicators: Indicators
+    directions: Directions
     maps: Buffer
 
     def alpha(self) -> Float[Tensor, "queries galleries dim"]:
         """Returns α (Eq. 4) of the pairs, 0 or 1; it lasts until the next tile's is asked for."""
-        return self.indicators(self.first.keys[:, None], self.second.keys[None])
+        return self.directions.of_all(self.first.keys, self.second.keys)[0].along
 
     def profiles(
         self,
@@ -50,15 +50,16 @@ class Tile:
         Float[Tensor, "queries galleries height"], Float[Tensor, "queries galleries height"]
     ]:
         """Returns the row profiles of both images of the pairs, in [0, 1]."""
-        alpha, positions = self.alpha(), self.first.maps.shape[1]
+        mine, its = self.directions.of_all(self.first.keys, self.second.keys)
+        positions = self.first.maps.shape[1]
         out = self.maps.take((len(self.first), positions, len(self.second)))
-        first = self.first.profiles(alpha, out)
+        first = self.first.profiles(mine, out)
         out = self.maps.take((len(self.second), positions, len(self.first)))
-        second = self.second.profiles(alpha.transpose(0, 1), out)
+        second = self.second.profiles(its, out)
         return first.contiguous(), second.transpose(0, 1).contiguous()
 
     def logits(self) -> Float[Tensor, "queries galleries"]:
-        """Returns z1 − z0 of the pairs."""
+        """Returns z1 − z0 of the pairs, or their similarity."""
         return self.form.logits(self.first.keys, self.second.keys)
 
 
@@ -114,7 +115,7 @@ class Pairs:
         self._compute = compute = Compute() if compute is None else compute
         check_alike(query, gallery)
         self._pair_classifier = pair_classifier_of(model)
-        self.device = place_of(self._pair_classifier, query.features).device
+        self.device = device_of(model, query.features)
         self.shape = len(query), len(gallery)
         arithmetic = Arithmetic(self.device, query.features.dtype, compute.precision)
         dim = query.features.shape[1]
@@ -156,10 +157,10 @@ class Pairs:
                 first = self._queries.side(panel)
                 for block in self._blocks:
                     second = self._galleries.side(block)
-                    indicators = self._form.indicators(first.keys, second.keys)
+                    directions = self._form.directions(first.keys, second.keys)
                     for rows in self._grid.strips(panel):
                         some = first[rows.start - panel.start : rows.stop - panel.start]
-                        yield Tile(rows, block, some, second, self._form, indicators, self._maps)
+                        yield Tile(rows, block, some, second, self._form, directions, self._maps)
                         bar.update(len(some) * len(second))
 
     def matrix(
@@ -188,7 +189,7 @@ class Pairs:
         """Returns the row profiles of all images under one α, those of all processes joined."""
 
         def of(side: Side) -> Tensor:
-            return side.profiles(alpha.expand(len(side), 1, -1))[:, 0]
+            return side.profiles(Direction(alpha.expand(len(side), 1, -1)))[:, 0]
 
         first = [
             of(self._queries.side(panel)[rows.start - panel.start : rows.stop - panel.start])
@@ -265,7 +266,7 @@ class Pairs:
             if not inside.any():
                 continue
             first = self._queries.side(panel)
-            alpha_of = self._form.indicators(first.keys, second.keys)
+            directions = self._form.directions(first.keys, second.keys)
             qf, gf = (as_compared(each.features, unit=unit) for each in (first, second))
             for i, j in zip(
                 rows[inside].split(self._grid.listed),
@@ -273,11 +274,13 @@ class Pairs:
                 strict=True,
             ):
                 mine, its = i - panel.start, j - block.start
-                alpha = alpha_of(first.keys.index_select(0, mine), second.keys.index_select(0, its))
-                by_second = second.listed_profiles(its, alpha)
+                towards_first, towards_second = directions.of_listed(
+                    first.keys.index_select(0, mine), second.keys.index_select(0, its)
+                )
+                by_second = second.listed_profiles(its, towards_second)
                 order = mine.argsort(stable=True)
                 by_first = torch.empty_like(by_second)
-                by_first[order] = first.listed_profiles(mine[order], alpha.index_select(0, order))
+                by_first[order] = first.listed_profiles(mine[order], towards_first.pick(order))
                 features = (qf.index_select(0, mine) - gf.index_select(0, its)).norm(dim=1)
                 yield ListedPairs(i, j, features, by_first, by_second)
 
@@ -312,6 +315,17 @@ def pair_classifier_of(model: nn.Module) -> nn.Module:
         if not bool(parameter.isfinite().all()):
             raise ValueError(f"the pair classifier must be finite, but its {name} is not")
     return pair_classifier
+
+
+def device_of(model: nn.Module, features: Tensor) -> torch.device:
+    """Returns where pairs are worked on: where the pair classifier is, or a model without weights.
+
+    Args:
+        model: its `pair_classifier` looks at the pairs.
+        features: where they are is where, if neither has parameters.
+    """
+    some = place_of(unwrapped(model), features).device
+    return place_of(pair_classifier_of(model), features.new_empty(0, device=some)).device
 
 
 def check_alike(query: Encoding, gallery: Encodings) -> None:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from casn_plugin.attention import ROW_THRESHOLD
 from casn_plugin.doors import check_count, check_share, check_weight
 from casn_plugin.encoding import Encoding, Encodings
+from casn_plugin.evidence import Evidence, evidence_of
 from casn_plugin.ranking.candidates import Compared, compare, nearest
 from casn_plugin.ranking.compute import Compute
 from casn_plugin.ranking.fused import fuse_distmats
-from casn_plugin.ranking.pairs import Pairs
+from casn_plugin.ranking.pairs import Pairs, pair_classifier_of
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Ranking:
         feature_distances: l2 distances of the unit-length features of these pairs.
         attention_distances: their attention distances.
         scored: number of pairs whose attention was compared to find them.
+        evidence: what their attention is evidence of.
     """
 
     indices: Int[Tensor, "queries topk"]
@@ -34,6 +36,7 @@ class Ranking:
     feature_distances: Float[Tensor, "queries topk"]
     attention_distances: Float[Tensor, "queries topk"]
     scored: int
+    evidence: Evidence
 
 
 def rank_gallery(
@@ -107,7 +110,8 @@ def rank_gallery(
         each.view(shape).to(device)
         for each in (found.columns, distances, found.features, found.attention)
     )
-    return Ranking(indices, distances, features, attention, scored)
+    evidence = evidence_of(pair_classifier_of(model))
+    return Ranking(indices, distances, features, attention, scored, evidence)
 
 
 def _fused(pairs: Compared, attention_weight: float) -> Tensor:

@@ -1,6 +1,7 @@
 """One side of a tile of pairs: images on the device, and the row profiles of their maps."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from casn_plugin.attention import scale_maps
 from casn_plugin.encoding import Encoding, Encodings, part_scales
-from casn_plugin.ranking.closed_form import PairForm
+from casn_plugin.ranking.closed_form import Direction, PairForm
 from casn_plugin.ranking.compute import Arithmetic
 
 
@@ -55,7 +56,7 @@ class Side:
             >>> images = Encoding(torch.rand(3, 4), basis=torch.rand(3, 4, 6, 2))
             >>> here = Arithmetic(torch.device("cpu"), torch.float32)
             >>> side = Side.of(images, images.features, here)
-            >>> side.profiles(torch.ones(3, 1, 4)).shape
+            >>> side.profiles(Direction(torch.ones(3, 1, 4))).shape
             torch.Size([3, 1, 6])
         """
         maps = images.maps.to(arithmetic.dtype)
@@ -86,53 +87,45 @@ class Side:
         return Side(self.features[rows], self.keys[rows], self.maps[rows], self.size, parts)
 
     def attention(
-        self, alpha: Float[Tensor, "images others dim"], out: Tensor | None = None
+        self, direction: Direction, out: Tensor | None = None
     ) -> Float[Tensor, "images positions others"]:
-        """Returns Σ_k w_k A_k of each image for each of its indicators α, before the ReLU.
-
-        Where the features are normalised parts, w = Σ_p (α_p − f_p (f_p·α_p)) / (‖g_p‖ HW).
+        """Returns Σ_k w_k A_k of each image for each of its directions, before the ReLU.
 
         Args:
-            alpha: α of the pairs of each image, the channels of a part together.
+            direction: of the pairs of each image, the channels of a part together.
             out: where the result goes.
         """
-        if self.parts is None:
-            return torch.bmm(self.maps, alpha.transpose(1, 2), out=out)
-        scale, unit, own = self.parts
-        alpha = alpha.unflatten(2, (scale.shape[1], -1))
-        weights = alpha[:, :, 0] * scale[:, :1, None]
-        along = []
-        for part in range(scale.shape[1]):
-            if part:
-                weights.addcmul_(alpha[:, :, part], scale[:, part, None, None])
-            along.append(torch.bmm(unit[:, part, None], alpha[:, :, part].transpose(1, 2)))
-        maps = torch.bmm(self.maps, weights.transpose(1, 2), out=out)
-        return maps.baddbmm_(own, torch.cat(along, 1), alpha=-1)
+        maps = self._along(direction.along, out)
+        if direction.less is not None:
+            maps.baddbmm_(self._own[..., None], direction.less[:, None], alpha=-1)
+        if direction.nowhere is not None:
+            maps.masked_fill_(direction.nowhere[:, None], 0)
+        return maps
 
     def profiles(
-        self, alpha: Float[Tensor, "images others dim"], out: Tensor | None = None
+        self, direction: Direction, out: Tensor | None = None
     ) -> Float[Tensor, "images others height"]:
         """Returns the row profiles of the maps: the largest value of each row, scaled to [0, 1].
 
         Args:
-            alpha: α of the pairs of each image, the channels of a part together.
+            direction: of the pairs of each image, the channels of a part together.
             out: where the maps go meanwhile.
         """
-        rows = self.attention(alpha, out).unflatten(1, self.size).amax(2)
+        rows = self.attention(direction, out).unflatten(1, self.size).amax(2)
         return self._scaled(rows.transpose(1, 2))
 
     def listed_profiles(
-        self, rows: Int[Tensor, " pairs"], alpha: Float[Tensor, "pairs dim"]
+        self, rows: Int[Tensor, " pairs"], direction: Direction
     ) -> Float[Tensor, "pairs height"]:
-        """Returns the row profiles of listed images, one for each α.
+        """Returns the row profiles of listed images, one for each direction.
 
         Args:
             rows: images of this side; equal ones stand together, their maps are one product.
-            alpha: α of each pair, the channels of a part together.
+            direction: of each pair, the channels of a part together.
         """
-        weights = alpha
+        weights = direction.along
         if self.parts is not None:
-            alpha = alpha.unflatten(1, (self.parts.scale.shape[1], -1))
+            alpha = weights.unflatten(1, (self.parts.scale.shape[1], -1))
             weights = torch.bmm(self.parts.scale[rows, None], alpha)[:, 0]
             units = self.parts.unit.index_select(0, rows).flatten(0, 1)
         maps = weights.new_empty(len(rows), self.maps.shape[1])
@@ -148,7 +141,37 @@ class Side:
             along = torch.bmm(units[:, None], alpha.flatten(0, 1)[..., None])
             own = self.parts.own.index_select(0, rows)
             maps -= torch.bmm(own, along.view(*alpha.shape[:2], 1))[..., 0]
+        if direction.less is not None:
+            maps -= self._own.index_select(0, rows) * direction.less[:, None]
+        if direction.nowhere is not None:
+            maps[direction.nowhere] = 0
         return self._scaled(maps.unflatten(1, self.size).amax(2))
+
+    def _along(self, alpha: Float[Tensor, "images others dim"], out: Tensor | None) -> Tensor:
+        """Returns the maps of given weights of features, of each image or the same for all.
+
+        Where the features are normalised parts, w = Σ_p (α_p − f_p (f_p·α_p)) / (‖g_p‖ HW).
+        """
+        if self.parts is None and len(alpha) != len(self):
+            return torch.matmul(self.maps, alpha[0].T, out=out)
+        alpha = alpha.expand(len(self), -1, -1)
+        if self.parts is None:
+            return torch.bmm(self.maps, alpha.transpose(1, 2), out=out)
+        scale, unit, own = self.parts
+        alpha = alpha.unflatten(2, (scale.shape[1], -1))
+        weights = alpha[:, :, 0] * scale[:, :1, None]
+        along = []
+        for part in range(scale.shape[1]):
+            if part:
+                weights.addcmul_(alpha[:, :, part], scale[:, part, None, None])
+            along.append(torch.bmm(unit[:, part, None], alpha[:, :, part].transpose(1, 2)))
+        maps = torch.bmm(self.maps, weights.transpose(1, 2), out=out)
+        return maps.baddbmm_(own, torch.cat(along, 1), alpha=-1)
+
+    @cached_property
+    def _own(self) -> Float[Tensor, "images positions"]:
+        """The map of each image along its own key, of which directions take some away."""
+        return self._along(self.keys.to(self.maps.dtype)[:, None], None)[..., 0]
 
     def _scaled(self, rows: Float[Tensor, "*pairs height"]) -> Float[Tensor, "*pairs height"]:
         """Returns profiles in [0, 1] from the greatest values of the rows of maps."""

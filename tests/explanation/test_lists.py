@@ -162,7 +162,7 @@ def test_a_query_with_nothing_but_junk_is_shown_alone(tiny):
     (img, *_), *_ = people()
     alone = explain_ranking(tiny, [(img, 1, 0), (img, 1, 1)], [(img, 1, 0)])[0]
     assert not alone.matches and not alone.failed and alone.truth is None
-    assert alone.describe().endswith("nobody to be found. Nothing to compare with.")
+    assert "nobody to be found. Nothing to compare with. Evidence: " in alone.describe()
     assert "Nothing to compare with" in alone._repr_html_()
 
 

@@ -1,0 +1,136 @@
+"""What attention is evidence of: a pair classifier, trained or not, or the similarity."""
+
+import copy
+import io
+import json
+
+import pytest
+import torch
+from conftest import PIDS, TinyBackbone, build_backbone, tiny_forward
+from torch import nn
+
+from casn_plugin import (
+    CASN,
+    Evidence,
+    IdentificationAttentionLoss,
+    PairClassifier,
+    SiameseAttentionLoss,
+    Similarity,
+    explain_pair,
+)
+from casn_plugin.attention import similarity_attention
+from casn_plugin.checks import check_optimizer
+from casn_plugin.evidence import evidence_of, probabilities
+from casn_plugin.ranking import pair_attention
+
+SIZE = (64, 32)
+
+
+def similar(net=None, forward=tiny_forward, **options):
+    net = net or TinyBackbone()
+    return CASN(net, forward=forward, input_size=SIZE, pair_classifier=Similarity(), **options)
+
+
+def test_a_pair_classifier_knows_whether_it_was_trained():
+    classifier = PairClassifier(6, 8, seed=3)
+    for untrained in (classifier, copy.deepcopy(classifier), copy.deepcopy(classifier).half()):
+        assert evidence_of(untrained) is Evidence.UNTRAINED
+    optimizer = torch.optim.SGD(classifier.parameters(), 0.1)
+    classifier(torch.rand(4, 6)).square().sum().backward()
+    optimizer.step()
+    file = io.BytesIO()
+    torch.save(classifier, file)
+    file.seek(0)
+    loaded = PairClassifier(6, 8, seed=3)
+    loaded.load_state_dict(classifier.state_dict())
+    for trained in (classifier, torch.load(file, weights_only=False), loaded):
+        assert evidence_of(trained) is Evidence.TRAINED
+    assert evidence_of(nn.Linear(6, 2)) is Evidence.OWN  # nobody but the caller knows
+    assert evidence_of(CASN(TinyBackbone(), forward=tiny_forward).pair_classifier).value == (
+        "pair classifier with its initial weights (never trained)"
+    )
+
+
+def test_the_words_are_the_same_in_text_and_in_json():
+    for evidence in Evidence:
+        assert f"{evidence}" == str(evidence) == json.loads(json.dumps(evidence)) == evidence.value
+    assert Evidence("trained pair classifier") is Evidence.TRAINED
+
+
+def test_a_similarity_has_no_weights_and_no_probability():
+    model = similar()
+    assert model.state_dict().keys() == model.backbone.state_dict().keys()
+    assert not list(model.pair_classifier.parameters())
+    scores = torch.tensor([0.0, 2.0])
+    assert probabilities(model.pair_classifier, scores) == [None, None]
+    assert probabilities(PairClassifier(6), scores) == pytest.approx([0.5, 0.8808], abs=1e-4)
+
+
+def test_features_of_unlike_numbers_are_refused(unchecked):
+    with pytest.raises(ValueError, match=r"one size, got \(2, 4\) and \(3, 4\)"):
+        Similarity()(torch.rand(2, 4), torch.rand(3, 4))
+
+
+def test_the_siamese_loss_needs_a_pair_classifier_and_the_other_does_not():
+    model, imgs = similar().train(), torch.rand(4, 3, *SIZE)
+    with pytest.raises(TypeError, match="has no weights: the Siamese loss needs a PairClassifier"):
+        model(imgs, PIDS, siamese=SiameseAttentionLoss())
+    output = model(imgs, PIDS, IdentificationAttentionLoss())
+    assert output.masked_scores.shape == (4,)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    check_optimizer(model, optimizer, pairs=False)
+    with pytest.raises(ValueError, match="no weights to train: lambda_sa must be 0"):
+        check_optimizer(model, optimizer, pairs=True)
+
+
+def masked(net, imgs):
+    """Features of four cells of the 8 x 4 map, rows 3 and 4, columns 1 and 2, and nothing else."""
+    mask = torch.zeros_like(imgs)
+    mask[:, :, 24:40, 8:24] = 1
+    return None, net(imgs * mask).mean((2, 3))
+
+
+def test_attention_lies_on_the_patch_that_features_depend_on():
+    net = nn.Sequential(nn.Conv2d(3, 8, 8, 8, bias=False), nn.ReLU())
+    model = similar(net, masked, target_layer="1")
+    found = explain_pair(model, *torch.randn(2, 3, *SIZE))
+    for side in (found.first, found.second):
+        inside = side.attention[3:5, 1:3].sum()
+        assert inside > 0
+        torch.testing.assert_close(side.attention.relu().sum(), inside)
+        assert {*side.span} <= {3, 4}
+
+
+def test_attention_is_on_what_both_share_and_not_on_what_one_has_alone():
+    net = nn.Sequential(nn.Conv2d(3, 3, 8, 8, bias=False))
+    net[0].weight.data = torch.eye(3)[:, :, None, None].expand(3, 3, 8, 8) / 64
+    model = similar(net, lambda net, imgs: (None, net(imgs).mean((2, 3))))
+    first, second = torch.zeros(2, 3, *SIZE)
+    first[0, 8:16, 8:16] = second[0, 48:56, 16:24] = 1  # red in both, at unlike places
+    first[1, 32:40, 0:8] = 1  # green in the first alone
+    second[2, 0:8, 24:32] = 1  # blue in the second alone
+    found = explain_pair(model, first, second)
+    for side, place in ((found.first, (1, 1)), (found.second, (6, 2))):
+        expected = torch.zeros(8, 4)
+        expected[place] = 1
+        torch.testing.assert_close(side.attention, expected)
+    assert found.similarity == pytest.approx(0.5, abs=1e-6) and found.probability is None
+    assert found.evidence is Evidence.SIMILARITY
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("osnet_x0_25", (128, 64)), ("mobilenetv2_x1_0", (128, 64)), ("pcb_p4", (128, 64))],
+)
+def test_networks_of_torchreid_agree_with_autograd(name, size):
+    """From pictures on: the closed form, and the Grad-CAM of the cosine through the network."""
+    backbone = build_backbone(name, loss="softmax").double().eval()
+    model = CASN(backbone, input_size=size, pair_classifier=Similarity())
+    imgs = torch.randn(4, 3, *size, dtype=torch.float64)
+    found = torch.stack(pair_attention(model, model.encode(imgs[::2]), model.encode(imgs[1::2])), 1)
+    with model.reader.capture(backbone) as captured:
+        features = model.reader.features(backbone, imgs)
+    expected = similarity_attention(features, captured.require()).unflatten(0, (2, 2))
+    assert expected.amax((2, 3)).min() > 0
+    errors = (found - expected).abs().amax((2, 3)) / expected.amax((2, 3))
+    assert errors.max() < 1e-8
