@@ -16,9 +16,12 @@ from casn_plugin.ranking import (
     Compute,
     GalleryIndex,
     RankingOptions,
+    Reciprocity,
     attention_distmat,
     fuse_distmats,
     rank_gallery,
+    rerank,
+    rerank_neighbours,
 )
 from casn_plugin.sampler import PairSampler
 
@@ -38,6 +41,7 @@ __all__ = [
     "PairSampler",
     "Preprocessing",
     "RankingOptions",
+    "Reciprocity",
     "SiameseAttentionLoss",
     "attention_distmat",
     "explain_pair",
@@ -45,6 +49,8 @@ __all__ = [
     "fuse_distmats",
     "grad_cam",
     "rank_gallery",
+    "rerank",
+    "rerank_neighbours",
 ]
 
 

@@ -18,7 +18,8 @@ ROOMS = (
     "files", "doors", "identities", "scores", "hooks", "attention", "losses", "sampler", "encoding",
     "evaluation", "quality", "backbones", "model", "loading",
     *(f"ranking.{name}" for name in (
-        "processes", "compute", "tiles", "closed_form", "sides", "pairs", "candidates",
+        "neighbourhoods", "reranking", "processes", "compute", "tiles", "closed_form", "sides",
+        "pairs", "candidates",
         "distances", "fused", "search", "company", "manifest", "shards", "filling", "contents",
         "store", "index",
     )),

@@ -21,6 +21,7 @@ from casn_plugin.ranking.fused import (
     fused_distmats,
 )
 from casn_plugin.ranking.index import GalleryIndex, SearchResult
+from casn_plugin.ranking.reranking import Reciprocity, Reranked, rerank, rerank_neighbours
 from casn_plugin.ranking.search import Ranking, rank_gallery
 
 __all__ = [
@@ -31,6 +32,8 @@ __all__ = [
     "Normalization",
     "Ranking",
     "RankingOptions",
+    "Reciprocity",
+    "Reranked",
     "SearchResult",
     "attention_distmat",
     "fuse_distmats",
@@ -38,5 +41,7 @@ __all__ = [
     "indicator_flips",
     "pair_attention",
     "rank_gallery",
+    "rerank",
+    "rerank_neighbours",
     "same_identity_logits",
 ]
