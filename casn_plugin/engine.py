@@ -36,7 +36,7 @@ from casn_plugin.loading import Preprocessing, encode_loader
 from casn_plugin.losses import IdentificationAttentionLoss, SiameseAttentionLoss
 from casn_plugin.model import as_casn, loss_terms
 from casn_plugin.pedestrians import load_pedestrians
-from casn_plugin.ranking import GalleryIndex, RankingOptions
+from casn_plugin.ranking import GalleryIndex, RankingOptions, Reciprocity
 from casn_plugin.retrieval import FeatureMetric, LabelledEncodings, retrieve, side_by_side
 from casn_plugin.training import Epoch, FiniteSteps, Interrupted, Interruption, pictures_of
 
@@ -313,7 +313,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         gallery = self._encode(gallery_loader, "gallery", self._folder)
         print(f"Computing distance matrices with metric={dist_metric} ...")
         if rerank:
-            print("Applying person re-ranking ...")
+            print("Applying person re-ranking to features and fused ...")
         distances = partial(torchreid.metrics.compute_distance_matrix, metric=dist_metric)
         found = retrieve(
             self.model,
@@ -322,7 +322,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             options=replace(self.ranking, compute=replace(self.ranking.compute, progress=True)),
             row_threshold=self.siamese.row_threshold,
             metric=FeatureMetric(distances, normalize_feature, dist_metric == "euclidean"),
-            rerank=torchreid.utils.re_ranking if rerank else None,
+            reciprocity=Reciprocity() if rerank else None,
         )
         results = found.results
         if use_metric_cuhk03:

@@ -19,9 +19,8 @@ ROOMS = (
     "evaluation", "quality", "backbones", "model", "loading",
     *(f"ranking.{name}" for name in (
         "neighbourhoods", "reranking", "processes", "compute", "tiles", "closed_form", "sides",
-        "pairs", "candidates",
-        "distances", "fused", "search", "company", "manifest", "shards", "filling", "contents",
-        "store", "index",
+        "pairs", "candidates", "distances", "fused", "mutual", "search", "company", "manifest",
+        "shards", "filling", "contents", "store", "index",
     )),
     "ranking", "retrieval",
     *(f"explanation.{name}" for name in (
