@@ -19,9 +19,12 @@ from casn_plugin.ranking import (
     Compute,
     GalleryIndex,
     RankingOptions,
+    Reciprocity,
     attention_distmat,
     fuse_distmats,
     rank_gallery,
+    rerank,
+    rerank_neighbours,
 )
 from casn_plugin.sampler import PairSampler
 from casn_plugin.siamese import SiameseAttentionLoss
@@ -45,6 +48,7 @@ __all__ = [
     "PairSampler",
     "Preprocessing",
     "RankingOptions",
+    "Reciprocity",
     "SiameseAttentionLoss",
     "Similarity",
     "attention_distmat",
@@ -53,6 +57,8 @@ __all__ = [
     "fuse_distmats",
     "grad_cam",
     "rank_gallery",
+    "rerank",
+    "rerank_neighbours",
 ]
 
 

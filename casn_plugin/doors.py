@@ -146,6 +146,22 @@ def check_share(name: str, value: Any) -> Any:
     return value
 
 
+def check_fraction(name: str, value: Any) -> Any:
+    """Returns a part of a whole: in [0, 1].
+
+    Raises:
+        TypeError: no number.
+        ValueError: it lies outside.
+
+    Example:
+        >>> check_fraction("original_weight", 1)
+        1
+    """
+    if not 0 <= _number(name, value) <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {value}")
+    return value
+
+
 def check_weight(name: str, value: Any) -> Any:
     """Returns a weight: >= 0 and finite.
 

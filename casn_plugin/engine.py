@@ -43,7 +43,7 @@ from casn_plugin.parallel import (
 )
 from casn_plugin.pedestrians import load_pedestrians
 from casn_plugin.processes import Processes
-from casn_plugin.ranking import RankingOptions
+from casn_plugin.ranking import RankingOptions, Reciprocity
 from casn_plugin.retrieval import FeatureMetric, retrieve, side_by_side
 from casn_plugin.siamese import SiameseAttentionLoss
 from casn_plugin.training import Epoch, FiniteSteps, Interrupted, Interruption, pictures_of
@@ -340,7 +340,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         gallery = encoded(gallery_loader, "gallery", folder=self._folder)
         print(f"Computing distance matrices with metric={dist_metric} ...")
         if rerank:
-            print("Applying person re-ranking ...")
+            print("Applying person re-ranking to features and fused ...")
         distances = partial(torchreid.metrics.compute_distance_matrix, metric=dist_metric)
         found = retrieve(
             self.model,
@@ -349,7 +349,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             options=replace(self.ranking, compute=ranked_by(self.ranking.compute, self.processes)),
             row_threshold=self.siamese.row_threshold,
             metric=FeatureMetric(distances, normalize_feature, dist_metric == "euclidean"),
-            rerank=torchreid.utils.re_ranking if rerank else None,
+            reciprocity=Reciprocity() if rerank else None,
         )
         results = found.results
         if use_metric_cuhk03:

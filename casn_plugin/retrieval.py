@@ -1,10 +1,9 @@
 """One test set: ranked by features, by attention and by both fused, and how well."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float
@@ -26,13 +25,15 @@ from casn_plugin.identities import Ids, pairs_by_identity
 from casn_plugin.ranking import (
     FeatureDistances,
     RankingOptions,
+    Reciprocity,
+    feature_neighbourhood,
     fused_distmats,
+    fused_neighbourhood,
     pair_classifier_of,
     pair_scores,
+    rerank,
+    rerank_neighbourhood,
 )
-
-Rerank = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-"""Maps query-gallery, query-query and gallery-gallery distances to re-ranked (Q, G) distances."""
 
 
 class LabelledEncodings(NamedTuple):
@@ -105,7 +106,7 @@ def retrieve(
     options: RankingOptions | None = None,
     row_threshold: float = ROW_THRESHOLD,
     metric: FeatureMetric | None = None,
-    rerank: Rerank | None = None,
+    reciprocity: Reciprocity | None = None,
 ) -> Retrieval:
     """Returns how a test set is ranked by features, attention and both, and how well.
 
@@ -116,11 +117,12 @@ def retrieve(
         options: how distances of features and of attention become one ranking.
         row_threshold: t, the share of a map's maximum above which a row counts as attended.
         metric: how features are compared.
-        rerank: re-ranks all three (Zhong et al., CVPR 2017).
+        reciprocity: re-rank by features and by both (Zhong et al., CVPR 2017). Neighbours by
+            attention alone would take all pairs of all images: it keeps its ranking.
 
     Raises:
         TypeError: as :func:`casn_plugin.attention_distmat` and `evaluate_rank`.
-        ValueError: likewise; or a shortlist that is to be re-ranked.
+        ValueError: likewise.
 
     Example:
         >>> model = nn.Module()
@@ -136,16 +138,12 @@ def retrieve(
             raise TypeError(f"{name} must be LabelledEncodings, got {type(images).__name__}")
     options = RankingOptions() if options is None else options
     metric = FeatureMetric() if metric is None else metric
-    distmats = _distmats(model, query.encoding, gallery.encoding, options, row_threshold, metric)
-    if rerank is not None:
-        if options.shortlist is not None:
-            raise ValueError("re-ranking needs the distances of all pairs: shortlist must be None")
-        # what is fused is normalised over queries and gallery together: re-ranking compares
-        # distances of all three matrices
-        parts = [part.encoding[: len(part.encoding)] for part in (query, gallery)]
-        every, first = Encoding.cat(parts), len(parts[0])
-        squares = _distmats(model, every, every, options, row_threshold, metric)
-        distmats = {name: _reranked(squares[name], first, rerank) for name in distmats}
+    encodings = query.encoding, gallery.encoding
+    distmats = _distmats(model, *encodings, options, row_threshold, metric)
+    if reciprocity is not None:
+        distmats |= _reranked(
+            model, *encodings, distmats, options, row_threshold, metric, reciprocity
+        )
     ids = query.pids, gallery.pids, query.camids, gallery.camids
     results: dict[str, Any] = {}
     for name, distmat in distmats.items():
@@ -172,25 +170,56 @@ def _distmats(
 ) -> dict[str, Tensor]:
     """Returns the (Q, G) matrices of features alone, attention alone and both fused."""
     images = query[: len(query)]
-    unit = options.normalization == "unit"
-    to_fuse = FeatureMetric(metric.distances, metric.normalize and not unit, metric.squared)
     _, attention, fused = fused_distmats(
         model,
         images,
         gallery,
         row_threshold=row_threshold,
         options=options,
-        feature_distances=to_fuse.fused,
+        feature_distances=_to_fuse(metric, options).fused,
     )
     features = metric.alone(images.features, gallery.features_of(slice(0, len(gallery))))
     return dict(zip(RANKINGS, (features, attention, fused), strict=True))
 
 
-def _reranked(distmat: Tensor, queries: int, rerank: Rerank) -> Tensor:
-    """Returns the (Q, G) part of the distances of all images, re-ranked."""
-    square = (distmat + distmat.T) / 2
-    parts = square[:queries, queries:], square[:queries, :queries], square[queries:, queries:]
-    return torch.from_numpy(rerank(*(part.numpy() for part in parts)))
+def _to_fuse(metric: FeatureMetric, options: RankingOptions) -> FeatureMetric:
+    """Returns what compares features for the fused distance; unit-length ones come as they are."""
+    normalize = metric.normalize and options.normalization != "unit"
+    return FeatureMetric(metric.distances, normalize, metric.squared)
+
+
+# the arguments of _distmats, what it gave, and how to re-rank
+def _reranked(
+    model: nn.Module,
+    query: Encodings,
+    gallery: Encodings,
+    distmats: Mapping[str, Tensor],
+    options: RankingOptions,
+    row_threshold: float,
+    metric: FeatureMetric,
+    reciprocity: Reciprocity,
+) -> dict[str, Tensor]:
+    """Returns the (Q, G) matrices of features and of both fused, re-ranked."""
+    number = reciprocity.needed
+    by_features = feature_neighbourhood(query, gallery, distmats["features"], metric.alone, number)
+    features = rerank_neighbourhood(by_features, reciprocity)
+    if options.normalization != "unit":  # it scales by the distances of all pairs
+        every = Encoding.cat([query[: len(query)], gallery[: len(gallery)]])
+        square = _distmats(model, every, every, options, row_threshold, metric)["fused"]
+        square, first = (square + square.T) / 2, len(query)
+        parts = square[:first, first:], square[:first, :first], square[first:, first:]
+        return {"features": features, "fused": rerank(*parts, reciprocity)}
+    by_both = fused_neighbourhood(
+        model,
+        query,
+        gallery,
+        distmats["fused"],
+        number=number,
+        row_threshold=row_threshold,
+        options=options,
+        feature_distances=_to_fuse(metric, options).fused,
+    )
+    return {"features": features, "fused": rerank_neighbourhood(by_both, reciprocity)}
 
 
 def side_by_side(results: Mapping[str, Any], ranks: Sequence[int] = (1, 5, 10, 20)) -> str:

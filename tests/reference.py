@@ -438,6 +438,58 @@ def fuse(
     return feature + attention_weight * attention
 
 
+def reranked(
+    distmat: Array,
+    queries: int,
+    k1: int,
+    k2: int,
+    original_weight: float,
+    greatest: Sequence[float] | None = None,
+) -> Array:
+    """k-reciprocal re-ranking (Zhong et al., CVPR 2017), Eqs. 1 to 12, from all N x N distances.
+
+    d is squared and divided by its row's greatest square (or that of `greatest`).
+    """
+    images = range(len(distmat))
+    d = np.zeros(distmat.shape)
+    for i in images:
+        most = max(distmat[i]) if greatest is None else greatest[i]
+        for j in images:
+            d[i, j] = min((distmat[i, j] / most) ** 2, 1.0)
+    order = [sorted(images, key=lambda j: (d[i, j], j)) for i in images]
+
+    def reciprocal(i: int, k: int) -> set[int]:  # with the image itself: k + 1
+        return {j for j in order[i][: k + 1] if i in order[j][: k + 1]}
+
+    encoding = []
+    for i in images:
+        own = reciprocal(i, k1)
+        expanded = set(own)
+        for j in own:
+            its = reciprocal(j, round(k1 / 2))
+            if 3 * len(its & own) > 2 * len(its):
+                expanded |= its
+        weights = {j: math.exp(-d[i, j]) for j in expanded}
+        encoding.append({j: weight / sum(weights.values()) for j, weight in weights.items()})
+    averaged = []
+    for i in images:
+        near = order[i][:k2] if k2 > 1 else [i]
+        mean: dict[int, float] = {}
+        for j in near:
+            for k, weight in encoding[j].items():
+                mean[k] = mean.get(k, 0.0) + weight / len(near)
+        averaged.append(mean)
+    final = np.zeros((queries, len(distmat) - queries))
+    for q in range(queries):
+        for g in range(queries, len(distmat)):
+            keys = averaged[q].keys() | averaged[g].keys()
+            least = sum(min(averaged[q].get(k, 0.0), averaged[g].get(k, 0.0)) for k in keys)
+            most = sum(max(averaged[q].get(k, 0.0), averaged[g].get(k, 0.0)) for k in keys)
+            jaccard = 1 - least / most if most else 1.0
+            final[q, g - queries] = (1 - original_weight) * jaccard + original_weight * d[q, g]
+    return final
+
+
 def cmc_map(
     distmat: Array,
     q_pids: Sequence[int],

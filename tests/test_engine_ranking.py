@@ -23,11 +23,14 @@ from casn_plugin.ranking import Compute, RankingOptions
 
 @pytest.mark.parametrize("dist_metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("normalize_feature", [False, True])
+@pytest.mark.parametrize("rerank", [False, True])
 def test_features_alone_rank_as_torchreid_ranks_them(
-    market_root, dist_metric, normalize_feature, capsys
+    market_root, dist_metric, normalize_feature, rerank, capsys
 ):
     engine = make_engine(market_root)
+    engine.casn.backbone.embed[0].weight.data *= 20  # features far enough apart for float32
     options = {"dist_metric": dist_metric, "normalize_feature": normalize_feature, "ranks": [1, 3]}
+    options["rerank"] = rerank
     engine.test(**options)
     ours = engine.results["market1501"]["features"]
     plain = torchreid.engine.ImageSoftmaxEngine(
@@ -86,11 +89,15 @@ def test_a_shortlist_as_long_as_the_gallery_changes_nothing(market_root):
     assert short.results["market1501"]["fused"]["cmc"] == expected["features"]["cmc"]
 
 
-def test_a_shortlist_goes_with_unit_length_and_without_reranking(market_root):
-    with pytest.raises(ValueError, match="shortlist needs normalization='unit', got 'query'"):
-        RankingOptions("query", shortlist=5)
-    with pytest.raises(ValueError, match="shortlist must be None"):
-        make_engine(market_root, ranking=RankingOptions(shortlist=5)).test(rerank=True)
+def test_a_shortlist_goes_with_reranking(market_root):
+    engine = make_engine(market_root)
+    plain = engine.test(rerank=True), engine.results["market1501"]
+    engine.ranking = RankingOptions(shortlist=10**6)
+    assert (engine.test(rerank=True), engine.results["market1501"]) == plain
+    engine.test()
+    without = engine.results["market1501"]
+    assert without["attention"] == plain[1]["attention"]  # which is not re-ranked
+    assert without["fused"] != plain[1]["fused"] and without["features"] != plain[1]["features"]
 
 
 def test_evaluation_is_that_of_torchreid_and_has_minp(market_root, monkeypatch, capsys):

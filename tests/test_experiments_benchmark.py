@@ -50,6 +50,16 @@ def test_the_benchmark_measures_what_shortlists_cost(benchmark, lab, monkeypatch
     assert sum("exact top" in name for name in rows) == 3
 
 
+def test_the_benchmark_compares_reranking(benchmark):
+    options = benchmark.parse_args(["--scale", "0.1", "--repeats", "1"])
+    header, *rows = cells(benchmark.reranking(options))
+    assert header[3] == "× torchreid" and len(rows) == 4 * 4 + 1
+    kinds = {row[1]: row for row in rows[8:12]}
+    assert float(kinds["matrices"][3]) > 3  # 500 images; at 5,000 more than 20
+    assert float(kinds["matrices"][4].removeprefix("off by ")) < 2e-6
+    assert all("same nearest" in kinds[name][4] for name in ("lists", "lists, greatest known"))
+
+
 def test_the_benchmark_compares_processes_and_memory(benchmark, lab):
     peaks = lab("benchmark_memory").Peak()
     with peaks:  # from the system: what was freed before may be given out again

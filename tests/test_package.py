@@ -20,9 +20,9 @@ ROOMS = (
     "evaluation", "quality", "heads", "tryout", "taps", "backbones", "model", "objective",
     "loading",
     *(f"ranking.{name}" for name in (
-        "compute", "tiles", "closed_form", "sides", "pairs", "candidates",
-        "distances", "fused", "search", "company", "manifest", "shards", "filling", "contents",
-        "store", "index",
+        "neighbourhoods", "reranking", "compute", "tiles", "closed_form", "sides", "pairs",
+        "candidates", "distances", "fused", "mutual", "search", "company", "manifest", "shards",
+        "filling", "contents", "store", "index",
     )),
     "ranking", "retrieval",
     *(f"explanation.{name}" for name in (

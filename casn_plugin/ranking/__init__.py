@@ -22,7 +22,15 @@ from casn_plugin.ranking.fused import (
     fused_distmats,
 )
 from casn_plugin.ranking.index import GalleryIndex, SearchResult
+from casn_plugin.ranking.mutual import feature_neighbourhood, fused_neighbourhood
 from casn_plugin.ranking.pairs import pair_classifier_of
+from casn_plugin.ranking.reranking import (
+    Reciprocity,
+    Reranked,
+    rerank,
+    rerank_neighbourhood,
+    rerank_neighbours,
+)
 from casn_plugin.ranking.search import Ranking, rank_gallery
 
 __all__ = [
@@ -33,14 +41,21 @@ __all__ = [
     "Normalization",
     "Ranking",
     "RankingOptions",
+    "Reciprocity",
+    "Reranked",
     "SearchResult",
     "attention_distmat",
+    "feature_neighbourhood",
     "fuse_distmats",
     "fused_distmats",
+    "fused_neighbourhood",
     "indicator_flips",
     "pair_attention",
     "pair_classifier_of",
     "pair_scores",
     "rank_gallery",
+    "rerank",
+    "rerank_neighbourhood",
+    "rerank_neighbours",
     "same_identity_logits",
 ]

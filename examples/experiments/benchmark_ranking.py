@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-r"""Measures attention-fused ranking: speed, exactness, memory, processes, evaluation.
+r"""Measures attention-fused ranking: speed, exactness, memory, processes, evaluation, more.
 
 Everything is compared within one run on one machine, interleaved, as medians. Prints tables in
 Markdown, and saves them with a plot of the memory to --save-dir.
@@ -26,6 +26,7 @@ from backbones import build_model
 from benchmark_heads import table
 from benchmark_memory import memory
 from benchmark_processes import processes
+from benchmark_reranking import reranking
 from benchmark_speed import evaluation, exactness, half, speed
 from torch import Tensor
 
@@ -91,6 +92,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], str]] = {
     "memory": memory,
     "processes": processes,
     "evaluation": evaluation,
+    "reranking": reranking,
     "quality": quality,
 }
 
