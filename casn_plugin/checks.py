@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from casn_plugin.identities import check_labels, have_match
-from casn_plugin.loading import check_pictures
 from casn_plugin.model import CASN
+from casn_plugin.picturefiles import check_pictures
 from casn_plugin.sampler import PairSampler
 
 

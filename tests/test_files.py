@@ -79,7 +79,9 @@ def test_without_locks_only_what_is_old_goes(tmp_path, monkeypatch):
 
 def test_nothing_is_no_file(tmp_path):
     (tmp_path / "file").write_text("old")
-    with pytest.raises(FileNotFoundError, match=r"nothing was written: .*file"):
-        with replacing(tmp_path / "file"):
-            pass
+    with (
+        pytest.raises(FileNotFoundError, match=r"nothing was written: .*file"),
+        replacing(tmp_path / "file"),
+    ):
+        pass
     assert [each.read_text() for each in tmp_path.iterdir()] == ["old"]

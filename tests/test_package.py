@@ -15,8 +15,8 @@ import casn_plugin
 ROOT = Path(casn_plugin.__file__).parent
 # from the bottom; a wing's own files likewise, its face above them
 ROOMS = (
-    "files", "doors", "identities", "scores", "hooks", "attention", "losses", "sampler", "encoding",
-    "evaluation", "quality", "backbones", "model", "loading",
+    "files", "picturefiles", "doors", "identities", "scores", "hooks", "attention", "losses",
+    "sampler", "encoding", "evaluation", "quality", "backbones", "model", "loading",
     *(f"ranking.{name}" for name in (
         "processes", "compute", "tiles", "closed_form", "sides", "pairs", "candidates",
         "distances", "fused", "search", "company", "manifest", "shards", "filling", "contents",
