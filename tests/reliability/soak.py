@@ -15,47 +15,23 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import PIL.Image
 import torch
-import torchreid
-from subjects import SIZE, Tiny, tiny_casn, tiny_forward
-from torch import Tensor, nn
+from subjects import PEOPLE, SIZE, engine_of, market, tiny_casn
+from torch import nn
 from tqdm import tqdm
 from writer import RESULTS
 
-from casn_plugin import (
-    CASN,
-    Encoding,
-    GalleryIndex,
-    ImageCASNEngine,
-    PairSampler,
-    explain_pair,
-    explain_ranking,
-)
+from casn_plugin import Encoding, GalleryIndex, PairSampler, explain_pair, explain_ranking
 from casn_plugin.checkpoint import Checkpoints, TrainingState, load_checkpoint
 from casn_plugin.explanation import save_report
 from casn_plugin.losses import IdentificationAttentionLoss, SiameseAttentionLoss
 from casn_plugin.model import loss_terms
-from casn_plugin.pedestrians import render_pedestrian
 from casn_plugin.ranking import rank_gallery
 
 MIB = 2**20
-PEOPLE, VIEWS, ENGINE_EVERY, KEPT = 4, 4, 5, 64
+VIEWS, ENGINE_EVERY, KEPT = 4, 5, 64
 COUNTED = ("files", "threads", "hooks", "figures", "left over")
 """What has to be, in every later sample, no more than at the end of the warm-up."""
-
-
-class TinyReid(Tiny):
-    """The small backbone as torchreid's are: logits in training, features in eval mode."""
-
-    loss = "softmax"
-
-    def forward(self, imgs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Returns logits, features or both."""
-        logits, features = tiny_forward(self, imgs)
-        if not self.training:
-            return features
-        return logits if self.loss == "softmax" else (logits, features)
 
 
 def hooks_of(model: nn.Module) -> int:
@@ -105,23 +81,7 @@ class Life:
         self.checkpoints = Checkpoints(folder / "model")
         self.index = GalleryIndex.create(folder / "index", self.gallery)
         self.round = 0
-        self.paths = self._pictures()
-
-    def _pictures(self) -> list[str]:
-        root = self.folder / "data" / "market1501" / "Market-1501-v15.09.15"
-        paths = []
-        for part in ("bounding_box_train", "query", "bounding_box_test"):
-            (root / part).mkdir(parents=True)
-        for pid in range(1, 2 * PEOPLE + 1):
-            for camid in range(2):
-                for shot in range(2):
-                    part = "query" if shot == 0 and pid > PEOPLE else "bounding_box_test"
-                    part = "bounding_box_train" if pid <= PEOPLE else part
-                    imgs, _ = render_pedestrian(pid, camid, shot, height=64, width=32)
-                    path = root / part / f"{pid:04d}_c{camid + 1}s1_{shot + 1:06d}_00.jpg"
-                    PIL.Image.fromarray(imgs).save(path)
-                    paths.append(str(path))
-        return paths
+        self.paths = market(folder / "data")
 
     def train(self) -> None:
         """Trains an epoch, saves it and goes on from what was saved."""
@@ -174,14 +134,7 @@ class Life:
         """Trains and evaluates with torchreid, now and then."""
         if self.round % ENGINE_EVERY:
             return
-        data = torchreid.data.ImageDataManager(
-            root=str(self.folder / "data"), sources="market1501", height=SIZE[0], width=SIZE[1],
-            batch_size_train=4, batch_size_test=8, workers=0, use_gpu=False,
-        )  # fmt: skip
-        data = PairSampler.install(data)
-        model = CASN(TinyReid(), input_size=SIZE, hidden_dim=4)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-        engine = ImageCASNEngine(data, model, optimizer, use_gpu=False, logged_pairs=2)
+        engine = engine_of(self.folder)
         save_dir = self.folder / "run"
         engine.run(save_dir=str(save_dir), max_epoch=1, eval_freq=1, print_freq=100)
         shutil.rmtree(save_dir)
