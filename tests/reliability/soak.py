@@ -30,6 +30,7 @@ from casn_plugin.ranking import rank_gallery
 
 MIB = 2**20
 VIEWS, ENGINE_EVERY, KEPT = 4, 5, 64
+TOLERANCE = 0.02
 COUNTED = ("files", "threads", "hooks", "figures", "left over")
 """What has to be, in every later sample, no more than at the end of the warm-up."""
 
@@ -223,9 +224,9 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.rounds:
-        figures, findings = soak(lambda rounds: rounds < args.rounds, tolerance=0.2)
+        figures, findings = soak(lambda rounds: rounds < args.rounds, 0.2)
     else:
-        figures, findings = soak(for_minutes(args.minutes), tolerance=0.02)
+        figures, findings = soak(for_minutes(args.minutes), TOLERANCE)
     print(figures, *findings, sep="\n")
     return int(bool(findings))
 

@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-import torchreid
 from torch import Tensor, nn
 
 import casn_plugin
 from casn_plugin import (
     CASN,
     Encoding,
-    ImageCASNEngine,
     PairSampler,
     attention,
     encoding,
@@ -86,8 +84,12 @@ def market(root: Path) -> list[str]:
     return paths
 
 
-def engine_of(folder: Path) -> ImageCASNEngine:
+def engine_of(folder: Path) -> Any:
     """Returns a small engine for the data that :func:`market` has put into folder/data."""
+    import torchreid
+
+    from casn_plugin import ImageCASNEngine
+
     with contextlib.redirect_stdout(io.StringIO()):
         data = torchreid.data.ImageDataManager(
             root=str(folder / "data"), sources="market1501", height=SIZE[0], width=SIZE[1],
