@@ -3,11 +3,11 @@
 import contextlib
 import os
 import random
-import re
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from casn_plugin.doors import check_count, check_kind
-from casn_plugin.files import TEMPORARY, replacing
+from casn_plugin.files import clear, replacing
 from casn_plugin.processes import Processes
 from casn_plugin.sampler import PairSampler
 
@@ -180,15 +180,14 @@ class Checkpoints:
                 f"another run writes its checkpoints to {self.folder}: give this one another "
                 "save_dir, or wait for the other to end"
             ) from None
-        for left in self.folder.glob("*.tmp"):  # of a run that was killed: nobody else is here
-            if re.fullmatch(TEMPORARY, left.name):
-                left.unlink(missing_ok=True)
+        clear(self.folder)
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Returns what a checkpoint holds, on the CPU; nothing in it is run.
 
-    Checkpoints of torchreid's own engines are read too.
+    Checkpoints of torchreid's own engines are read too. Every byte is compared with the file's
+    checksums; files of before torch 1.6, which are no zip files, have none.
 
     Raises:
         FileNotFoundError: no such file.
@@ -198,8 +197,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no checkpoint {os.fspath(path)}")
     try:
-        with torch.serialization.safe_globals(_SCALARS):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file, torch.serialization.safe_globals(_SCALARS):
+            _check_whole(file)
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, pickle and zip fail in their own ways
         raise ValueError(f"{os.fspath(path)} can't be read as a checkpoint: {error}") from error
     if not isinstance(state, dict):
@@ -224,6 +224,19 @@ def checkpoint_in(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
         path = Checkpoints(path / "model" if (path / "model").is_dir() else path).newest()
         print(f'Going on from "{path}"')
     return path, load_checkpoint(path)
+
+
+def _check_whole(file: BinaryIO) -> None:
+    """Raises an error where a part of a zip file has another checksum: torch compares none."""
+    is_zip = file.read(4) == b"PK\3\4"
+    if is_zip:
+        with zipfile.ZipFile(file) as archive:
+            # all zero: written with torch.serialization.set_crc32_options(False)
+            checked = any(part.CRC for part in archive.infolist())
+            damaged = archive.testzip() if checked else None
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} does not fit")
+    file.seek(0)
 
 
 class TrainingState:

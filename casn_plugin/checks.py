@@ -11,8 +11,8 @@ from torch import nn
 from casn_plugin.doors import check_kind
 from casn_plugin.evidence import Similarity
 from casn_plugin.identities import check_labels, have_match
-from casn_plugin.loading import check_pictures
 from casn_plugin.model import CASN
+from casn_plugin.picturefiles import check_pictures
 from casn_plugin.processes import Processes, started
 from casn_plugin.sampler import PairSampler
 

@@ -8,8 +8,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-import torch
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 

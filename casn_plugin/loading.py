@@ -2,32 +2,27 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from casn_plugin.doors import check_images, check_size, check_tensor, check_weight
 from casn_plugin.encoding import Encoding
 from casn_plugin.hooks import place_of
 from casn_plugin.identities import as_ids
 from casn_plugin.model import CASN, as_casn
+from casn_plugin.picturefiles import read_picture
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _IDS = ("pids", "camids")
-_ORIENTATION = 0x0112
-_DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # what torchreid's reader makes white
-
 Image = Tensor | PIL.Image.Image | str | os.PathLike[str]
 """A normalised (3, rows, columns) tensor as the model takes it, a picture, or its path."""
 
@@ -92,28 +87,20 @@ class Preprocessing:
         Raises:
             TypeError: an image of none of the kinds.
             ValueError: a tensor of another shape, a picture where no size is known, or one of
-                float values, whose range is not known.
-            OSError: a path that is no picture, or a damaged one.
+                values whose range is not known, such as floats.
+            OSError: a path that is no picture, one of a rare format, or a damaged one.
         """
         from torchvision.transforms import functional as transforms
 
         if isinstance(image, Tensor):
             return check_tensor("an image", image, "3 rows columns")
-        if isinstance(image, str | os.PathLike):
-            try:
-                with PIL.Image.open(image) as opened:
-                    return self.load(opened)
-            except FileNotFoundError:
-                raise
-            except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-                raise OSError(f"{os.fspath(image)} can't be read as a picture: {error}") from error
-        if not isinstance(image, PIL.Image.Image):
+        if not isinstance(image, str | os.PathLike | PIL.Image.Image):
             raise TypeError(
                 f"an image must be a tensor, a PIL image or a path, got {type(image).__name__}"
             )
         if self.size is None:
             raise ValueError("pictures need a size (rows, columns) that they are brought to")
-        upright = _in_rgb(PIL.ImageOps.exif_transpose(image))
+        upright = read_picture(image)
         resized = transforms.to_tensor(transforms.resize(upright, list(self.size)))
         normalised: Tensor = transforms.normalize(resized, list(self.mean), list(self.std))
         return normalised
@@ -130,67 +117,6 @@ class Preprocessing:
         rgb = imgs.detach().float().cpu() * torch.tensor(self.std)[:, None, None]
         rgb = (rgb + torch.tensor(self.mean)[:, None, None]).clamp(0, 1)
         return np.asarray(rgb.permute(0, 2, 3, 1).numpy(), dtype=np.float64)
-
-
-def _in_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """Returns a picture of any mode and depth in 8-bit RGB; transparency is left out."""
-    if picture.mode == "F":
-        raise ValueError(
-            "a picture of float values has no known range: expected 8 or 16 bits a channel, got "
-            "mode 'F'"
-        )
-    if picture.mode in _DEEP:
-        values = np.asarray(picture, dtype=np.int64)
-        if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
-            raise ValueError(
-                f"expected a picture of 8 or 16 bits, got values from {values.min()} to "
-                f"{values.max()}"
-            )
-        picture = PIL.Image.fromarray((values / 257).round().astype(np.uint8))
-    return picture.convert("RGB")
-
-
-def check_pictures(paths: Iterable[str], *, progress: bool = False) -> None:
-    """Reads every picture once, so that a damaged one is found before hours are spent.
-
-    What torchreid's own reader would read wrongly in silence is found too: 16 bits a channel, and
-    pictures that EXIF says are to be turned.
-
-    Args:
-        paths: of the pictures.
-        progress: show a progress bar on a terminal.
-
-    Raises:
-        ValueError: pictures that are missing or can't be read; the first ones are named.
-
-    Example:
-        >>> check_pictures([])
-    """
-
-    def damage(path: str) -> str | None:
-        try:
-            with PIL.Image.open(path) as picture:
-                if picture.mode in (*_DEEP, "F"):
-                    return f"{path} (mode {picture.mode}, which torchreid's reader turns white)"
-                if picture.getexif().get(_ORIENTATION, 1) != 1:
-                    return (
-                        f"{path} (to be turned upright by EXIF, which torchreid's reader does not)"
-                    )
-                picture.load()
-        except Exception as error:  # every format fails in its own way
-            return f"{path} ({error})"
-        return None
-
-    listed = list(dict.fromkeys(paths))
-    with ThreadPoolExecutor() as pool:
-        found = tqdm(
-            pool.map(damage, listed), "Checking pictures", len(listed), unit="img", leave=False,
-            disable=None if progress else True,
-        )  # fmt: skip
-        damaged = [each for each in found if each is not None]
-    if damaged:
-        shown = "; ".join(damaged[:5]) + (" ..." if len(damaged) > 5 else "")
-        raise ValueError(f"{len(damaged)} of {len(listed)} pictures can't be read: {shown}")
 
 
 class Batch(NamedTuple):

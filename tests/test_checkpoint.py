@@ -179,3 +179,38 @@ def test_a_full_disk_is_an_oserror_that_names_the_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"model can't be written: .*PytorchStreamWriter"):
         save_checkpoint({"epoch": 1}, tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+def test_no_damage_of_one_bit_gives_other_numbers(tmp_path):
+    """torch compares no checksum by itself: a flipped bit would be another weight."""
+    whole = {"epoch": 1, "state_dict": {"weight": torch.arange(6.0)}}
+    path = save_checkpoint(whole, tmp_path / "model")
+    data, chance, refused = path.read_bytes(), random.Random(0), 0
+    weight = data.index(torch.arange(6.0).numpy().tobytes())
+    for place in [*range(weight, weight + 24), *(chance.randrange(len(data)) for _ in range(300))]:
+        bit = 1 << chance.randrange(8)
+        path.write_bytes(data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :])
+        try:
+            loaded = load_checkpoint(path)
+        except ValueError as error:
+            refused += 1
+            assert str(path) in str(error)
+        else:
+            assert not weight <= place < weight + 24 and loaded["epoch"] == 1
+            assert torch.equal(loaded["state_dict"]["weight"], torch.arange(6.0))
+    assert refused > 24
+
+
+@pytest.mark.parametrize("kind", ["without checksums", "of before zip"])
+def test_checkpoints_without_checksums_are_read(tmp_path, monkeypatch, kind):
+    if kind == "of before zip":
+        torch.save({"epoch": 4}, tmp_path / "model", _use_new_zipfile_serialization=False)
+    elif not hasattr(torch.serialization, "set_crc32_options"):
+        pytest.skip("this torch always writes them")
+    else:
+        torch.serialization.set_crc32_options(False)
+        try:
+            save_checkpoint({"epoch": 4}, tmp_path / "model")
+        finally:
+            torch.serialization.set_crc32_options(True)
+    assert load_checkpoint(tmp_path / "model") == {"epoch": 4}

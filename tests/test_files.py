@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from casn_plugin.files import move, replacing, temporary
+from casn_plugin.files import clear, move, replacing, temporary
 
 
 def test_a_file_is_replaced_whole_and_nothing_is_left_beside_it(tmp_path):
@@ -49,3 +49,39 @@ def test_the_content_is_on_disk_before_the_move(tmp_path, monkeypatch):
         path.write_text("content")
         move(path, tmp_path / "file")
     assert calls[:2] == ["sync", "move"]
+
+
+def test_what_a_killed_process_left_goes_and_what_is_being_written_stays(tmp_path):
+    dead, other = tmp_path / f"{'0' * 32}.tmp", tmp_path / "notes.tmp"
+    for path in (dead, other):
+        path.write_text("half")
+    with replacing(tmp_path / "file") as path:
+        assert not dead.exists() and other.exists()
+        path.write_text("being written")
+        with replacing(tmp_path / "second") as second:
+            second.write_text("whole")
+        clear(tmp_path)
+        assert path.read_text() == "being written"
+    assert (tmp_path / "file").read_text() == "being written"
+    assert {each.name for each in tmp_path.iterdir()} == {"file", "second", "notes.tmp"}
+
+
+def test_without_locks_only_what_is_old_goes(tmp_path, monkeypatch):
+    monkeypatch.setattr("casn_plugin.files.fcntl", None)
+    old, new = (tmp_path / f"{digit * 32}.tmp" for digit in "01")
+    for path in (old, new):
+        path.write_text("half")
+    os.utime(old, (0, 0))
+    with replacing(tmp_path / "file") as path:
+        path.write_text("whole")
+    assert {each.name for each in tmp_path.iterdir()} == {"file", new.name}
+
+
+def test_nothing_is_no_file(tmp_path):
+    (tmp_path / "file").write_text("old")
+    with (
+        pytest.raises(FileNotFoundError, match=r"nothing was written: .*file"),
+        replacing(tmp_path / "file"),
+    ):
+        pass
+    assert [each.read_text() for each in tmp_path.iterdir()] == ["old"]

@@ -1,8 +1,6 @@
 """Pictures and batches of every form, read in one place."""
 
-import cv2
 import numpy as np
-import PIL.Image
 import pytest
 import torch
 from conftest import TinyBackbone, tiny_forward
@@ -11,7 +9,6 @@ from casn_plugin import CASN, Preprocessing
 from casn_plugin.loading import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    check_pictures,
     encode_loader,
     image_loader,
     read_batch,
@@ -114,70 +111,3 @@ def test_items_are_read_whatever_their_form(unchecked):
             read_item(bad)
     with pytest.raises(TypeError, match="pids must be integers"):
         read_item((img, 0.5))
-
-
-@pytest.fixture
-def picture():
-    values = np.random.default_rng(0).integers(0, 256, (16, 8, 3), dtype=np.uint8)
-    return np.kron(values, np.ones((4, 4, 1), np.uint8))
-
-
-LOAD = Preprocessing((64, 32), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)).load
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "1", "P", "CMYK", "YCbCr", "HSV"])
-def test_every_mode_of_eight_bits_is_read(picture, mode):
-    image = PIL.Image.fromarray(picture)
-    loaded, expected = LOAD(image.convert(mode)), LOAD(image.convert("L"))
-    assert loaded.shape == (3, 64, 32) and abs(loaded.mean() - expected.mean()) < 0.04
-
-
-@pytest.mark.parametrize("kind", ["I;16 png", "I;16 tiff", "I;16B", "I", "gray png of opencv"])
-def test_sixteen_bits_are_as_good_as_eight(picture, tmp_path, kind):
-    grey = picture[..., 0]
-    deep, path = grey.astype(np.uint16) * 257, tmp_path / f"deep.{kind.split()[-1][:4]}"
-    if kind == "I":
-        image = PIL.Image.fromarray(deep.astype(np.int32))
-        assert image.mode == "I"
-    elif kind == "I;16B":
-        image = PIL.Image.frombytes("I;16B", grey.shape[::-1], deep.astype(">u2").tobytes())
-    else:
-        path = path.with_suffix(".tiff" if "tiff" in kind else ".png")
-        if "opencv" in kind:
-            assert cv2.imwrite(str(path), deep)
-        else:
-            PIL.Image.fromarray(deep).save(path)
-        image = path
-    torch.testing.assert_close(LOAD(image), LOAD(PIL.Image.fromarray(grey)))
-    if image is path:
-        with pytest.raises(ValueError, match=r"1 of 1 pictures .*reader turns white"):
-            check_pictures([str(path)])
-
-
-def test_values_without_a_known_range_are_refused(picture):
-    values = picture[..., 0].astype(np.float32)
-    with pytest.raises(ValueError, match="float values has no known range"):
-        LOAD(PIL.Image.fromarray(values))
-    with pytest.raises(ValueError, match="expected a picture of 8 or 16 bits, got values from"):
-        LOAD(PIL.Image.fromarray(values.astype(np.int32) * 100_000))
-
-
-def test_damaged_and_turned_pictures_are_found_and_named(picture, tmp_path):
-    paths = {name: str(tmp_path / name) for name in ("good.jpg", "cut.jpg", "turned.jpg", "no.jpg")}
-    PIL.Image.fromarray(picture).save(paths["good.jpg"])
-    whole = (tmp_path / "good.jpg").read_bytes()
-    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    exif = PIL.Image.Exif()
-    exif[0x0112] = 6
-    PIL.Image.fromarray(picture).save(paths["turned.jpg"], exif=exif)
-    check_pictures([paths["good.jpg"]] * 3, progress=True)
-    with pytest.raises(ValueError) as found:
-        check_pictures(paths.values())
-    said = str(found.value)
-    assert said.startswith("3 of 4 pictures can't be read: ") and "good.jpg" not in said
-    assert all(paths[name] in said for name in ("cut.jpg", "turned.jpg", "no.jpg"))
-    assert LOAD(paths["turned.jpg"]).shape == (3, 64, 32)  # upright here
-    with pytest.raises(OSError, match=r"cut\.jpg can't be read as a picture"):
-        LOAD(paths["cut.jpg"])
-    with pytest.raises(FileNotFoundError):
-        LOAD(paths["no.jpg"])

@@ -15,7 +15,8 @@ import casn_plugin
 ROOT = Path(casn_plugin.__file__).parent
 # from the bottom; a wing's own files likewise, its face above them
 ROOMS = (
-    "files", "doors", "processes", "identities", "scores", "kernels", "layouts", "hooks",
+    "files", "picturefiles", "doors", "processes", "identities", "scores", "kernels", "layouts",
+    "hooks",
     "attention", "batch_pairs", "losses", "siamese", "sampler", "encoding", "basis", "evidence",
     "evaluation", "quality", "heads", "tryout", "taps", "backbones", "model", "objective",
     "loading",

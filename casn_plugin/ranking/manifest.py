@@ -88,11 +88,12 @@ class Manifest:
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is damaged, of another format or version, or says what can't be.
+            ValueError: it is damaged, a link, of another format or version, or says what can't be.
         """
         path = folder / MANIFEST
         if not path.is_file():
             raise FileNotFoundError(f"no gallery index in {folder}: it lacks {MANIFEST}")
+        check_no_link(path)
         try:
             content = json.loads(path.read_bytes())
             if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -124,11 +125,18 @@ class Manifest:
             own = self.images["maps"][0]
             _expect(self.dtype in (None, own), "dtype", self.dtype, f"{own}, as its maps are")
         seen: dict[str, tuple[Any, ...]] = {}
+        gone: dict[str, set[int]] = {}
         for entry in self.shards:
             entry.check()
             _expect(entry.images == self.images, "images", self.images, "those of every shard")
             about = (entry.sha256, entry.rows)
             _expect(seen.setdefault(entry.file, about) == about, "file", entry.file, "one file")
+            removed = set(entry.removed)
+            if entry.file in gone:  # removed, and added again: no row counts twice
+                both = len(gone[entry.file] | removed) == entry.rows
+                _expect(both, "removed", entry.removed, f"all rows that {entry.file} has above")
+                removed &= gone[entry.file]
+            gone[entry.file] = removed
         rows = sum(entry.rows for entry in self.shards)
         fits = _is_count(self.added) and self.added >= rows
         _expect(fits, "added", self.added, f"a number >= {rows}, the rows of all shards")
@@ -161,6 +169,16 @@ class Manifest:
 
 class _OtherError(ValueError):
     """Not a damaged manifest, but none, or one of another version."""
+
+
+def check_no_link(path: Path) -> None:
+    """Raises ValueError for a file that lies elsewhere: an index is read from its folder alone.
+
+    Example:
+        >>> check_no_link(Path("index.json"))
+    """
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link: expected the file itself (cp -L copies it)")
 
 
 def check_images(images: Any) -> None:

@@ -27,6 +27,7 @@ from casn_plugin.ranking.manifest import (
     Common,
     Entry,
     Manifest,
+    check_no_link,
     dtype_name,
     same_images,
     size_of,
@@ -59,11 +60,12 @@ class Shard(NamedTuple):
 
         Raises:
             FileNotFoundError: its file is missing.
-            ValueError: it is damaged, or does not hold what the manifest says.
+            ValueError: it is damaged, a link, or does not hold what the manifest says.
         """
         path = folder / entry.file
         if not path.is_file():
             raise FileNotFoundError(f"the gallery index lacks its shard {path}")
+        check_no_link(path)
         if verify and _sha256(path) != entry.sha256:
             raise ValueError(f"{path} is damaged: its checksum does not fit")
         images = entry.images

@@ -231,6 +231,41 @@ def test_no_path_leads_out_of_the_folder(index, name):
         GalleryIndex(index.folder)
 
 
+def test_links_are_not_followed(index):
+    """An index is read from its folder alone, whatever the checksums say."""
+    for name in ("index.json", next(index.folder.glob("*.safetensors")).name):
+        other = index.folder.parent / name
+        (index.folder / name).rename(other)
+        (index.folder / name).symlink_to(other)
+        for verify in (True, False):
+            with pytest.raises(ValueError, match=f"{name} is a link: expected the file itself"):
+                GalleryIndex(index.folder, verify=verify)
+        other.replace(index.folder / name)
+    assert len(GalleryIndex(index.folder)) == 11
+
+
+def test_no_row_counts_twice(index):
+    """But an image that was removed may be added again, which gives the same file."""
+    content = json.loads((index.folder / "index.json").read_text())
+    first, *others = content["shards"]
+    for removed in ([], [0], [1], [0, 2, 3]):
+        again = {**first, "removed": removed}
+        forge(index.folder, {**content, "added": 99, "shards": [first, *others, again]})
+        if removed == [0, 2, 3]:
+            assert GalleryIndex(index.folder).names[-1] == "0b"
+            continue
+        with pytest.raises(ValueError, match=r"index\.json is damaged: removed is .* rows that"):
+            GalleryIndex(index.folder)
+    index = GalleryIndex(index.folder)
+    images = encoding(4)
+    index.remove([0, 1])
+    index.add(images, names=[f"0{row}" for row in "abcd"], duplicates="skip")
+    index.remove([0])
+    index.add(images, names=[f"0{row}" for row in "abcd"], duplicates="skip")
+    assert sorted(GalleryIndex(index.folder).names) == sorted(index.names)
+    assert len(set(index.names)) == len(index.names) == 12
+
+
 WRONG = [
     None, True, False, -1, 0, 1, 3, 10**9, 10**30, 1.0, 0.5, float("nan"), float("inf"), "", "x",
     "../x", "float32", "int64", "float99", "a" * 64, [], [0], [0, 0], [1.5], [-1], [10**30],

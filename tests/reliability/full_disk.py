@@ -2,6 +2,7 @@
 
 import resource
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -45,4 +46,6 @@ def full_disk() -> tuple[dict[str, int], list[str]]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(*full_disk(), sep="\n")
+    totals, found = full_disk()
+    print(*found, totals, sep="\n")
+    sys.exit(bool(found))

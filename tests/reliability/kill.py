@@ -95,7 +95,10 @@ def kill(number: int, seed: int) -> tuple[dict[str, int], list[str]]:
                 lost += 1
                 findings.append(f"{kind}, kill {turn}: {type(error).__name__}: {error}")
                 break
-            left = max(left, sum(1 for _ in folders[kind].glob("*.tmp*")))
+            here = [each.name for each in folders[kind].iterdir() if ".tmp" in each.name]
+            left = max(left, len(here))
+            if len(here) > 1:
+                findings.append(f"{kind}, kill {turn}: what was left before is still there: {here}")
         for kind, folder in folders.items():
             if folder.is_dir() and not findings:
                 WRITERS[kind](folder, steps[kind])
@@ -108,4 +111,6 @@ def kill(number: int, seed: int) -> tuple[dict[str, int], list[str]]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(*kill(int(sys.argv[1]), int(sys.argv[2])), sep="\n")
+    totals, found = kill(int(sys.argv[1]), int(sys.argv[2]))
+    print(*found, totals, sep="\n")
+    sys.exit(bool(found))

@@ -1,9 +1,13 @@
 """What is attacked: a small model, and a right call of each public function."""
 
+import contextlib
+import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +17,7 @@ from casn_plugin import (
     BatchPairs,
     Encoding,
     MetricOptions,
+    PairSampler,
     SiameseAttentionLoss,
     attention,
     basis,
@@ -27,8 +32,9 @@ from casn_plugin import (
     retrieval,
 )
 from casn_plugin.explanation.pictures import colour_key, overlay, pair_mosaic
+from casn_plugin.pedestrians import render_pedestrian
 
-SIZE = (32, 16)
+SIZE, PEOPLE = (32, 16), 4
 Case = tuple[Callable[..., Any], dict[str, Any]]
 """A function, and the arguments of a right call by name."""
 
@@ -51,6 +57,53 @@ def tiny_forward(backbone: Tiny, imgs: Tensor) -> tuple[Tensor, Tensor]:
 def tiny_casn() -> CASN:
     """Returns a CASN in eval mode."""
     return CASN(Tiny(), forward=tiny_forward, input_size=SIZE, hidden_dim=4).eval()
+
+
+class TinyReid(Tiny):
+    """The small backbone as torchreid's are: logits in training, features in eval mode."""
+
+    loss = "softmax"
+
+    def forward(self, imgs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Returns logits, features or both."""
+        logits, features = tiny_forward(self, imgs)
+        if not self.training:
+            return features
+        return logits if self.loss == "softmax" else (logits, features)
+
+
+def market(root: Path) -> list[str]:
+    """Returns the paths of a small data set in Market-1501's layout, of rendered pedestrians."""
+    folder, paths = root / "market1501" / "Market-1501-v15.09.15", []
+    for part in ("bounding_box_train", "query", "bounding_box_test"):
+        (folder / part).mkdir(parents=True)
+    for pid in range(1, 2 * PEOPLE + 1):
+        for camid in range(2):
+            for shot in range(2):
+                part = "query" if shot == 0 and pid > PEOPLE else "bounding_box_test"
+                part = "bounding_box_train" if pid <= PEOPLE else part
+                pixels, _ = render_pedestrian(pid, camid, shot, height=64, width=32)
+                path = folder / part / f"{pid:04d}_c{camid + 1}s1_{shot + 1:06d}_00.jpg"
+                PIL.Image.fromarray(pixels).save(path)
+                paths.append(str(path))
+    return paths
+
+
+def engine_of(folder: Path) -> Any:
+    """Returns a small engine for the data that :func:`market` has put into folder/data."""
+    import torchreid
+
+    from casn_plugin import ImageCASNEngine
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        data = torchreid.data.ImageDataManager(
+            root=str(folder / "data"), sources="market1501", height=SIZE[0], width=SIZE[1],
+            batch_size_train=4, batch_size_test=8, workers=0, use_gpu=False,
+        )  # fmt: skip
+    data = PairSampler.install(data)
+    model = CASN(TinyReid(), input_size=SIZE, hidden_dim=4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    return ImageCASNEngine(data, model, optimizer, use_gpu=False, logged_pairs=2)
 
 
 def cases() -> dict[str, Case]:

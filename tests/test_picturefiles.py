@@ -1,0 +1,120 @@
+"""Picture files of every mode and depth, upright; damaged ones by name."""
+
+import cv2
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from casn_plugin import Preprocessing
+from casn_plugin.picturefiles import check_pictures, read_picture
+
+
+@pytest.fixture
+def picture():
+    values = np.random.default_rng(0).integers(0, 256, (16, 8, 3), dtype=np.uint8)
+    return np.kron(values, np.ones((4, 4, 1), np.uint8))
+
+
+LOAD = Preprocessing((64, 32), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)).load
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "1", "P", "CMYK", "YCbCr", "HSV"])
+def test_every_mode_of_eight_bits_is_read(picture, mode):
+    image = PIL.Image.fromarray(picture)
+    loaded, expected = LOAD(image.convert(mode)), LOAD(image.convert("L"))
+    assert loaded.shape == (3, 64, 32) and abs(loaded.mean() - expected.mean()) < 0.04
+
+
+@pytest.mark.parametrize("kind", ["I;16 png", "I;16 tiff", "I;16B", "I", "gray png of opencv"])
+def test_sixteen_bits_are_as_good_as_eight(picture, tmp_path, kind):
+    grey = picture[..., 0]
+    deep, path = grey.astype(np.uint16) * 257, tmp_path / f"deep.{kind.split()[-1][:4]}"
+    if kind == "I":
+        image = PIL.Image.fromarray(deep.astype(np.int32))
+        assert image.mode == "I"
+    elif kind == "I;16B":
+        image = PIL.Image.frombytes("I;16B", grey.shape[::-1], deep.astype(">u2").tobytes())
+    else:
+        path = path.with_suffix(".tiff" if "tiff" in kind else ".png")
+        if "opencv" in kind:
+            assert cv2.imwrite(str(path), deep)
+        else:
+            PIL.Image.fromarray(deep).save(path)
+        image = path
+    torch.testing.assert_close(LOAD(image), LOAD(PIL.Image.fromarray(grey)))
+    if image is path:
+        with pytest.raises(ValueError, match=r"1 of 1 pictures .*reader turns white"):
+            check_pictures([str(path)])
+
+
+def test_values_without_a_known_range_are_refused(picture):
+    values = picture[..., 0].astype(np.float32)
+    with pytest.raises(ValueError, match="no known range .* got mode 'F'"):
+        LOAD(PIL.Image.fromarray(values))
+    with pytest.raises(ValueError, match="expected 8 or 16 bits a channel, got values from"):
+        LOAD(PIL.Image.fromarray(values.astype(np.int32) * 100_000))
+
+
+def test_damaged_and_turned_pictures_are_found_and_named(picture, tmp_path):
+    paths = {name: str(tmp_path / name) for name in ("good.jpg", "cut.jpg", "turned.jpg", "no.jpg")}
+    PIL.Image.fromarray(picture).save(paths["good.jpg"])
+    whole = (tmp_path / "good.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    PIL.Image.fromarray(picture).save(paths["turned.jpg"], exif=exif)
+    check_pictures([paths["good.jpg"]] * 3, progress=True)
+    with pytest.raises(ValueError) as found:
+        check_pictures(paths.values())
+    said = str(found.value)
+    assert said.startswith("3 of 4 pictures can't be read: ") and "good.jpg" not in said
+    assert all(paths[name] in said for name in ("cut.jpg", "turned.jpg", "no.jpg"))
+    assert LOAD(paths["turned.jpg"]).shape == (3, 64, 32)  # upright here
+    with pytest.raises(OSError, match=r"cut\.jpg can't be read as a picture"):
+        LOAD(paths["cut.jpg"])
+    with pytest.raises(FileNotFoundError):
+        LOAD(paths["no.jpg"])
+
+
+def test_what_has_no_certain_depth_is_refused(picture, tmp_path):
+    grey = picture[..., 0].astype(np.int32)
+    with pytest.raises(ValueError, match="16 bits or 8. got mode 'I' and no value above"):
+        read_picture(PIL.Image.fromarray(grey))
+    assert read_picture(PIL.Image.fromarray(0 * grey)).getextrema() == ((0, 0),) * 3
+    path = tmp_path / "signed.tif"
+    PIL.Image.fromarray(grey * 100).save(path)
+    with pytest.raises(ValueError, match=r"signed\.tif has no known range .* TIFF of .*32"):
+        read_picture(path)
+
+
+def test_files_are_turned_upright_however_they_lie_in_memory(picture, tmp_path):
+    """Pillow maps a raw TIFF of four channels that it opens by its path, and does not turn it."""
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    turned = PIL.Image.fromarray(np.ascontiguousarray(np.rot90(picture))).convert("RGBX")
+    for name in ("a.tif", "a.png", "a.jpg"):
+        image = turned if name == "a.tif" else turned.convert("RGB")
+        image.save(tmp_path / name, exif=exif)
+        got = np.asarray(read_picture(tmp_path / name)).astype(int)
+        assert got.shape == picture.shape and abs(got - picture).mean() < 25, name
+
+
+@pytest.mark.parametrize("name", ["a.eps", "a.pcx", "a.tga"])
+def test_rare_formats_are_refused_by_name(picture, tmp_path, name):
+    """PostScript is a program; the others do not tell that they are cut."""
+    PIL.Image.fromarray(picture).save(tmp_path / name)
+    (tmp_path / name).rename(tmp_path / "a.jpg")
+    with pytest.raises(OSError, match=r"a\.jpg can't be read .*: expected one of AVIF, .* got"):
+        read_picture(tmp_path / "a.jpg")
+    with pytest.raises(ValueError, match=r"1 of 1 pictures .*a\.jpg .expected one of AVIF"):
+        check_pictures([str(tmp_path / "a.jpg")])
+
+
+def test_every_error_of_a_format_is_an_oserror_by_name(picture, tmp_path):
+    path = tmp_path / "cut.ppm"
+    path.write_bytes(b"P3 4 4 255\n1 2 3")  # Pillow: ValueError
+    with pytest.raises(OSError, match=r"cut\.ppm can't be read as a picture: not enough image"):
+        read_picture(path)
+    with pytest.raises(OSError, match="the picture can't be read as a picture"):
+        read_picture(PIL.Image.new("La", (4, 4)))
