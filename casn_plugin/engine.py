@@ -261,10 +261,10 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
                     imgs, pids, self.identification if self.lambda_ia else None,
                     self.siamese if self.lambda_sa else None, data.get("camid"),
                 )  # fmt: skip
-                identify = partial(self.compute_loss, self.criterion, output.logits, pids)
+                loss_ide = self.compute_loss(self.criterion, output.logits, pids)
                 loss, terms = loss_terms(
-                    output, pids, identify() if self.metric.weight_x else None, metric=self.metric,
-                    lambda_ia=self.lambda_ia, lambda_sa=self.lambda_sa, siamese=self.siamese,
+                    output, pids, loss_ide, lambda_ia=self.lambda_ia, lambda_sa=self.lambda_sa,
+                    siamese=self.siamese, metric=self.metric,
                 )  # fmt: skip
             terms["acc"] = torchreid.metrics.accuracy(output.logits, pids)[0][0]
             where = f"epoch {self.epoch + 1}, step {self.batch_idx + 1}, "

@@ -142,7 +142,7 @@ def test_an_identity_balanced_batch_is_no_batch_of_rows(images):
 
 
 def test_rows_that_are_alike_by_chance_are_not_refused():
-    for lengths in ([3, 4, 3], [4, 6], [5, 2, 1], [8]):
+    for lengths in ([3, 4, 3], [4, 5], [5, 2, 1], [8]):
         check_rows(torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)))
 
 
