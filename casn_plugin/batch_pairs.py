@@ -128,9 +128,10 @@ def check_rows(pids: Int[Tensor, " batch"]) -> None:
             f"expected a batch whose rows 2i and 2i+1 are pair i, half of them of one identity, "
             f"got an identity-balanced (PK) batch, {in_a_row} images of each in a row: {advice}"
         )
-    if len(array) >= 4 and len(ends) > 1 and (array[0::2] == array[1::2]).all():
+    first, second = array[: len(array) // 2 * 2].reshape(-1, 2).T
+    if len(first) >= 2 and len(ends) > 1 and (first == second).all():
         warnings.warn(
-            f"all {len(array) // 2} pairs of a batch (rows 2i and 2i+1) show one identity, so "
+            f"all {len(first)} pairs of a batch (rows 2i and 2i+1) show one identity, so "
             f"nothing is learned of different ones; if this is no intention, {advice}",
             stacklevel=2,
         )

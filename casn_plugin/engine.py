@@ -297,10 +297,10 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             )  # fmt: skip
             if balance is not None:
                 output = output._replace(distances=output.distances * balance)
-            identify = partial(self.compute_loss, self.criterion, output.logits, pids)
+            loss_ide = self.compute_loss(self.criterion, output.logits, pids)
             loss, terms = loss_terms(
-                output, pids, identify() if self.metric.weight_x else None, metric=self.metric,
-                lambda_ia=self.lambda_ia, lambda_sa=self.lambda_sa, siamese=self.siamese,
+                output, pids, loss_ide, lambda_ia=self.lambda_ia, lambda_sa=self.lambda_sa,
+                siamese=self.siamese, metric=self.metric,
             )  # fmt: skip
         terms["acc"] = torchreid.metrics.accuracy(output.logits, pids)[0][0]
         return loss, terms

@@ -34,7 +34,7 @@ class MetricOptions:
 
     Args:
         weight_t: weight of the metric loss, as in torchreid's ``ImageTripletEngine``.
-        weight_x: weight of L_ide, likewise; 0: it is not computed.
+        weight_x: weight of L_ide, likewise; 0: it is left out.
         margin: of torchreid's triplet loss with the hardest of each batch.
         metric_loss: another loss, called as metric_loss(features, pids), such as those of
             pytorch-metric-learning. By default the engine takes torchreid's triplet loss.
@@ -116,12 +116,14 @@ class MetricOptions:
         """Returns L_t, in float32 or wider whatever autocast says.
 
         Raises:
-            TypeError: what the metric loss gives is no float tensor.
-            ValueError: there is no metric loss, or it gives no scalar; unlike numbers of features
-                and identities.
+            TypeError: features, identities or what the metric loss gives are no such tensors.
+            ValueError: there is no metric loss, or it gives no scalar; features or identities of
+                another shape, or unlike numbers of them.
         """
         if self.metric_loss is None:
             raise ValueError("expected a metric_loss, got None: only the engine has a default")
+        check_tensor("features", features, "batch dim")
+        check_tensor("pids", pids, "batch", floating=False)
         check_lengths(features=features, pids=pids)
         with torch.autocast(features.device.type, enabled=False):
             given: tuple[Any, ...] = (at_least_float32(features), pids)
@@ -150,7 +152,7 @@ def loss_terms(
     Args:
         output: of the model in training mode.
         pids: identities of its images.
-        loss_ide: L_ide (Eq. 1) of its logits; None where its weight is 0.
+        loss_ide: L_ide (Eq. 1) of its logits; not needed where its weight is 0.
         lambda_ia: λ1.
         lambda_sa: λ2.
         siamese: the settings of L_sa that the output was computed with, by default the loss's own.

@@ -79,11 +79,12 @@ def test_batch_and_seed_decide_and_nothing_else(rows):
     assert any(each != first.tolist() for each in others)
 
 
-def test_another_batch_of_the_same_people_has_other_pairs():
-    camids = torch.randint(0, 4, (6, 32))
-    pids = torch.arange(8).repeat_interleave(4)
-    drawn = {str(BatchPairs().draw(pids, each).sort(1).values.tolist()) for each in camids}
-    assert len(drawn) == 6
+def test_other_people_and_other_cameras_have_other_pairs():
+    pids, camids = torch.arange(8).repeat_interleave(4), torch.randint(0, 4, (6, 32))
+    others = [pids + 8 * number for number in range(6)]
+    for batches in ([(pids, each) for each in camids], [(each, None) for each in others]):
+        drawn = {str(BatchPairs().draw(*batch).sort(1).values.tolist()) for batch in batches}
+        assert len(drawn) == 6
 
 
 def test_every_image_of_a_balanced_batch_is_compared_about_once():
@@ -138,6 +139,11 @@ def test_an_identity_balanced_batch_is_no_batch_of_rows(images):
         message = rf"\(PK\) batch, {images} images.*pairs=BatchPairs\(\).*PairSampler"
         with pytest.raises(ValueError, match=message):
             check_rows(pids)
+
+
+def test_rows_that_are_alike_by_chance_are_not_refused():
+    for lengths in ([3, 4, 3], [4, 5], [5, 2, 1], [8]):
+        check_rows(torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)))
 
 
 def test_two_of_each_are_pairs_but_a_warning_tells():

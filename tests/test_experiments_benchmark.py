@@ -86,3 +86,12 @@ def test_the_benchmark_measures_the_memory_of_ranking_from_disk(lab, tmp_path):
         assert picture.mode == "P"  # 256 colours
     with pytest.raises(ValueError, match=r"expected a \.png or \.webp"):
         plots.save_small(figure, tmp_path / "memory.jpg")
+
+
+def test_the_benchmark_of_pairs_counts_them(lab):
+    arguments = ["--backbones", "osnet_x0_25", "--size", "64", "32", "--batch-size", "16"]
+    found = lab("benchmark_pairs").main([*arguments, "--repeats", "1", "--device", "cpu"])
+    rows = {row[1]: row for row in cells(found)[1:]}
+    numbers = {"L_ide alone": 0, "rows of pairs": 8, "chosen, as many as rows": 8, "all": 120}
+    assert {name: int(rows[name][2]) for name in numbers} == numbers
+    assert float(rows["all"][4]) > 0 and rows["rows of pairs"][5] == "1.00"

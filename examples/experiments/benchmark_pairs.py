@@ -27,8 +27,8 @@ from casn_plugin.objective import loss_terms
 CHOICES: dict[str, SiameseAttentionLoss | None] = {
     "L_ide alone": None,
     "rows of pairs": SiameseAttentionLoss(),
-    "chosen, half as many as images": SiameseAttentionLoss(pairs=BatchPairs()),
-    "chosen, twice as many as images": SiameseAttentionLoss(pairs=BatchPairs(number=64)),
+    "chosen, as many as rows": SiameseAttentionLoss(pairs=BatchPairs()),
+    "chosen, 64": SiameseAttentionLoss(pairs=BatchPairs(number=64)),
     "all": SiameseAttentionLoss(pairs=BatchPairs("all")),
 }
 
