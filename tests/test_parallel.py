@@ -22,7 +22,7 @@ from casn_plugin.parallel import WholeBatch, with_own_random_state, with_random_
 from casn_plugin.processes import Processes, launched
 
 TOGETHER = (
-    "with_norms", "in_parts", "frozen", "bad_picture", "in_a_folder", "whole", "interrupted",
+    "with_norms", "own_norms", "in_parts", "frozen", "bad_picture", "in_a_folder", "whole", "interrupted",
     "by_another_number", "two_epochs", "full_disk",
 )  # fmt: skip
 
@@ -75,6 +75,10 @@ def test_two_processes_train_as_one(program, folder, printed, scenario):
     first, second = of_two(folder, scenario)
     assert_equal(first, second, exactly=True)
     assert_equal(first, program.run(folder, scenario))
+
+
+def test_both_rank_by_the_statistics_of_the_first(folder, printed):
+    assert_equal(*of_two(folder, "own_norms"), exactly=True)
 
 
 def test_parts_of_a_batch_are_the_batch(folder, printed):

@@ -106,6 +106,11 @@ def with_norms(folder, name):
     return trained(folder, name, norms=True, sync_batchnorm=True)
 
 
+def own_norms(folder, name):
+    """Each normalises its share: the statistics are those of process 0."""
+    return trained(folder, name, norms=True)
+
+
 def in_parts(folder, name):
     """The user's own DistributedDataParallel is taken off."""
     wrap = nn.parallel.DistributedDataParallel if dist.is_initialized() else nn.DataParallel
