@@ -103,17 +103,17 @@ class Checkpoints:
         """
         epoch = check_count("epoch of the state", check_kind("state", state, dict).get("epoch"), 0)
         path = self.folder / f"model.pth.tar-{epoch}"
-        self._saved = [*(each for each in self._saved if each != path), path]
+        saved = [*(each for each in self._saved if each != path), path]
         with self.processes.together():
             if self.processes.leads:
                 save_checkpoint(state, path)
                 if is_best:
                     with replacing(self.folder / "model-best.pth.tar") as file:
                         shutil.copyfile(path, file)
-                for old in self._saved[: -self.keep]:
+                for old in saved[: -self.keep]:
                     old.unlink(missing_ok=True)
                 (self.folder / _INTERRUPTED).unlink(missing_ok=True)
-        self._saved, self.last = self._saved[-self.keep :], path
+        self._saved, self.last = saved[-self.keep :], path
         return path
 
     def save_interrupted(self, state: dict[str, Any]) -> Path:

@@ -90,7 +90,7 @@ def check_processes(processes: Processes, datamanager: Any) -> None:
             f"expected a sampler that draws a share for each of {processes.count} processes, got "
             f"{type(sampler).__name__}, which draws for {drawn[0]}, as process {drawn[1]} from 0: "
             "all processes would train on the same pictures; PairSampler, made once they are "
-            "joined, draws shares"
+            "joined, draws shares, and casn_plugin.shares.SharedSampler deals those of another one"
         )
     for rank, each in enumerate(told):
         if each != told[0]:

@@ -93,7 +93,7 @@ class WholeBatch:
         self._trained: list[int] = []
 
     def losses(
-        self, imgs: Tensor, pids: Tensor, *more: Sequence[Any] | None
+        self, imgs: Tensor, pids: Tensor, *more: Any
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Yields loss and terms of each part, weighted: the sums over parts count.
 
@@ -164,9 +164,7 @@ class _Step(nn.Module):
         self._loss = loss
         self._shared = shared
 
-    def forward(
-        self, *batch: Sequence[Any] | None, balance: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, *batch: Any, balance: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss and its terms."""
         with shared_batchnorm(self._shared):
             return self._loss(self.model, *batch, balance=balance)

@@ -22,8 +22,8 @@ from casn_plugin.parallel import WholeBatch, with_own_random_state, with_random_
 from casn_plugin.processes import Processes, launched
 
 TOGETHER = (
-    "with_norms", "in_parts", "frozen", "bad_picture", "in_a_folder", "whole", "interrupted",
-    "by_another_number", "two_epochs", "full_disk",
+    "with_norms", "own_norms", "balanced", "in_parts", "frozen", "bad_picture", "in_a_folder",
+    "whole", "interrupted", "by_another_number", "two_epochs", "full_disk",
 )  # fmt: skip
 
 
@@ -75,6 +75,19 @@ def test_two_processes_train_as_one(program, folder, printed, scenario):
     first, second = of_two(folder, scenario)
     assert_equal(first, second, exactly=True)
     assert_equal(first, program.run(folder, scenario))
+
+
+def test_both_rank_by_the_statistics_of_the_first(folder, printed):
+    assert_equal(*of_two(folder, "own_norms"), exactly=True)
+
+
+def test_batches_of_another_sampler_are_dealt_to_both(folder, printed):
+    first, second = of_two(folder, "balanced")
+    assert_equal(first, second, exactly=True)
+    assert first["drawn"] == 2 and len(first["pids"]) == len(second["pids"]) == 4
+    for batch in first["pids"] + second["pids"]:  # each is one that the sampler has drawn
+        assert sorted(batch.count(pid) for pid in set(batch)) == [4, 4]
+    assert first["pids"] != second["pids"]
 
 
 def test_parts_of_a_batch_are_the_batch(folder, printed):

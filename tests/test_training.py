@@ -172,6 +172,21 @@ def test_an_interrupted_epoch_goes_on_with_the_batches_that_are_left(after, work
     assert rest.means() == {"loss": pytest.approx(total / 6)}
 
 
+def test_within_an_epoch_batches_stay_as_they_are():
+    def epoch(rows: int, shares: int, resumed=None) -> Epoch:
+        sampler = PairSampler(np.arange(24) // 4, batch_size=rows, num_replicas=shares, rank=0)
+        loader = DataLoader(Noisy(), batch_size=rows, sampler=sampler)
+        return Epoch(loader, "Epoch 1", resumed=resumed)
+
+    part = epoch(4, 2)
+    part.add({"loss": 1.0})
+    part.add(None)
+    state = part.interrupted_state()["interrupted"]
+    assert epoch(8, 1, state).means() == {"loss": 1.0, "skipped": 1}  # of as many over all
+    with pytest.raises(ValueError, match="batches of 8 images over all its processes, got 4"):
+        epoch(4, 1, state)
+
+
 def test_pictures_are_named_by_what_is_wrong_with_them():
     imgs = torch.zeros(6, 3, 2, 2)
     names = [f"{i}.jpg" for i in range(6)]

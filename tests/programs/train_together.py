@@ -21,6 +21,7 @@ from torch import nn
 
 from casn_plugin import CASN, ImageCASNEngine, PairSampler, RankingOptions
 from casn_plugin.processes import Processes, launched
+from casn_plugin.shares import SharedSampler
 from casn_plugin.training import Interrupted
 
 SIZE = (32, 16)
@@ -62,7 +63,16 @@ class Net(nn.Module):
         return logits if self.loss == "softmax" else (logits, features)
 
 
-def make(folder, *, rows=16, norms=False, dropout=0.0, wrap=lambda model: model, **options):
+def make(
+    folder,
+    *,
+    rows=16,
+    norms=False,
+    dropout=0.0,
+    balanced=False,
+    wrap=lambda model: model,
+    **options,
+):
     """An engine whose batches have so many rows over all processes."""
     data = [[(str(Path(folder, "pictures", f"{p}_{c}_{i}.png")), p, c) for p, c, i in part]
             for part in (TRAIN, TEST[::3], [row for row in TEST if row[1]])]  # fmt: skip
@@ -76,9 +86,13 @@ def make(folder, *, rows=16, norms=False, dropout=0.0, wrap=lambda model: model,
     count = Processes.found().count
     datamanager = torchreid.data.ImageDataManager(
         sources="noise", height=SIZE[0], width=SIZE[1], batch_size_train=rows // count,
-        batch_size_test=3, workers=0, use_gpu=False, transforms=[],
+        batch_size_test=3, workers=0, use_gpu=False, transforms=[], num_instances=4,
+        train_sampler="RandomIdentitySampler" if balanced else "RandomSampler",
     )  # fmt: skip
-    datamanager = PairSampler.install(datamanager, seed=3)
+    if balanced:
+        SharedSampler.install(datamanager)
+    else:
+        PairSampler.install(datamanager, seed=3)
     torch.manual_seed(1)
     model = CASN(Net(norms, dropout), input_size=SIZE, hidden_dim=8)
     torch.manual_seed(Processes.found().rank)
@@ -104,6 +118,25 @@ def trained(folder, name, *, epochs=2, run=(), **options) -> dict:
 
 def with_norms(folder, name):
     return trained(folder, name, norms=True, sync_batchnorm=True)
+
+
+def own_norms(folder, name):
+    """Each normalises its share: the statistics are those of process 0."""
+    return trained(folder, name, norms=True)
+
+
+def balanced(folder, name):
+    """torchreid's own sampler of balanced batches, dealt to both."""
+    engine, seen = make(folder, lambda_sa=0.0, balanced=True), []
+    parse = engine.parse_data_for_train
+
+    def parse_data_for_train(data):
+        seen.append(data["pid"].tolist())
+        return parse(data)
+
+    engine.parse_data_for_train = parse_data_for_train
+    engine.run(save_dir=f"{folder}/{name}", max_epoch=2)
+    return {**state(engine), "pids": seen, "drawn": len(engine.train_loader)}
 
 
 def in_parts(folder, name):
