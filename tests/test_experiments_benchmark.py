@@ -76,3 +76,13 @@ def test_the_benchmark_measures_the_memory_of_ranking_from_disk(lab, tmp_path):
         assert picture.mode == "P"  # 256 colours
     with pytest.raises(ValueError, match=r"expected a \.png or \.webp"):
         plots.save_small(figure, tmp_path / "memory.jpg")
+
+
+def test_the_benchmark_of_similarity(lab):
+    speed, exactness = lab("benchmark_similarity").main(
+        ["--heads", "OSNet", "--repeats", "1", "--scale", "0.1"]
+    )
+    rates = {row[1]: float(row[2].replace(",", "")) for row in cells(speed)[1:]}
+    assert rates["closed form, similarity"] > rates["autograd, batches of 16 pairs"]
+    ((_, double, single),) = cells(exactness)[1:]
+    assert float(double.split()[0]) < 1e-10 < float(single.split()[0]) < 1e-4
