@@ -11,8 +11,12 @@ and with a checkpoint also those that show a trained model on the embedded data 
     python docs/make_pictures.py log/casn_pcb/model/model.pth.tar-10
 
 The last one, of the report, needs Chromium and chromedriver, and is left as it is without them.
+With torchvision's weights of MobileNetV2 it draws what a network that never saw CASN finds alike:
+
+    python docs/make_pictures.py --mobilenet mobilenet_v2-b0353104.pth
 """
 
+import argparse
 import io
 import re
 import shutil
@@ -27,11 +31,13 @@ DOCS = Path(__file__).parent
 IMAGES = DOCS / "images"
 sys.path[:0] = [str(DOCS.parent / "examples" / name) for name in ("experiments", "")]
 
+import explain_any_network  # noqa: E402
 import explain_matches  # noqa: E402
 import train_casn_pcb  # noqa: E402
 from plots import plot_memory, save_small  # noqa: E402
 from tables import write_report  # noqa: E402
 
+from casn_plugin import explain_ranking  # noqa: E402
 from casn_plugin.explanation import FixedPairs  # noqa: E402
 from casn_plugin.loading import Preprocessing  # noqa: E402
 from casn_plugin.pedestrians import render_pedestrian  # noqa: E402
@@ -92,6 +98,28 @@ def draw_model(checkpoint: str) -> None:
             save_small(photograph(Path(page)), IMAGES / "report.webp")
 
 
+def draw_similarity(weights: str) -> None:
+    """Draws what MobileNetV2, trained on ImageNet, finds alike in one picture of each of 12 people.
+
+    Args:
+        weights: torchvision's.
+    """
+    model = explain_any_network.load_model("mobilenet_v2", weights)
+    pictures = [
+        [
+            (
+                Image.fromarray(render_pedestrian(pid, camid, 0, height=256, width=128)[0]),
+                pid,
+                camid,
+            )
+            for pid in range(1, 13)
+        ]
+        for camid in (0, 1)
+    ]
+    explained = explain_ranking(model, pictures[0][:1], pictures[1], topk=5)
+    save_small(explained[0].plot(), IMAGES / "explained_similarity.webp")
+
+
 def photograph(page: Path) -> Image.Image:
     """Returns how a page looks in Chromium."""
     from selenium import webdriver
@@ -109,14 +137,22 @@ def photograph(page: Path) -> Image.Image:
         driver.quit()
 
 
-def main(checkpoint: str | None = None) -> None:
+def main() -> None:
     """Draws all that can be drawn; what shows a trained model needs its checkpoint."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", nargs="?", help="of the example")
+    parser.add_argument("--mobilenet", help="torchvision's weights of MobileNetV2")
+    args = parser.parse_args()
     write_report(DOCS / "results.md", DOCS / "results")
     draw_memory()
     draw_pedestrians()
-    if checkpoint is not None:
-        draw_model(checkpoint)
+    if args.checkpoint is not None:
+        draw_model(args.checkpoint)
+    if args.mobilenet is not None:
+        draw_similarity(args.mobilenet)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

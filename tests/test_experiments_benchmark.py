@@ -95,3 +95,13 @@ def test_the_benchmark_of_pairs_counts_them(lab):
     numbers = {"L_ide alone": 0, "rows of pairs": 8, "chosen, as many as rows": 8, "all": 120}
     assert {name: int(rows[name][2]) for name in numbers} == numbers
     assert float(rows["all"][4]) > 0 and rows["rows of pairs"][5] == "1.00"
+
+
+def test_the_benchmark_of_similarity(lab):
+    speed, exactness = lab("benchmark_similarity").main(
+        ["--heads", "OSNet", "--repeats", "1", "--scale", "0.1"]
+    )
+    rates = {row[1]: float(row[2].replace(",", "")) for row in cells(speed)[1:]}
+    assert rates["closed form, similarity"] > rates["autograd, batches of 16 pairs"]
+    ((_, double, single),) = cells(exactness)[1:]
+    assert float(double.split()[0]) < 1e-10 < float(single.split()[0]) < 1e-4

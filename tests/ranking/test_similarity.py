@@ -26,6 +26,7 @@ from casn_plugin.ranking import (
     pair_scores,
     same_identity_logits,
 )
+from casn_plugin.ranking.pairs import device_of
 
 MODEL = Model(Similarity())
 
@@ -117,6 +118,30 @@ def test_a_picture_and_itself_have_no_attention_instead_of_noise(dtype, head):
     for shortlist in (1, 5):
         listed = attention_distmat(MODEL, encoding, encoding, shortlist=shortlist)
         assert not listed.diagonal().any()
+
+
+def test_pairs_are_worked_on_where_the_network_is():
+    """A Similarity has no weights that would say where."""
+    model, features = Model(Similarity()), torch.rand(2, 4)
+    assert device_of(model, features).type == "cpu"
+    model.backbone = torch.nn.Linear(2, 2, device="meta")
+    assert device_of(model, features).type == "meta"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", [None, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", HEADS)
+def test_cuda_finds_what_the_cpu_finds(name, precision):
+    encoding = encode(HEADS[name][0], random_maps(20)).to(torch.float32)
+    compute = Compute(precision=precision)
+    here = attention_distmat(MODEL, encoding[:6], encoding, compute=compute)
+    model = Model(Similarity())
+    model.backbone = torch.nn.Linear(2, 2, device="cuda")
+    for shortlist in (None, 20):
+        there = attention_distmat(
+            model, encoding[:6], encoding, compute=compute, shortlist=shortlist
+        )
+        assert (there - here).abs().median() < (1e-5 if precision is None else 1e-2)
 
 
 def test_features_of_zero_are_no_error():
