@@ -7,6 +7,7 @@ CVPR 2019), as a plugin for torchreid and for any other training loop.
 from typing import TYPE_CHECKING, Any
 
 from casn_plugin.attention import grad_cam
+from casn_plugin.calibration import calibrate
 from casn_plugin.encoding import Encoding
 from casn_plugin.explanation import explain_pair, explain_ranking
 from casn_plugin.loading import Preprocessing
@@ -44,6 +45,7 @@ __all__ = [
     "Reciprocity",
     "SiameseAttentionLoss",
     "attention_distmat",
+    "calibrate",
     "explain_pair",
     "explain_ranking",
     "fuse_distmats",

@@ -1,5 +1,6 @@
 """What the engine ranks, shows and explains: evaluation, TensorBoard, explained matches."""
 
+import math
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,9 +104,17 @@ def test_a_shortlist_goes_with_reranking(market_root):
 def test_evaluation_is_that_of_torchreid_and_has_minp(market_root, monkeypatch, capsys):
     engine = make_engine(market_root)
     engine.test()
-    assert "mINP" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "mINP" in printed and "TAR@1%" in printed
+    assert "-: too few pairs of two people for that rate of false alarms" in printed
     ours = engine.results["market1501"]
     assert 0 < ours["fused"]["mINP"] <= 1
+    loaders = engine.test_loader["market1501"]
+    queries, gallery = (np.array([row[1] for row in loaders[part].dataset.data])
+                        for part in ("query", "gallery"))  # fmt: skip
+    assert 100 <= (queries[:, None] != gallery).sum() < 1000
+    for name in ("features", "attention", "fused"):
+        assert 0 <= ours[name]["TAR@1%"] <= 1 and math.isnan(ours[name]["TAR@0.1%"])
 
     def theirs(distmat, *ids, **counting):
         cmc, mean_ap = torchreid.metrics.evaluate_rank(distmat.numpy(), *ids)
@@ -136,8 +145,9 @@ def test_tensorboard_gets_every_term(market_root, tmp_path):
     wanted = {f"Train/{name}" for name in ("loss", "loss_ide", "loss_ia", "loss_sa", "loss_bce",
                                            "attention_distance", "acc", "pair_acc")}  # fmt: skip
     for name in ("features", "attention", "fused"):
-        wanted |= {f"Test/market1501/{name}/rank1", f"Test/market1501/{name}/mAP"}
+        wanted |= {f"Test/market1501/{name}/{what}" for what in ("rank1", "mAP", "TAR@1%")}
     assert wanted | {"Test/market1501/rank1", "Test/market1501/pair_auc"} <= tags
+    assert not any("TAR@0.1%" in tag for tag in tags)  # too few pairs
 
 
 def images_logged(folder: Path) -> dict[str, list]:

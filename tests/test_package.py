@@ -16,7 +16,7 @@ ROOT = Path(casn_plugin.__file__).parent
 # from the bottom; a wing's own files likewise, its face above them
 ROOMS = (
     "files", "doors", "identities", "scores", "hooks", "attention", "losses", "sampler", "encoding",
-    "evaluation", "quality", "backbones", "model", "loading",
+    "evaluation", "calibration", "quality", "backbones", "model", "loading",
     *(f"ranking.{name}" for name in (
         "neighbourhoods", "reranking", "processes", "compute", "tiles", "closed_form", "sides",
         "pairs", "candidates", "distances", "fused", "mutual", "search", "company", "manifest",
