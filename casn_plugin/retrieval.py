@@ -86,7 +86,7 @@ class Retrieval:
     Attributes:
         results: "features", "attention" and "fused", each with "mAP" and "mINP" (shares), "cmc"
             (a list of shares), "TAR@1%" and "TAR@0.1%" (the shares of matches that pass where 1 %
-            and 0.1 % of the pairs of two people do, NaN where there are too few such pairs); "auc"
+            and 0.1 % of the pairs of two people do, NaN where no distance lets so few pass); "auc"
             of the pair classifier.
         ranked: who came where in the fused ranking.
         distmats: the (Q, G) distances of the three.
@@ -268,5 +268,5 @@ def side_by_side(results: Mapping[str, Any], ranks: Sequence[int] = (1, 5, 10, 2
         for name, row in rows.items()
     ]
     if any(share != share for row in rows.values() for share in row):
-        lines.append("-: too few pairs of two people for that rate of false alarms")
+        lines.append("-: no distance lets so few pairs of two people pass")
     return "\n".join([*lines, f"Pair classifier: AUC {results['auc']:.3f} (0.5 is chance)"])
