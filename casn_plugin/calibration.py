@@ -146,7 +146,6 @@ def _split(distances: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
     check_finite("distances", check_tensor("distances", distances, "*pairs"))
     check_same("same", same, distances.shape)
     values = distances.detach()
-    values = values if values.itemsize >= 4 else values.float()
     return values[same], values[~same]
 
 

@@ -20,7 +20,7 @@ from casn_plugin.calibration import true_accept_rates
     pairs=st.integers(1, 400),
     rate=st.sampled_from([0.5, 0.1, 0.01]),
     levels=st.sampled_from([0, 3, 40]),
-    dtype=st.sampled_from([torch.float32, torch.float64, torch.float16]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
 )
 def test_the_threshold_is_the_greatest_that_lets_so_few_pass(seed, pairs, rate, levels, dtype):
     rng = np.random.default_rng(seed)
