@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from casn_plugin.attention import grad_cam
 from casn_plugin.batch_pairs import BatchPairs
+from casn_plugin.calibration import calibrate
 from casn_plugin.encoding import Encoding
 from casn_plugin.evidence import Evidence, PairClassifier, Similarity
 from casn_plugin.explanation import explain_pair, explain_ranking
@@ -52,6 +53,7 @@ __all__ = [
     "SiameseAttentionLoss",
     "Similarity",
     "attention_distmat",
+    "calibrate",
     "explain_pair",
     "explain_ranking",
     "fuse_distmats",

@@ -92,8 +92,10 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
 
     Attributes:
         results: of the last evaluation: data set, then "features", "attention" and "fused", each
-            with "mAP" and "mINP" (shares; with `use_metric_cuhk03` no mINP) and "cmc" (a list of
-            shares), "auc" of the pair classifier, and "evidence", the words for what that was.
+            with "mAP" and "mINP" (shares; with `use_metric_cuhk03` no mINP), "cmc" (a list of
+            shares), "TAR@1%" and "TAR@0.1%" (matches that pass where so many pairs of two people
+            do; NaN where these are too few), "auc" of the pair classifier, and "evidence", the
+            words for what that was.
         ranked: of the last evaluation: data set, then who came where in the fused ranking:
             see :class:`casn_plugin.evaluation.RankedLists` and :meth:`explain`.
         history: one dictionary an epoch, the mean of every loss term in it, and the number of
@@ -358,7 +360,8 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
                 cmc, mean_ap = torchreid.metrics.evaluate_rank(
                     distmat.numpy(), *ids, use_metric_cuhk03=True
                 )
-                results[name] = {"mAP": float(mean_ap), "cmc": cmc.tolist()}
+                del results[name]["mINP"]
+                results[name] |= {"mAP": float(mean_ap), "cmc": cmc.tolist()}
         self.results[dataset_name] = results
         self.ranked[dataset_name] = found.ranked
         print(side_by_side(results, ranks))

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from casn_plugin.attention import ROW_THRESHOLD
+from casn_plugin.calibration import true_accept_rates
 from casn_plugin.doors import check_count, check_weight
 from casn_plugin.encoding import Encoding, Encodings
 from casn_plugin.evaluation import (
@@ -86,9 +87,10 @@ class Retrieval:
     """How a test set was ranked, as :func:`retrieve` finds it.
 
     Attributes:
-        results: "features", "attention" and "fused", each with "mAP" and "mINP" (shares) and
-            "cmc" (a list of shares); "auc" of the pair classifier or the similarity, and
-            "evidence", which of them it was.
+        results: "features", "attention" and "fused", each with "mAP" and "mINP" (shares), "cmc"
+            (a list of shares), "TAR@1%" and "TAR@0.1%" (the shares of matches that pass where 1 %
+            and 0.1 % of the pairs of two people do, NaN where no distance lets so few pass); "auc"
+            of the pair classifier or the similarity, and "evidence", which of them it was.
         ranked: who came where in the fused ranking.
         distmats: the (Q, G) distances of the three.
     """
@@ -146,12 +148,13 @@ def retrieve(
         )
     ids = query.pids, gallery.pids, query.camids, gallery.camids
     results: dict[str, Any] = {}
+    same, counted = pairs_by_identity(*ids, **options.counting)
     for name, distmat in distmats.items():
         found = evaluate_rank(distmat, *ids, **options.counting)
         results[name] = {
-            "mAP": found.mean_ap, "mINP": found.mean_inp, "cmc": found.cmc.tolist()
+            "mAP": found.mean_ap, "mINP": found.mean_inp, "cmc": found.cmc.tolist(),
+            **true_accept_rates(distmat.cpu()[counted], same[counted]),
         }  # fmt: skip
-    same, counted = pairs_by_identity(*ids, **options.counting)
     queries = query.encoding[: len(query.encoding)]
     scores = pair_scores(model, queries, gallery.encoding, compute=options.compute)
     results["auc"] = verification_auc(scores.cpu()[counted], same[counted])
@@ -226,8 +229,8 @@ def side_by_side(results: Mapping[str, Any], ranks: Sequence[int] = (1, 5, 10, 2
     """Returns the three rankings of an evaluation as a table in percent.
 
     Args:
-        results: "features", "attention" and "fused", each with "mAP", "cmc" and maybe "mINP", as
-            shares; "auc", and maybe the "evidence" that it is of.
+        results: "features", "attention" and "fused", each with "mAP", "cmc" and maybe "mINP",
+            "TAR@1%" and "TAR@0.1%", as shares; "auc", and maybe the "evidence" that it is of.
         ranks: of the CMC, as far as it goes.
 
     Raises:
@@ -255,10 +258,14 @@ def side_by_side(results: Mapping[str, Any], ranks: Sequence[int] = (1, 5, 10, 2
     for rank in ranks:
         if rank <= min(len(results[kind]["cmc"]) for kind in RANKINGS):
             rows[f"Rank-{rank}"] = [results[kind]["cmc"][rank - 1] for kind in RANKINGS]
+    rates = [name for name in results["fused"] if name.startswith("TAR@")]
+    rows |= {name: [results[kind][name] for kind in RANKINGS] for name in rates}
     lines = ["** Results **", " " * 9 + "".join(f"{kind:>11}" for kind in RANKINGS)]
     lines += [
-        f"{name:<9}" + "".join(f"{share:>11.1%}" for share in shares)
-        for name, shares in rows.items()
+        f"{name:<9}" + "".join(f"{'-' if share != share else f'{share:.1%}':>11}" for share in row)
+        for name, row in rows.items()
     ]
+    if any(share != share for row in rows.values() for share in row):
+        lines.append("-: no distance lets so few pairs of two people pass")
     evidence = f"Evidence: {results['evidence']}, AUC" if "evidence" in results else "Evidence: AUC"
     return "\n".join([*lines, f"{evidence} {results['auc']:.3f} (0.5 is chance)"])

@@ -1,5 +1,6 @@
 """What the engine ranks, shows and explains: evaluation, TensorBoard, explained matches."""
 
+import math
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +16,8 @@ from torch.utils.data import DataLoader
 import casn_plugin.engine
 import casn_plugin.retrieval
 from casn_plugin import CASN, ImageCASNEngine
-from casn_plugin.evaluation import Evaluation, ranked_lists
-from casn_plugin.explanation import FixedPairs
+from casn_plugin.evaluation import RANKINGS, Evaluation, ranked_lists
+from casn_plugin.explanation import FixedPairs, log_results
 from casn_plugin.loading import Preprocessing, encode_loader
 from casn_plugin.ranking import Compute, RankingOptions
 
@@ -102,10 +103,19 @@ def test_a_shortlist_goes_with_reranking(market_root):
 
 def test_evaluation_is_that_of_torchreid_and_has_minp(market_root, monkeypatch, capsys):
     engine = make_engine(market_root)
+    engine.casn.backbone.embed[0].weight.data *= 20  # features far enough apart for float32
     engine.test()
-    assert "mINP" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "mINP" in printed and "TAR@1%" in printed
+    assert "-: no distance lets so few pairs of two people pass" in printed
     ours = engine.results["market1501"]
     assert 0 < ours["fused"]["mINP"] <= 1
+    loaders = engine.test_loader["market1501"]
+    queries, gallery = (np.array([row[1] for row in loaders[part].dataset.data])
+                        for part in ("query", "gallery"))  # fmt: skip
+    assert 100 <= (queries[:, None] != gallery).sum() < 1000
+    for name in ("features", "fused"):  # of attention alone, too many distances are 0 here
+        assert 0 <= ours[name]["TAR@1%"] <= 1 and math.isnan(ours[name]["TAR@0.1%"])
 
     def theirs(distmat, *ids, **counting):
         cmc, mean_ap = torchreid.metrics.evaluate_rank(distmat.numpy(), *ids)
@@ -123,6 +133,12 @@ def test_without_weight_the_fused_ranking_is_that_of_the_features(market_root):
     engine = make_engine(market_root, ranking=RankingOptions("query", 0.0))
     engine.test()
     results = engine.results["market1501"]
+    # but for thresholds: each query's nearest is at 0 in this reading
+    results = {
+        name: {what: value for what, value in found.items() if not what.startswith("TAR@")}
+        for name, found in results.items()
+        if name != "auc"
+    }
     assert results["fused"] == results["features"] != results["attention"]
 
 
@@ -136,8 +152,17 @@ def test_tensorboard_gets_every_term(market_root, tmp_path):
     wanted = {f"Train/{name}" for name in ("loss", "loss_ide", "loss_ia", "loss_sa", "loss_bce",
                                            "attention_distance", "acc", "pair_acc")}  # fmt: skip
     for name in ("features", "attention", "fused"):
-        wanted |= {f"Test/market1501/{name}/rank1", f"Test/market1501/{name}/mAP"}
+        wanted |= {f"Test/market1501/{name}/{what}" for what in ("rank1", "mAP")}
     assert wanted | {"Test/market1501/rank1", "Test/market1501/pair_auc"} <= tags
+
+
+def test_tensorboard_gets_the_rates_that_are_known():
+    figures = {"mAP": 0.5, "cmc": [0.25, 1.0], "TAR@1%": 0.75, "TAR@0.1%": math.nan}
+    logged = {}
+    writer = SimpleNamespace(add_scalar=lambda tag, value, _: logged.update({tag: value}))
+    log_results(writer, "x", {**dict.fromkeys(RANKINGS, figures), "auc": 0.9}, 3)
+    assert logged["Test/x/fused/TAR@1%"] == 0.75
+    assert not any("TAR@0.1%" in tag for tag in logged)
 
 
 def images_logged(folder: Path) -> dict[str, list]:

@@ -17,8 +17,8 @@ ROOT = Path(casn_plugin.__file__).parent
 ROOMS = (
     "files", "picturefiles", "doors", "processes", "identities", "scores", "kernels", "layouts",
     "hooks", "attention", "batch_pairs", "losses", "siamese", "sampler", "shares", "encoding",
-    "basis", "evidence", "evaluation", "quality", "heads", "tryout", "taps", "backbones", "model",
-    "objective", "loading",
+    "basis", "evidence", "evaluation", "calibration", "quality", "heads", "tryout", "taps",
+    "backbones", "model", "objective", "loading",
     *(f"ranking.{name}" for name in (
         "neighbourhoods", "reranking", "compute", "tiles", "closed_form", "sides", "pairs",
         "candidates", "distances", "fused", "mutual", "search", "company", "manifest", "shards",

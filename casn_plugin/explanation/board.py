@@ -24,6 +24,9 @@ def log_results(writer: Any, name: str, results: Mapping[str, Any], epoch: int) 
         tag = f"Test/{name}/{ranking}"
         writer.add_scalar(f"{tag}/rank1", results[ranking]["cmc"][0], epoch)
         writer.add_scalar(f"{tag}/mAP", results[ranking]["mAP"], epoch)
+        for figure, value in results[ranking].items():
+            if figure.startswith("TAR@") and value == value:  # it is not NaN
+                writer.add_scalar(f"{tag}/{figure}", value, epoch)
     writer.add_scalar(f"Test/{name}/pair_auc", results["auc"], epoch)
 
 

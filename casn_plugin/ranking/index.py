@@ -58,6 +58,18 @@ class SearchResult:
     query_attention: Float[Tensor, "queries topk height width"]
     gallery_attention: Float[Tensor, "queries topk height width"]
 
+    def matches(self, threshold: float) -> list[list[str]]:
+        """Returns the names that pass, for each query; an empty list says: nobody.
+
+        Args:
+            threshold: as :meth:`Ranking.passing` takes it.
+
+        Raises:
+            TypeError, ValueError: likewise.
+        """
+        passing = self.ranking.passing(threshold).sum(1).tolist()  # distances ascend
+        return [names[:number] for names, number in zip(self.names, passing, strict=True)]
+
 
 class GalleryIndex:
     """A gallery of encoded images in a folder, memory-mapped: what is not looked at is not read.

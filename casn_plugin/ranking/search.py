@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from casn_plugin.attention import ROW_THRESHOLD
@@ -37,6 +37,19 @@ class Ranking:
     attention_distances: Float[Tensor, "queries topk"]
     scored: int
     evidence: Evidence
+
+    def passing(self, threshold: float) -> Bool[Tensor, "queries topk"]:
+        """Returns which of these are matches; a query without any: nobody is found.
+
+        Args:
+            threshold: distances up to it pass, as :func:`casn_plugin.calibrate` finds it.
+
+        Raises:
+            TypeError: no number.
+            ValueError: it is negative or not finite.
+        """
+        check_weight("threshold", threshold)
+        return self.distances <= threshold
 
 
 def rank_gallery(

@@ -93,6 +93,17 @@ def test_search_equals_ranking_in_memory(tmp_path, kind, dtype):
     )
 
 
+def test_search_says_who_passes_or_nobody(tmp_path):
+    index = GalleryIndex.create(tmp_path / "index", MODEL)
+    index.add(MODEL.encode(torch.rand(6, 3, 48, 24)), names=list("abcdef"))
+    found = index.search(MODEL, torch.rand(2, 3, 48, 24), topk=4)
+    nearest = float(found.ranking.distances[:, 0].min())
+    assert found.matches(nearest / 2) == [[], []]
+    first = int(found.ranking.distances[:, 0].argmin())
+    some = found.matches(float(found.ranking.distances[first, 1]))
+    assert some[first] == found.names[first][:2] and len(some[1 - first]) <= 4
+
+
 def test_search_of_nothing(tmp_path):
     index = GalleryIndex.create(tmp_path, MODEL)
     imgs = torch.rand(1, 3, 48, 24)

@@ -113,3 +113,16 @@ def test_bad_options_of_a_search_say_what_was_expected(unchecked):
     with pytest.raises(ValueError, match="finite, got inf"):
         rank_gallery(model, encoding, encoding, attention_weight=float("inf"))
     assert rank_gallery(model, encoding[:0], encoding, topk=2).indices.shape == (0, 2)
+
+
+def test_nobody_passes_a_threshold_that_is_too_low(unchecked):
+    encoding = encode(pooled, torch.rand(9, CHANNELS, 7, 3))
+    found = rank_gallery(Model(PairClassifier(CHANNELS, 16)), encoding[:3], encoding[3:], topk=4)
+    threshold = float(found.distances[1, 2])
+    passing = found.passing(threshold)
+    assert passing[1].tolist() == [True, True, True, False]
+    assert torch.equal(passing, found.distances <= threshold)
+    assert not found.passing(0).any()
+    for wrong in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="threshold must be >= 0 and finite"):
+            found.passing(wrong)

@@ -1,0 +1,114 @@
+"""Thresholds for a rate of false alarms: by counting, ties and too few pairs included."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from casn_plugin import calibrate
+from casn_plugin.calibration import true_accept_rates
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    pairs=st.integers(1, 400),
+    rate=st.sampled_from([0.5, 0.1, 0.01]),
+    levels=st.sampled_from([0, 3, 40]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
+)
+def test_the_threshold_is_the_greatest_that_lets_so_few_pass(seed, pairs, rate, levels, dtype):
+    rng = np.random.default_rng(seed)
+    values = rng.random(pairs)
+    values = np.floor(values * levels) / levels if levels else values
+    distances, same = torch.from_numpy(values).to(dtype), torch.from_numpy(rng.random(pairs) < 0.2)
+    negatives = sorted(distances[~same].tolist())
+    allowed = [t for t in negatives if sum(n <= t for n in negatives) <= rate * len(negatives)]
+    if len(negatives) * rate < 1:
+        with pytest.raises(ValueError, match=rf"needs at least {round(1 / rate)} pairs of two"):
+            calibrate(distances, same, rate)
+        return
+    if not allowed:
+        with pytest.raises(ValueError, match="have the least distance"):
+            calibrate(distances, same, rate)
+        return
+    found = calibrate(distances, same, rate)
+    assert found.threshold == max(allowed)
+    assert found.false_alarm_rate == sum(n <= max(allowed) for n in negatives) / len(negatives)
+    positives = distances[same].tolist()
+    if positives:
+        accepted = sum(p <= max(allowed) for p in positives) / len(positives)
+        assert found.true_accept_rate == accepted
+    else:
+        assert math.isnan(found.true_accept_rate)
+    assert (found.negatives, found.positives) == (len(negatives), len(positives))
+
+
+@pytest.mark.parametrize("confidence", [0.95, 0.8])
+def test_intervals_are_exact_binomial_ones(confidence):
+    torch.manual_seed(0)
+    distances, same = torch.rand(30, 40), torch.rand(30, 40) < 0.1
+    distances[same] /= 3
+    found = calibrate(distances, same, 0.02, confidence=confidence)
+    for rate, total, interval in (
+        (found.false_alarm_rate, found.negatives, found.false_alarm_interval),
+        (found.true_accept_rate, found.positives, found.true_accept_interval),
+    ):
+        k, tail = round(rate * total), (1 - confidence) / 2
+        # the rates at which so many, or so few, have the probability of one tail
+        assert stats.binom.sf(k - 1, total, interval.low) == pytest.approx(tail)
+        assert stats.binom.cdf(k, total, interval.high) == pytest.approx(tail)
+        assert interval.low < rate < interval.high
+    assert found.confidence == confidence
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found.threshold = 0.0
+
+
+def test_the_interval_covers_the_truth():
+    """Of many calibrations, the false-alarm rate on endless new pairs lies in the interval."""
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(200):
+        negatives = torch.from_numpy(rng.random(500))
+        found = calibrate(negatives, torch.zeros(500, dtype=torch.bool), 0.05)
+        inside += found.false_alarm_interval.low <= found.threshold <= found.false_alarm_interval[1]
+    assert inside >= 0.95 * 200  # of uniform distances the threshold is the rate
+
+
+def test_rates_of_an_evaluation():
+    negatives = torch.arange(1.0, 1001)
+    positives = torch.tensor([0.5, 1.0, 5.0, 10.0, 10.5, 900.0])
+    distances = torch.cat([positives, negatives])
+    same = torch.arange(1006) < 6
+    rates = true_accept_rates(distances, same)
+    assert rates == {"TAR@1%": 4 / 6, "TAR@0.1%": 2 / 6}
+    for rate, name in ((0.01, "TAR@1%"), (0.001, "TAR@0.1%")):
+        assert calibrate(distances, same, rate).true_accept_rate == rates[name]
+    few = true_accept_rates(distances[:-1], same[:-1])  # 999
+    assert few["TAR@1%"] == 3 / 6 and math.isnan(few["TAR@0.1%"])
+    assert all(map(math.isnan, true_accept_rates(negatives, same[6:]).values()))
+    assert all(map(math.isnan, true_accept_rates(torch.zeros(1006), same).values()))
+
+
+def test_bad_input_says_what_was_expected(unchecked):
+    distances, same = torch.rand(200), torch.arange(200) < 50
+    with pytest.raises(TypeError, match="distances must be a float tensor"):
+        calibrate([0.5], same)
+    with pytest.raises(TypeError, match="same must be a bool tensor"):
+        calibrate(distances, same.long())
+    with pytest.raises(ValueError, match="one shape"):
+        calibrate(distances, same[:-1])
+    with pytest.raises(ValueError, match="distances must not be NaN"):
+        calibrate(distances * torch.nan, same)
+    with pytest.raises(ValueError, match="needs at least 200 pairs of two people, got 150"):
+        calibrate(distances, same, 0.005)
+    for wrong in (0, 1, -0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="false_alarm_rate must lie"):
+            calibrate(distances, same, wrong)
+        with pytest.raises(ValueError, match="confidence must lie"):
+            calibrate(distances, same, confidence=wrong)
