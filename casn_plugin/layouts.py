@@ -124,11 +124,17 @@ def by_reshape(reshape: Reshape, value: Tensor) -> Layout:
         'reshape'
     """
     layout = Layout("reshape", reshape=reshape)
-    numbers = _numbered(value)
-    moved = layout.map_of(numbers, (1, 1))
-    places = moved.double().flatten(1)
-    known = (places == places.round()) & (places >= 0) & (places < numbers[0].numel())
-    if not known.all() or len(places[0].unique()) != places.shape[1] or (places != places[:1]).any():
+    length = value[0].numel()
+    numbers = _numbered(value[:1])
+    places = layout.map_of(numbers, (1, 1)).double().flatten(1)
+    noise = torch.randn(2, *value.shape[1:], dtype=numbers.dtype, device=value.device)
+    moved = layout.map_of(noise, (1, 1)).flatten(1)
+    known = ((places == places.round()) & (places >= 0) & (places < length)).all()
+    if (
+        not known
+        or len(places.unique()) != places.numel()
+        or not torch.equal(moved, noise.flatten(1)[:, places[0].long()].to(moved.dtype))
+    ):
         raise ValueError(
             "reshape must only move values or leave some out, each image by itself: it computes "
             "new ones, or repeats them"

@@ -62,8 +62,8 @@ class TryOut:
         >>> tried = TryOut(net, lambda imgs: (None, net(imgs)), torch.rand(2, 3, 32, 16))
         >>> [(value.shape, [name[:2] for name in tried.names_of(value)])
         ...  for value in tried.values() if value.shape[2] > 1]
-        [(torch.Size([2, 3, 32, 16]), [('0', 'input')]), (torch.Size([2, 8, 4, 2]), [('1', 'input'), ('0', 'output')])]
-    """  # noqa: E501
+        [(torch.Size([2, 8, 4, 2]), [('1', 'input'), ('0', 'output')])]
+    """
 
     def __init__(self, backbone: nn.Module, run: Run, imgs: Tensor) -> None:
         self._run = run
@@ -76,10 +76,6 @@ class TryOut:
         with torch.enable_grad():
             self._seen, self.features = self._look()
         self._probe = noise_like(self.features)
-
-    def __len__(self) -> int:
-        """Returns the number of images."""
-        return len(self._imgs)
 
     def _look(self) -> tuple[list[Seen], Tensor]:
         """Returns all tensors that layers take and give, in their order, and the features."""
@@ -117,13 +113,14 @@ class TryOut:
         return seen, features
 
     def values(self, least_rank: int = 3) -> list[Tensor]:
-        """Returns all tensors of images of at least so many dimensions, each once.
+        """Returns all tensors of at least so many dimensions that were made of images, each once.
 
-        They are in the order of the last layers that took or gave them.
+        They are in the order of the last layers that took or gave them; pictures are left out.
         """
         values: dict[int, Tensor] = {}
         for _, _, value in self._seen:
-            if len(value) == len(self) and value.requires_grad and value.ndim >= least_rank:
+            made = value.requires_grad and value.shape != self._imgs.shape
+            if made and value.ndim >= least_rank and len(value) == len(self._imgs):
                 values.pop(id(value), None)
                 values[id(value)] = value
         return list(values.values())

@@ -55,15 +55,29 @@ _FOUR = {"depths": (1, 1, 1, 1)}
 
 
 def _cnn(
-    name: str, channels: int, features: int = 0, *, head: bool = False, size: Any = SMALL, **options: Any
+    name: str,
+    channels: int,
+    features: int = 0,
+    *,
+    head: bool = False,
+    size: Any = SMALL,
+    **options: Any,
 ) -> Family:
     """Returns a row of timm's convolutional networks, which pool with a module."""
     layer = "head.global_pool.pool" if head else "global_pool.pool"
-    return Family("timm", name, options, size, layer, "input", FIRST, (channels, 2, 2), features or channels)
+    return Family(
+        "timm", name, options, size, layer, "input", FIRST, (channels, 2, 2), features or channels
+    )
 
 
 def _vision(
-    name: str, layer: str, at: str, channels: int, features: int = 0, size: Any = SMALL, **options: Any
+    name: str,
+    layer: str,
+    at: str,
+    channels: int,
+    features: int = 0,
+    size: Any = SMALL,
+    **options: Any,
 ) -> Family:
     """Returns a row of torchvision's convolutional networks."""
     grid = (channels, 2, 2)

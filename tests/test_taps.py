@@ -10,6 +10,7 @@ from torch import nn
 from casn_plugin import (
     CASN,
     IdentificationAttentionLoss,
+    PairClassifier,
     SiameseAttentionLoss,
     attention_distmat,
     grad_cam,
@@ -39,9 +40,7 @@ def plain_pass(family: Family, network: nn.Module, imgs: torch.Tensor) -> dict[s
 def statistics_of(network: nn.Module) -> dict[str, torch.Tensor]:
     """What BatchNorm layers have learnt of images."""
     names = ("running_mean", "running_var", "num_batches_tracked")
-    return {
-        name: value.clone() for name, value in network.named_buffers() if name.endswith(names)
-    }
+    return {name: value.clone() for name, value in network.named_buffers() if name.endswith(names)}
 
 
 def test_the_table_is_of_many_families():
@@ -69,10 +68,9 @@ def test_what_is_tapped_is_what_the_table_says(family):
     torch.testing.assert_close(maps, family.map_of(expected[family.at]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(logits, expected["logits"], rtol=1e-3, atol=1e-5)
 
-    classifier = model.pair_classifier
     attention = torch.cat([
-        siamese_attention(scorer, features, maps)
-        for scorer in (classifier, lambda pairs: classifier(pairs).flip(1))
+        siamese_attention(PairClassifier(family.features, 8, seed=seed), features, maps)
+        for seed in range(6)
     ])  # fmt: skip
     assert attention.isfinite().all()
     assert (attention.amax((1, 2)) > attention.amin((1, 2))).any(), "attention is constant"
@@ -147,5 +145,162 @@ def test_maps_of_a_vit_are_those_of_pytorch_grad_cam():
             imgs, None, None, *(cam.activations_and_grads.activations[0].numpy(),
             cam.activations_and_grads.gradients[0].numpy()),
         )  # fmt: skip
-        theirs = (weights[..., None, None] * cam.activations_and_grads.activations[0].numpy()).sum(1)
+        theirs = (weights[..., None, None] * cam.activations_and_grads.activations[0].numpy()).sum(
+            1
+        )
     torch.testing.assert_close(ours, torch.from_numpy(theirs).relu(), rtol=1e-4, atol=1e-6)
+
+
+def vit(**options) -> nn.Module:
+    import timm
+
+    options = {"img_size": 64, "embed_dim": 48, "depth": 3, "num_heads": 3, **options}
+    return timm.create_model("vit_tiny_patch16_224", num_classes=5, **options)
+
+
+def test_images_of_other_sizes_where_the_network_takes_them():
+    network = vit(dynamic_img_size=True)
+    model = CASN(network, hidden_dim=16)
+    assert model.input_size == (64, 64)
+    assert model(torch.randn(2, 3, 128, 64)).activations.shape == (2, 48, 8, 4)
+    assert model.eval().encode(torch.randn(2, 3, 64, 96)).maps.shape == (2, 48, 4, 6)
+
+
+def test_a_network_says_for_which_size_it_is_made():
+    assert CASN(vit(img_size=(128, 64)), hidden_dim=16).input_size == (128, 64)
+    with pytest.raises(ValueError, match=r"not take an image of 32x32.*input_size=\(rows, columns"):
+        CASN(vit(), input_size=(32, 32))
+
+
+def test_reshape_reads_the_tokens_of_a_named_layer():
+    network = vit()
+    expected = CASN(network, hidden_dim=16).eval()
+    model = CASN(
+        network,
+        target_layer="blocks.2.norm1",
+        reshape=lambda x: x[:, 1:].reshape(len(x), 4, 4, 48).permute(0, 3, 1, 2),
+        hidden_dim=16,
+    ).eval()
+    imgs = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(model.encode(imgs).maps, expected.encode(imgs).maps)
+    outputs = [
+        each.train()(imgs, siamese=SiameseAttentionLoss()).distances for each in (model, expected)
+    ]
+    torch.testing.assert_close(outputs[0], outputs[1])
+    with pytest.raises(ValueError, match="must only move values"):
+        CASN(network, target_layer="blocks.2.norm1", reshape=lambda x: x.mean(2)[:, 1:, None, None])
+
+
+@pytest.mark.parametrize("layer", ["blocks.2", "norm"])
+def test_tokens_that_the_class_token_does_not_see_are_refused(layer):
+    with pytest.raises(ValueError, match=rf"'{layer}'.*do not depend.*blocks\.2\.norm1 \(48x4x4\)"):
+        CASN(vit(), target_layer=layer)
+
+
+class Shuffled(nn.Module):
+    """Tokens in columns instead of rows, averaged."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix, self.fc = nn.Conv2d(3, 8, 8, 8), nn.LayerNorm(8), nn.Linear(8, 5)
+
+    def forward(self, imgs):
+        tokens = self.mix(self.embed(imgs).mT.flatten(2).mT)
+        return self.fc(tokens.mean(1))
+
+
+def test_tokens_in_another_order_are_not_taken_for_a_map():
+    model = CASN(Shuffled(), input_size=(64, 64), hidden_dim=16)
+    assert model.reader.target_layer == "embed"  # the last map that is one
+    with pytest.raises(ValueError, match=r"'mix' gave \(2, 64, 8\).*reshape.*embed \(8x8x8\)"):
+        CASN(Shuffled(), input_size=(64, 64), target_layer="mix")
+
+
+class Branches(nn.Module):
+    """Two maps side by side; of their sum the features come, or of both."""
+
+    def __init__(self, joined: bool) -> None:
+        super().__init__()
+        self.stem, self.left, self.right = (nn.Conv2d(3, 8, 8, 8), nn.Conv2d(8, 8, 1),
+                                            nn.Conv2d(8, 8, 1))  # fmt: skip
+        self.act, self.fc, self.joined = nn.ReLU(), nn.Linear(8 if joined else 16, 5), joined
+
+    def forward(self, imgs):
+        stem = self.stem(imgs)
+        left, right = self.left(stem), self.right(stem)
+        if self.joined:
+            return self.fc(self.act(left + right).mean((2, 3)))
+        return self.fc(torch.cat([left.mean((2, 3)), right.mean((2, 3))], 1))
+
+
+def test_a_map_beside_which_features_have_another_source_is_not_taken():
+    assert CASN(Branches(True), input_size=(64, 32), hidden_dim=16).reader.target_layer == "act"
+    assert CASN(Branches(False), input_size=(64, 32), hidden_dim=16).reader.target_layer == "stem"
+
+
+def test_channels_that_both_readings_fit_are_told_by_pooling_or_layers():
+    class Square(nn.Module):
+        def __init__(self, last: bool) -> None:
+            super().__init__()
+            self.stem, self.norm, self.last = nn.Conv2d(3, 8, 8, 8), nn.LayerNorm(8), last
+            self.fc = nn.Linear(512 if last is None else 8, 5)
+
+        def forward(self, imgs):
+            maps = self.norm(self.stem(imgs).permute(0, 2, 3, 1))
+            return self.fc(maps.flatten(1) if self.last is None else maps.mean((1, 2)))
+
+    for last in (True, None):
+        reader = CASN(Square(last), input_size=(64, 64), hidden_dim=16).reader
+        assert (reader.target_layer, reader.tap.layout.kind) == ("norm", "channels last")
+
+
+def test_a_network_without_classifier_gives_features_alone():
+    import timm
+
+    network = timm.create_model("resnet10t", num_classes=0)
+    model = CASN(network, input_size=(64, 64), hidden_dim=16)
+    imgs = torch.randn(2, 3, 64, 64)
+    output = model(imgs, siamese=SiameseAttentionLoss())
+    assert output.logits is None and output.distances.isfinite().all()
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(imgs), network(imgs))
+
+
+def test_a_network_that_cannot_be_read_lists_candidates():
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 8, 64, 64), nn.Linear(8, 5)
+
+        def forward(self, imgs):
+            return self.fc(self.conv(imgs).flatten(1))
+
+    with pytest.raises(ValueError, match=r"no layer of Loop.*candidates: conv \(2, 8, 1, 1\)"):
+        CASN(Loop(), input_size=(64, 64))
+    with pytest.raises(
+        TypeError, match="Softmax.*does not end in a classifier|Sequential.*forward="
+    ):
+        CASN(nn.Sequential(Loop(), nn.Softmax(1)), input_size=(64, 64))
+
+
+def test_features_of_training_are_what_the_classifier_takes_under_dropout():
+    network = vit(drop_rate=0.5)
+    model = CASN(network, hidden_dim=16).train()
+    output = model(torch.randn(2, 3, 64, 64))
+    torch.testing.assert_close(network.head(output.features), output.logits)
+
+
+def test_attention_kernels_are_those_of_before_at_every_step():
+    backends = torch.backends.cuda
+    family = small("vit_tiny_patch16_224", 1)
+    model = CASN(family.build(), hidden_dim=16)
+    flags = [layer.fused_attn for layer in model.modules() if hasattr(layer, "fused_attn")]
+    assert any(flags) and backends.flash_sdp_enabled()
+    seen = []
+    for block in model.backbone.blocks:
+        block.attn.register_forward_pre_hook(lambda *_: seen.append(backends.flash_sdp_enabled()))
+    model(torch.randn(4, 3, 64, 64), PIDS, IdentificationAttentionLoss(), SiameseAttentionLoss())
+    # fused wherever no second derivative is needed: before the map, and in the masked pass
+    assert seen == [True, True, False, True, True, True]
+    assert backends.flash_sdp_enabled()
+    assert flags == [layer.fused_attn for layer in model.modules() if hasattr(layer, "fused_attn")]
