@@ -108,7 +108,7 @@ def find_classifier(backbone: nn.Module, imgs: Tensor) -> ByClassifier | None:
     layers = dict(backbone.named_modules())
     called: list[tuple[str, Any]] = []
     handles = [
-        layer.register_forward_hook(lambda _, __, given, name=name: called.append((name, given)))  # type: ignore[misc]
+        layer.register_forward_hook(lambda _, __, given, name=name: called.append((name, given)))
         for name, layer in layers.items()
         if isinstance(layer, (*_CLASSIFIERS, nn.Identity)) and name
     ]

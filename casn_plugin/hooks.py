@@ -1,8 +1,9 @@
 """Whatever touches a network and leaves it as found.
 
-:func:`capture` taps a feature map, :func:`watch` looks at what a layer takes and gives, :func:`frozen_batchnorm` and :func:`constant_parameters` keep
-from a network what it must not learn, :func:`evaluating` puts it into eval mode for a while, and
-:func:`twin` makes one that stays as it is.
+:func:`capture` taps a feature map, :func:`watch` looks at what a layer takes and gives,
+:func:`frozen_batchnorm` and :func:`constant_parameters` keep from a network what it must not learn,
+:func:`evaluating` puts it into eval mode for a while, and :func:`twin` makes one that stays as it
+is.
 """
 
 import threading
@@ -88,7 +89,7 @@ def capture(
         raise ValueError(f"at must be 'input' or 'output', got {at!r}")
     captured = Captured()
     owner = threading.get_ident()
-    stack, seen = ExitStack(), []
+    stack, seen = ExitStack(), list[Tensor]()
 
     def tap(value: Any) -> Any:
         """Records the first tensor of a value; returns the value with a clone in its place."""

@@ -64,7 +64,8 @@ class Layout:
             )
         if self.kind == "tokens":
             grid = self._grid(value.shape[1] - self.prefix, size)
-            return value[:, self.prefix :].transpose(1, 2).unflatten(2, grid)
+            patches: Tensor = value[:, self.prefix :].transpose(1, 2)
+            return patches.unflatten(2, grid)  # type: ignore[no-any-return]
         return value.permute(0, 3, 1, 2) if self.kind == "channels last" else value
 
     def put_back(self, value: Tensor, maps: Float[Tensor, "b c h w"]) -> Tensor:

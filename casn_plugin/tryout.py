@@ -4,7 +4,7 @@ What the features come from is then asked of the graph of this pass.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ class Tap:
 
     layer: str
     at: Literal["input", "output"] = "output"
-    layout: Layout = Layout()
+    layout: Layout = field(default_factory=Layout)
 
 
 class Seen(NamedTuple):
@@ -93,10 +93,10 @@ class TryOut:
             if name:
                 handles += [
                     layer.register_forward_pre_hook(
-                        lambda _, args, name=name: note(name, "input", args)  # type: ignore[misc]
+                        lambda _, args, name=name: note(name, "input", args)
                     ),
                     layer.register_forward_hook(
-                        lambda _, __, given, name=name: note(name, "output", given)  # type: ignore[misc]
+                        lambda _, __, given, name=name: note(name, "output", given)
                     ),
                 ]
         try:

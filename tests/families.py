@@ -127,7 +127,9 @@ FAMILIES = (
     _cnn("efficientvit_b0", 1024, 1280, head=True),
     Family("timm", "pvt_v2_b0", {}, SMALL, "stages", "output", FIRST, (256, 2, 2), 256),
     Family("timm", "repvit_m0_9", {}, SMALL, "stages", "output", FIRST, (384, 2, 2), 384),
-    Family("timm", "efficientformerv2_s0", {}, (224, 224), "norm", "output", FIRST, (176, 7, 7), 176),
+    Family(
+        "timm", "efficientformerv2_s0", {}, (224, 224), "norm", "output", FIRST, (176, 7, 7), 176,
+    ),
     # maps with channels last
     Family(
         "timm", "swin_tiny_patch4_window7_224",
@@ -150,12 +152,21 @@ FAMILIES = (
     _vit("eva02_tiny_patch14_224", "norm", 1, _VIT14),
     _vit("beit_base_patch16_224", "norm", 1, _VIT),
     _vit("cait_xxs24_224", "blocks_token_only.1.norm1", 1, _VIT),
-    _vit("convit_tiny", "blocks.2.norm1", 1, {**_VIT, "num_heads": 4, "local_up_to_layer": 2}, (192, 4, 4)),
+    _vit(
+        "convit_tiny", "blocks.2.norm1", 1, {**_VIT, "num_heads": 4, "local_up_to_layer": 2},
+        (192, 4, 4),
+    ),
     _vit("xcit_nano_12_p16_224", "cls_attn_blocks.1.norm1", 1, {"depth": 3}, (128, 4, 4)),
-    _vit("pit_ti_224", "transformers.2.blocks.0.norm1", 1, {"depth": (1, 1, 1), "img_size": 112}, (256, 4, 4)),
+    _vit(
+        "pit_ti_224", "transformers.2.blocks.0.norm1", 1, {"depth": (1, 1, 1), "img_size": 112},
+        (256, 4, 4),
+    ),
     _vit("mixer_s32_224", "norm", 0, {"img_size": 64}, (512, 2, 2)),
     _vit("resmlp_12_224", "norm", 0, {"img_size": 64}, (384, 4, 4)),
-    _vit("hiera_tiny_224", "blocks.3", 0, {"stages": (1, 1, 1, 1), "embed_dim": 24, "img_size": (224, 224)}, (192, 7, 7)),
+    _vit(
+        "hiera_tiny_224", "blocks.3", 0,
+        {"stages": (1, 1, 1, 1), "embed_dim": 24, "img_size": (224, 224)}, (192, 7, 7),
+    ),
     # torchvision
     _vision("resnet18", "avgpool", "input", 512),
     _vision("densenet121", "features", "output", 1024),

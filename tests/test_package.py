@@ -15,8 +15,9 @@ import casn_plugin
 ROOT = Path(casn_plugin.__file__).parent
 # from the bottom; a wing's own files likewise, its face above them
 ROOMS = (
-    "files", "doors", "identities", "scores", "kernels", "layouts", "hooks", "attention", "losses", "sampler", "encoding",
-    "evaluation", "quality", "heads", "tryout", "taps", "backbones", "model", "loading",
+    "files", "doors", "identities", "scores", "kernels", "layouts", "hooks", "attention", "losses",
+    "sampler", "encoding", "evaluation", "quality", "heads", "tryout", "taps", "backbones", "model",
+    "loading",
     *(f"ranking.{name}" for name in (
         "processes", "compute", "tiles", "closed_form", "sides", "pairs", "candidates",
         "distances", "fused", "search", "company", "manifest", "shards", "filling", "contents",
