@@ -112,9 +112,16 @@ class Reader:
         features: Tensor = backbone(imgs) if self._torchreid else self._forward(backbone, imgs)[1]
         return features
 
-    def logits(self, backbone: nn.Module, imgs: Tensor) -> Logits | None:
-        """Returns the logits of images; a model of torchreid's factory is in training mode."""
-        return self._forward(backbone, imgs)[0]
+    def logits(self, backbone: nn.Module, imgs: Tensor) -> Logits:
+        """Returns the logits of images; a model of torchreid's factory is in training mode.
+
+        Raises:
+            ValueError: a network without classifier.
+        """
+        logits = self._forward(backbone, imgs)[0]
+        if logits is None:
+            raise ValueError(f"{type(backbone).__name__} has no classifier, so it gives no logits")
+        return logits
 
     def capture(
         self,

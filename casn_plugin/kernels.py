@@ -29,9 +29,10 @@ def twice_differentiable() -> Iterator[None]:
     the whole process's: the last thread to leave restores what the first one found.
 
     Example:
+        >>> import torch
         >>> x = torch.rand(1, 1, 4, 8, requires_grad=True)
         >>> with twice_differentiable():
-        ...     y = nn.functional.scaled_dot_product_attention(x, x, x)
+        ...     y = torch.nn.functional.scaled_dot_product_attention(x, x, x)
         >>> (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         >>> torch.autograd.grad(g.sum(), x)[0].shape
         torch.Size([1, 1, 4, 8])

@@ -25,7 +25,8 @@ class CASNOutput(NamedTuple):
     """What a CASN gives in training mode; all fields join along their first dimension.
 
     Attributes:
-        logits: (B, classes) scores y of all identities, or a sequence of such (PCB, HACNN).
+        logits: (B, classes) scores y of all identities, or a sequence of such (PCB, HACNN); None
+            of a network without classifier.
         features: (B, D) f.
         activations: (B, C, H, W) A, the tapped map that both were computed from.
         masked_scores: (B,) y_c of the masked images, where an identification loss was given.
@@ -35,7 +36,7 @@ class CASNOutput(NamedTuple):
         same: (P,) whether each pair shows one identity, where a Siamese loss and pids were given.
     """
 
-    logits: Logits
+    logits: Logits | None
     features: Tensor
     activations: Tensor
     masked_scores: Tensor | None = None
@@ -71,19 +72,23 @@ class CASN(nn.Module):
     own names and `pair_classifier.*` beside them, and `named_children` lists the same.
 
     Args:
-        backbone: a model of torchreid's factory, built with loss="softmax" or "triplet"; or,
-            with `forward`, any module. It is left as found: no hook, no changed layer.
+        backbone: any network: a model of torchreid's factory, built with loss="softmax" or
+            "triplet"; one of timm, torchvision or your own that ends in a classifier, whose
+            features are then what the classifier takes; or, with `forward`, any module. It is left
+            as found: no hook, no changed layer.
         target_layer: the layer whose output is the map A, by name or as a module. By default the
-            map that the backbone's global pooling takes.
-        forward: for a backbone that is not of torchreid's factory: a function of the backbone
-            and a batch of images that returns (logits, features). It must be a function that can
-            be pickled (not a lambda) where the model is to be pickled.
+            last map that all features come from, which is found and proved by trying it out.
+        forward: for a backbone that ends otherwise: a function of the backbone and a batch of
+            images that returns (logits, features), logits None where there are none. It must be a
+            function that can be pickled (not a lambda) where the model is to be pickled.
+        reshape: for a layer of tokens that are not read as a map by themselves: a function of what
+            the layer gives that returns (B, C, H, W), as pytorch-grad-cam's reshape_transform.
         pair_classifier: maps (P, D) differences to (P, 2) scores, column 1 = same identity. By
             default a new :class:`PairClassifier`. A :class:`Similarity` for a network that never
             saw CASN: nothing is trained, and identity logits are not needed.
         hidden_dim: width of the default pair classifier.
         input_size: (rows, columns) of the image with which the layers are tried out once; by
-            default 256x128, and 160x64 for HACNN.
+            default what the backbone says that it is made for, else 256x128.
         seed: of the default pair classifier's weights.
 
     Attributes:
@@ -91,16 +96,16 @@ class CASN(nn.Module):
         reader: which layer is tapped, and how the backbone is run.
 
     Raises:
-        TypeError: no module, or no torchreid model and no `forward`.
-        ValueError: a target layer that does not exist or gives no map (the message lists those
-            that do), or a forward function that gives no logits and features.
+        TypeError: no module, or one that does not end in a classifier and no `forward`.
+        ValueError: a target layer that does not exist or gives no map that features and logits
+            come from, or no such layer (the message lists the layers that come next to it); a
+            forward function that gives no logits and features.
 
     Example:
-        >>> backbone = nn.Sequential(nn.Conv2d(3, 8, 3, 8), nn.Linear(8, 10))
-        >>> def forward(backbone, imgs):
-        ...     features = backbone[0](imgs).mean((2, 3))
-        ...     return backbone[1](features), features
-        >>> model = CASN(backbone, forward=forward)
+        >>> backbone = nn.Sequential(
+        ...     nn.Conv2d(3, 8, 3, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+        ... )
+        >>> model = CASN(backbone)
         >>> model(torch.rand(2, 3, 64, 32)).activations.shape
         torch.Size([2, 8, 8, 4])
         >>> model.eval()(torch.rand(2, 3, 64, 32)).shape
@@ -186,6 +191,10 @@ class CASN(nn.Module):
         logits, features, activations = self.reader.tapped(self.backbone, imgs)
         masked_scores = pair_scores = distances = same = None
         if identification is not None and pids is not None:
+            if logits is None:
+                raise ValueError(
+                    "the identification attention loss needs a classifier of identities"
+                )
             masked_scores = identification.scores_of(
                 self.reader.logits, self.backbone, imgs, pids, logits, activations
             )

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from casn_plugin import CASN, IdentificationAttentionLoss, PairSampler, SiameseAttentionLoss
 from casn_plugin.losses import identification_loss
-from casn_plugin.model import loss_terms
+from casn_plugin.objective import loss_terms
 from casn_plugin.pedestrians import render_pedestrian
 
 

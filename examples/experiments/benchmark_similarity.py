@@ -21,7 +21,7 @@ from casn_plugin.attention import (
     similarity_attention,
     split_pairs,
 )
-from casn_plugin.encoding import encode_head
+from casn_plugin.basis import encode_head
 
 SIZES = {"GAP": (256, 256), "PCB": (256, 192), "OSNet": (512, 512)}
 
