@@ -16,7 +16,7 @@ from casn_plugin.encoding import part_embedding
 from casn_plugin.heads import Forward, find_classifier, is_torchreid, torchreid_forward
 from casn_plugin.hooks import Captured, capture, evaluating, place_of
 from casn_plugin.layouts import Reshape
-from casn_plugin.scores import Logits
+from casn_plugin.scores import Logits, at_least_float32
 from casn_plugin.taps import Maps
 from casn_plugin.tryout import Tap, TryOut
 
@@ -45,6 +45,20 @@ class Tapped(NamedTuple):
     logits: Logits | None
     features: Tensor
     activations: Tensor
+
+
+class Joined(NamedTuple):
+    """What a backbone gives in an evaluation pass, joined by the graph of its head.
+
+    Attributes:
+        features: (B, D) f, float32 or wider.
+        activations: (B, C, H, W) A, which f was computed from; nothing below has a graph.
+        pooled: what a tapped pooling layer made of A.
+    """
+
+    features: Tensor
+    activations: Tensor
+    pooled: Tensor | None
 
 
 class Reader:
@@ -168,6 +182,29 @@ class Reader:
                 "behind it"
             )
         return Tapped(logits, features, activations)
+
+    def joined(self, backbone: nn.Module, imgs: Tensor) -> Joined:
+        """Returns features and map, joined by the head's graph, also inside of ``no_grad()``.
+
+        Args:
+            backbone: in eval mode.
+            imgs: (B, 3, rows, columns).
+
+        Raises:
+            TypeError: a backbone in half precision.
+            ValueError: the target layer was not called, or gave no map.
+        """
+        size = (imgs.shape[2], imgs.shape[3])
+        with torch.no_grad(), self.capture(backbone, head_only=True, size=size) as captured:
+            features = self.features(backbone, imgs)
+        activations = captured.require()
+        if activations.itemsize < 4:
+            raise TypeError(
+                f"ranking needs float32 or wider, but the model is in {activations.dtype}: use "
+                "model.float(), under torch.autocast if it is to be fast"
+            )
+        with torch.enable_grad():
+            return Joined(at_least_float32(features), activations, captured.pooled)
 
     def _try(
         self, backbone: nn.Module, forward: Forward | None, sizes: list[tuple[int, int]]

@@ -17,7 +17,7 @@ from casn_plugin.heads import Forward
 from casn_plugin.hooks import place_of, twin, unwrapped
 from casn_plugin.layouts import Reshape
 from casn_plugin.losses import IdentificationAttentionLoss
-from casn_plugin.scores import Logits, at_least_float32
+from casn_plugin.scores import Logits
 from casn_plugin.siamese import SiameseAttentionLoss
 
 
@@ -238,17 +238,9 @@ class CASN(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             if imgs.is_inference():
                 imgs = imgs.clone()
-            size = (imgs.shape[2], imgs.shape[3])
-            with self.reader.capture(backbone, head_only=True, size=size) as captured:
-                features = self.reader.features(backbone, imgs)
-            activations = captured.require()
-            if activations.itemsize < 4:
-                raise TypeError(
-                    f"ranking needs float32 or wider, but the model is in {activations.dtype}: use "
-                    "model.float(), under torch.autocast if it is to be fast"
-                )
+            joined = self.reader.joined(backbone, imgs)
             with torch.autocast(imgs.device.type, enabled=False):
-                return encode_head(at_least_float32(features), activations, captured.pooled)
+                return encode_head(*joined)
 
     def named_modules(
         self,

@@ -21,11 +21,18 @@ from torch import nn
 from tqdm import tqdm
 from writer import RESULTS
 
-from casn_plugin import Encoding, GalleryIndex, PairSampler, explain_pair, explain_ranking
+from casn_plugin import (
+    Encoding,
+    GalleryIndex,
+    PairSampler,
+    SiameseAttentionLoss,
+    explain_pair,
+    explain_ranking,
+)
 from casn_plugin.checkpoint import Checkpoints, TrainingState, load_checkpoint
 from casn_plugin.explanation import save_report
-from casn_plugin.losses import IdentificationAttentionLoss, SiameseAttentionLoss
-from casn_plugin.model import loss_terms
+from casn_plugin.losses import IdentificationAttentionLoss
+from casn_plugin.objective import loss_terms
 from casn_plugin.ranking import rank_gallery
 
 MIB = 2**20
