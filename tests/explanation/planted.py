@@ -36,7 +36,8 @@ def detecting_casn() -> CASN:
 
 
 def tiny_casn() -> CASN:
-    return CASN(TinyBackbone(), forward=tiny_forward, input_size=SIZE, hidden_dim=16)
+    options = {"input_size": SIZE, "target_layer": "features", "hidden_dim": 16}
+    return CASN(TinyBackbone(), forward=tiny_forward, **options)
 
 
 def patched(row: int, column: int) -> PIL.Image.Image:

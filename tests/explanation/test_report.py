@@ -31,7 +31,8 @@ RESULTS = {
 def explain(topk: int) -> ExplainedRankings:
     """Ranked lists of noisy people, of which some are wrong at rank 1."""
     torch.manual_seed(0)
-    model = CASN(TinyBackbone(), forward=tiny_forward, input_size=(64, 32), hidden_dim=16)
+    options = {"input_size": (64, 32), "target_layer": "features", "hidden_dim": 16}
+    model = CASN(TinyBackbone(), forward=tiny_forward, **options)
     looks = torch.randn(4, 3, 1, 1)
     people = [
         (looks[pid] + torch.randn(3, 1, 1) + torch.randn(3, 64, 32), pid, camid)
