@@ -25,6 +25,7 @@ from casn_plugin.ranking import (
     rerank_neighbours,
 )
 from casn_plugin.sampler import PairSampler
+from casn_plugin.tables import feature_table, ranking_table
 
 if TYPE_CHECKING:
     from casn_plugin.engine import ImageCASNEngine as ImageCASNEngine
@@ -48,9 +49,11 @@ __all__ = [
     "calibrate",
     "explain_pair",
     "explain_ranking",
+    "feature_table",
     "fuse_distmats",
     "grad_cam",
     "rank_gallery",
+    "ranking_table",
     "rerank",
     "rerank_neighbours",
 ]
