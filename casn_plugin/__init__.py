@@ -29,6 +29,7 @@ from casn_plugin.ranking import (
 )
 from casn_plugin.sampler import PairSampler
 from casn_plugin.siamese import SiameseAttentionLoss
+from casn_plugin.tables import feature_table, ranking_table
 
 if TYPE_CHECKING:
     from casn_plugin.engine import ImageCASNEngine as ImageCASNEngine
@@ -56,9 +57,11 @@ __all__ = [
     "calibrate",
     "explain_pair",
     "explain_ranking",
+    "feature_table",
     "fuse_distmats",
     "grad_cam",
     "rank_gallery",
+    "ranking_table",
     "rerank",
     "rerank_neighbours",
 ]

@@ -24,7 +24,7 @@ ROOMS = (
         "candidates", "distances", "fused", "mutual", "search", "company", "manifest", "shards",
         "filling", "contents", "store", "index",
     )),
-    "ranking", "retrieval",
+    "ranking", "tables", "retrieval",
     *(f"explanation.{name}" for name in (
         "pictures", "figures", "curves", "pair", "lists", "fixed_pairs", "board", "report",
     )),
