@@ -29,7 +29,7 @@ from casn_plugin.model import loss_terms
 from casn_plugin.ranking import rank_gallery
 
 MIB = 2**20
-VIEWS, ENGINE_EVERY, KEPT = 4, 5, 64
+VIEWS, KEPT = 4, 64
 TOLERANCE = 0.02
 COUNTED = ("files", "threads", "hooks", "figures", "left over")
 """What has to be, in every later sample, no more than at the end of the warm-up."""
@@ -68,10 +68,11 @@ class Life:
 
     Args:
         folder: of all files.
+        every: after so many rounds there is one with torchreid's engine.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, every: int) -> None:
+        self.folder, self.every = folder, every
         self.model = tiny_casn()
         self.gallery = tiny_casn()  # its weights stay, so that the index goes on
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
@@ -133,7 +134,7 @@ class Life:
 
     def engine(self) -> None:
         """Trains and evaluates with torchreid, now and then."""
-        if self.round % ENGINE_EVERY:
+        if self.round % self.every:
             return
         engine = engine_of(self.folder)
         save_dir = self.folder / "run"
@@ -173,23 +174,26 @@ def judged(samples: list[dict[str, float]], warm: int, tolerance: float) -> list
     return findings
 
 
-def soak(going: Callable[[int], bool], tolerance: float) -> tuple[dict[str, float], list[str]]:
+def soak(
+    going: Callable[[int], bool], tolerance: float, every: int = 5
+) -> tuple[dict[str, float], list[str]]:
     """Returns figures of one long life, and what has grown in it; prints a table of samples.
 
     Args:
         going: whether to go on after so many rounds.
         tolerance: as in :func:`judged`.
+        every: so many rounds are looked at once.
     """
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     samples: list[dict[str, float]] = []
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as root, tqdm(desc="rounds", disable=None) as bar:
-        life = Life(Path(root))
+        life = Life(Path(root), every)
         while going(life.round):
             life.live()
             bar.update()
-            if life.round % ENGINE_EVERY == 0:
+            if life.round % every == 0:
                 minutes = (time.monotonic() - started) / 60
                 now = measured(life.model, life.folder)
                 samples.append({"minutes": minutes, "rounds": life.round, **now})
@@ -213,7 +217,7 @@ def soak(going: Callable[[int], bool], tolerance: float) -> tuple[dict[str, floa
 def for_minutes(minutes: float) -> Callable[[int], bool]:
     """Returns what says for so many minutes that it goes on."""
     end = time.monotonic() + 60 * minutes
-    return lambda rounds: time.monotonic() < end or rounds < 8 * ENGINE_EVERY
+    return lambda rounds: time.monotonic() < end or rounds < 50
 
 
 def main() -> int:
@@ -224,7 +228,7 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.rounds:
-        figures, findings = soak(lambda rounds: rounds < args.rounds, 0.2)
+        figures, findings = soak(lambda rounds: rounds < args.rounds, 0.2, every=2)
     else:
         figures, findings = soak(for_minutes(args.minutes), TOLERANCE)
     print(figures, *findings, sep="\n")
