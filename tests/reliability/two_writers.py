@@ -189,13 +189,16 @@ def settled(folder: Path, notes: list[Any]) -> tuple[Counter[str], list[str]]:
     for state, what, names in notes:
         if what in done:
             (done if state == "done" else begun)[what].update(names)
-    index = GalleryIndex(folder)
+    must = done["added"] - begun["removed"]
+    try:
+        index = GalleryIndex(folder)
+    except (ValueError, OSError) as error:
+        return Counter(rows=len(must), lost=len(must), reads=reads), [*findings, str(error)]
     try:
         check(index)
     except AssertionError as error:
         findings.append(str(error))
     names = set(index.names)
-    must = done["added"] - begun["removed"]
     lost = must - names
     back = (names & done["removed"]) | (names - begun["added"])
     if lost or back:
