@@ -12,7 +12,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from casn_plugin.doors import check_images, check_size, check_weight
+from casn_plugin.doors import check_images, check_size, check_tensor, check_weight
 from casn_plugin.encoding import Encoding
 from casn_plugin.hooks import place_of
 from casn_plugin.identities import as_ids
@@ -93,12 +93,7 @@ class Preprocessing:
         from torchvision.transforms import functional as transforms
 
         if isinstance(image, Tensor):
-            if image.ndim != 3 or len(image) != 3 or not image.is_floating_point():
-                raise ValueError(
-                    "an image must be a float tensor (3, rows, columns), got "
-                    f"{tuple(image.shape)} of {image.dtype}"
-                )
-            return image
+            return check_tensor("an image", image, "3 rows columns")
         if not isinstance(image, str | os.PathLike | PIL.Image.Image):
             raise TypeError(
                 f"an image must be a tensor, a PIL image or a path, got {type(image).__name__}"
@@ -149,7 +144,8 @@ def read_batch(data: Any) -> Batch:
             "camid".
 
     Raises:
-        TypeError: anything else.
+        TypeError: anything else, pids or camids that are no integers.
+        ValueError: pids or camids that are not one an image, or below -1.
 
     Example:
         >>> read_batch((torch.rand(2, 3, 8, 4), torch.tensor([7, 9]))).pids
@@ -174,8 +170,10 @@ def read_batch(data: Any) -> Batch:
             "the loader must give batches of images (B, 3, H, W), or dictionaries with them as "
             f"'img', got {type(data).__name__}"
         )
-    names, pids, camids = (
-        each.tolist() if isinstance(each, Tensor | np.ndarray) else each for each in labels
+    names, *numbers = labels
+    pids, camids = (
+        None if each is None else as_ids(name, each, len(imgs)).tolist()
+        for name, each in zip(_IDS, numbers, strict=True)
     )
     return Batch(imgs, names, pids, camids)
 

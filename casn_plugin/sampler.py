@@ -65,7 +65,7 @@ class PairSampler(Sampler[int]):
                 f"pairs need known identities, but {int((self.pids == UNKNOWN).sum())} of "
                 f"{len(self.pids)} are unknown (-1 or None)"
             )
-        check_count("seed", seed, least=0)
+        check_count("seed", seed, least=0, most=2**63 - 1)
         self.batch_size = batch_size
         self.positive_fraction = positive_fraction
         self.seed = seed

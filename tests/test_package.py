@@ -16,7 +16,7 @@ ROOT = Path(casn_plugin.__file__).parent
 # from the bottom; a wing's own files likewise, its face above them
 ROOMS = (
     "files", "picturefiles", "doors", "identities", "scores", "hooks", "attention", "losses",
-    "sampler", "encoding", "evaluation", "quality", "backbones", "model", "loading",
+    "sampler", "encoding", "basis", "evaluation", "quality", "backbones", "model", "loading",
     *(f"ranking.{name}" for name in (
         "processes", "compute", "tiles", "closed_form", "sides", "pairs", "candidates",
         "distances", "fused", "search", "company", "manifest", "shards", "filling", "contents",

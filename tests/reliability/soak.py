@@ -16,7 +16,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from subjects import PEOPLE, SIZE, engine_of, market, tiny_casn
+from subjects import SIZE, engine_of, tiny_casn, write_market
 from torch import nn
 from tqdm import tqdm
 from writer import RESULTS
@@ -29,7 +29,7 @@ from casn_plugin.model import loss_terms
 from casn_plugin.ranking import rank_gallery
 
 MIB = 2**20
-VIEWS, KEPT = 4, 64
+PEOPLE, VIEWS, KEPT = 4, 4, 64
 TOLERANCE = 0.02
 COUNTED = ("files", "threads", "hooks", "figures", "left over")
 """What has to be, in every later sample, no more than at the end of the warm-up."""
@@ -83,7 +83,8 @@ class Life:
         self.checkpoints = Checkpoints(folder / "model")
         self.index = GalleryIndex.create(folder / "index", self.gallery)
         self.round = 0
-        self.paths = market(folder / "data")
+        write_market(folder / "data")
+        self.paths = sorted(map(str, folder.glob("data/**/*.jpg")))
 
     def train(self) -> None:
         """Trains an epoch, saves it and goes on from what was saved."""

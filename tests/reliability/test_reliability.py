@@ -33,5 +33,6 @@ def test_nothing_is_lost_read_wrongly_or_run(name):
     assert "{" in share(name, *SHARES[name])
 
 
-def test_wrong_arguments_give_no_silent_results():
-    assert "'silent': 0" in share("arguments.py", "1500", "0")
+def test_wrong_arguments_give_clear_errors_and_no_silent_results():
+    printed = share("arguments.py", "1500", "0")
+    assert "'raw errors': 0, 'errors of others': 0, 'silent': 0" in printed, printed

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from subjects import engine_of, market, tiny_casn
+from subjects import engine_of, tiny_casn
 from tqdm import tqdm
 
 from casn_plugin import Encoding, GalleryIndex
@@ -236,7 +236,7 @@ def train(folder: Path, root: Path, journal: Path) -> None:
 
 def two_trainings(folder: Path) -> list[str]:
     """Returns what was found where two trainings have one folder; then one that was killed."""
-    market(folder / "data")
+    engine_of(folder)  # makes the data
     findings = []
     for kill in (False, True):
         save_dir, journal = folder / f"run-{kill}", folder / f"{kill}.journal"
