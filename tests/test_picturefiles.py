@@ -89,10 +89,10 @@ def test_what_has_no_certain_depth_is_refused(picture, tmp_path):
 
 
 def test_files_are_turned_upright_however_they_lie_in_memory(picture, tmp_path):
-    """Pillow maps a raw TIFF of four channels that it opens by its path, and does not turn it."""
+    """Pillow maps a raw CMYK TIFF that it opens by its path, and does not turn it."""
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
-    turned = PIL.Image.fromarray(np.ascontiguousarray(np.rot90(picture))).convert("RGBX")
+    turned = PIL.Image.fromarray(np.ascontiguousarray(np.rot90(picture))).convert("CMYK")
     for name in ("a.tif", "a.png", "a.jpg"):
         image = turned if name == "a.tif" else turned.convert("RGB")
         image.save(tmp_path / name, exif=exif)

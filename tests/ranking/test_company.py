@@ -256,6 +256,11 @@ def test_no_row_counts_twice(index):
             continue
         with pytest.raises(ValueError, match=r"index\.json is damaged: removed is .* rows that"):
             GalleryIndex(index.folder)
+    thrice = [first, *others, {**first, "removed": [0, 2, 3]}, {**first, "removed": [1]}]
+    forge(index.folder, {**content, "added": 99, "shards": thrice})
+    with pytest.raises(ValueError, match=r"index\.json is damaged: removed is .* rows that"):
+        GalleryIndex(index.folder)
+    forge(index.folder, {**content, "added": 99, "shards": thrice[:-1]})
     index = GalleryIndex(index.folder)
     images = encoding(4)
     index.remove([0, 1])

@@ -16,7 +16,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from subjects import PEOPLE, SIZE, engine_of, market, tiny_casn
+from subjects import SIZE, engine_of, tiny_casn, write_market
 from torch import nn
 from tqdm import tqdm
 from writer import RESULTS
@@ -36,7 +36,7 @@ from casn_plugin.objective import loss_terms
 from casn_plugin.ranking import rank_gallery
 
 MIB = 2**20
-VIEWS, ENGINE_EVERY, KEPT = 4, 5, 64
+PEOPLE, VIEWS, KEPT = 4, 4, 64
 TOLERANCE = 0.02
 COUNTED = ("files", "threads", "hooks", "figures", "left over")
 """What has to be, in every later sample, no more than at the end of the warm-up."""
@@ -75,10 +75,11 @@ class Life:
 
     Args:
         folder: of all files.
+        every: after so many rounds there is one with torchreid's engine.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, every: int) -> None:
+        self.folder, self.every = folder, every
         self.model = tiny_casn()
         self.gallery = tiny_casn()  # its weights stay, so that the index goes on
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
@@ -89,7 +90,8 @@ class Life:
         self.checkpoints = Checkpoints(folder / "model")
         self.index = GalleryIndex.create(folder / "index", self.gallery)
         self.round = 0
-        self.paths = market(folder / "data")
+        write_market(folder / "data")
+        self.paths = sorted(map(str, folder.glob("data/**/*.jpg")))
 
     def train(self) -> None:
         """Trains an epoch, saves it and goes on from what was saved."""
@@ -140,7 +142,7 @@ class Life:
 
     def engine(self) -> None:
         """Trains and evaluates with torchreid, now and then."""
-        if self.round % ENGINE_EVERY:
+        if self.round % self.every:
             return
         engine = engine_of(self.folder)
         save_dir = self.folder / "run"
@@ -180,23 +182,26 @@ def judged(samples: list[dict[str, float]], warm: int, tolerance: float) -> list
     return findings
 
 
-def soak(going: Callable[[int], bool], tolerance: float) -> tuple[dict[str, float], list[str]]:
+def soak(
+    going: Callable[[int], bool], tolerance: float, every: int = 5
+) -> tuple[dict[str, float], list[str]]:
     """Returns figures of one long life, and what has grown in it; prints a table of samples.
 
     Args:
         going: whether to go on after so many rounds.
         tolerance: as in :func:`judged`.
+        every: so many rounds are looked at once.
     """
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     samples: list[dict[str, float]] = []
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as root, tqdm(desc="rounds", disable=None) as bar:
-        life = Life(Path(root))
+        life = Life(Path(root), every)
         while going(life.round):
             life.live()
             bar.update()
-            if life.round % ENGINE_EVERY == 0:
+            if life.round % every == 0:
                 minutes = (time.monotonic() - started) / 60
                 now = measured(life.model, life.folder)
                 samples.append({"minutes": minutes, "rounds": life.round, **now})
@@ -220,7 +225,7 @@ def soak(going: Callable[[int], bool], tolerance: float) -> tuple[dict[str, floa
 def for_minutes(minutes: float) -> Callable[[int], bool]:
     """Returns what says for so many minutes that it goes on."""
     end = time.monotonic() + 60 * minutes
-    return lambda rounds: time.monotonic() < end or rounds < 8 * ENGINE_EVERY
+    return lambda rounds: time.monotonic() < end or rounds < 50
 
 
 def main() -> int:
@@ -231,7 +236,7 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.rounds:
-        figures, findings = soak(lambda rounds: rounds < args.rounds, 0.2)
+        figures, findings = soak(lambda rounds: rounds < args.rounds, 0.2, every=2)
     else:
         figures, findings = soak(for_minutes(args.minutes), TOLERANCE)
     print(figures, *findings, sep="\n")

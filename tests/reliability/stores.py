@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +10,8 @@ from typing import Any
 
 import torch
 import torchreid
-from subjects import SIZE, Case, Tiny, tiny_casn, tiny_forward
+from subjects import SIZE, Case, Tiny, tiny_casn, tiny_forward, write_market
 from torch.utils.data import DataLoader
-
-sys.path.append(str(Path(__file__).parents[1]))
-
-from market import write_market
 
 import casn_plugin
 from casn_plugin import CASN, Encoding, GalleryIndex, PairSampler, explanation, ranking

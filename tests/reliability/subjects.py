@@ -2,14 +2,18 @@
 
 import contextlib
 import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
 from torch import Tensor, nn
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from market import write_market
 
 import casn_plugin
 from casn_plugin import (
@@ -32,9 +36,8 @@ from casn_plugin import (
     retrieval,
 )
 from casn_plugin.explanation.pictures import colour_key, overlay, pair_mosaic
-from casn_plugin.pedestrians import render_pedestrian
 
-SIZE, PEOPLE = (32, 16), 4
+SIZE = (32, 16)
 Case = tuple[Callable[..., Any], dict[str, Any]]
 """A function, and the arguments of a right call by name."""
 
@@ -72,29 +75,14 @@ class TinyReid(Tiny):
         return logits if self.loss == "softmax" else (logits, features)
 
 
-def market(root: Path) -> list[str]:
-    """Returns the paths of a small data set in Market-1501's layout, of rendered pedestrians."""
-    folder, paths = root / "market1501" / "Market-1501-v15.09.15", []
-    for part in ("bounding_box_train", "query", "bounding_box_test"):
-        (folder / part).mkdir(parents=True)
-    for pid in range(1, 2 * PEOPLE + 1):
-        for camid in range(2):
-            for shot in range(2):
-                part = "query" if shot == 0 and pid > PEOPLE else "bounding_box_test"
-                part = "bounding_box_train" if pid <= PEOPLE else part
-                pixels, _ = render_pedestrian(pid, camid, shot, height=64, width=32)
-                path = folder / part / f"{pid:04d}_c{camid + 1}s1_{shot + 1:06d}_00.jpg"
-                PIL.Image.fromarray(pixels).save(path)
-                paths.append(str(path))
-    return paths
-
-
 def engine_of(folder: Path) -> Any:
-    """Returns a small engine for the data that :func:`market` has put into folder/data."""
+    """Returns a small engine for people that are generated in folder/data, if need be."""
     import torchreid
 
     from casn_plugin import ImageCASNEngine
 
+    if not (folder / "data").is_dir():
+        write_market(folder / "data")
     with contextlib.redirect_stdout(io.StringIO()):
         data = torchreid.data.ImageDataManager(
             root=str(folder / "data"), sources="market1501", height=SIZE[0], width=SIZE[1],

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from subjects import engine_of, market, tiny_casn
+from subjects import engine_of, tiny_casn
 from tqdm import tqdm
 
 from casn_plugin import Encoding, GalleryIndex
@@ -189,13 +189,16 @@ def settled(folder: Path, notes: list[Any]) -> tuple[Counter[str], list[str]]:
     for state, what, names in notes:
         if what in done:
             (done if state == "done" else begun)[what].update(names)
-    index = GalleryIndex(folder)
+    must = done["added"] - begun["removed"]
+    try:
+        index = GalleryIndex(folder)
+    except (ValueError, OSError) as error:
+        return Counter(rows=len(must), lost=len(must), reads=reads), [*findings, str(error)]
     try:
         check(index)
     except AssertionError as error:
         findings.append(str(error))
     names = set(index.names)
-    must = done["added"] - begun["removed"]
     lost = must - names
     back = (names & done["removed"]) | (names - begun["added"])
     if lost or back:
@@ -233,7 +236,7 @@ def train(folder: Path, root: Path, journal: Path) -> None:
 
 def two_trainings(folder: Path) -> list[str]:
     """Returns what was found where two trainings have one folder; then one that was killed."""
-    market(folder / "data")
+    engine_of(folder)  # makes the data
     findings = []
     for kill in (False, True):
         save_dir, journal = folder / f"run-{kill}", folder / f"{kill}.journal"
