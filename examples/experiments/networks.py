@@ -8,6 +8,7 @@ families, smaller, are tested against a table written by hand, tests/families.py
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,7 +56,10 @@ def build(library: str, name: str) -> nn.Module:
     if library == "timm":
         import timm
 
-        options = {key: int(value) for key, _, value in [option.partition("=")] if key}
+        options: dict[str, Any] = {}
+        if option:
+            key, _, value = option.partition("=")
+            options[key] = int(value)
         return timm.create_model(name, num_classes=5, **options)
     import torchvision
 
