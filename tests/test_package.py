@@ -18,7 +18,7 @@ ROOMS = (
     "files", "picturefiles", "doors", "processes", "identities", "scores", "kernels", "layouts",
     "hooks", "attention", "batch_pairs", "losses", "siamese", "sampler", "shares", "encoding",
     "basis", "evidence", "evaluation", "calibration", "quality", "heads", "tryout", "taps",
-    "backbones", "model", "objective", "loading", "export",
+    "backbones", "model", "objective", "loading", "export", "pretrained",
     *(f"ranking.{name}" for name in (
         "neighbourhoods", "reranking", "compute", "tiles", "closed_form", "sides", "pairs",
         "candidates", "distances", "fused", "mutual", "search", "company", "manifest", "shards",

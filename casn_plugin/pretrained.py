@@ -1,0 +1,203 @@
+"""A trained model in a folder, with all that ranking needs: safetensors and JSON, no code."""
+
+import hashlib
+import importlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+from torch import nn
+
+from casn_plugin.doors import check_choice, check_kind
+from casn_plugin.evidence import PairClassifier, Similarity
+from casn_plugin.files import replacing
+from casn_plugin.heads import Forward
+from casn_plugin.layouts import Reshape
+from casn_plugin.loading import Preprocessing
+from casn_plugin.model import CASN, as_casn
+
+WEIGHTS, ABOUT = "model.safetensors", "casn.json"
+_BUILDERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "torchreid": ("torchreid.reid.models", "build_model", {"pretrained": False}),
+    "timm": ("timm", "create_model", {"pretrained": False}),
+    "torchvision": ("torchvision.models", "get_model", {"weights": None}),
+}
+"""How each library makes a network by its name: no weights are downloaded."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """The network of a model, as its library makes it again.
+
+    Attributes:
+        library: "torchreid", "timm" or "torchvision".
+        name: as that library calls it, such as "osnet_x1_0".
+        options: its options, such as num_classes and loss.
+
+    Raises:
+        TypeError: a name that is no text, options that are no dictionary.
+        ValueError: another library, or options that JSON can't hold.
+
+    Example:
+        >>> Network("torchvision", "mobilenet_v2", {"num_classes": 5}).name
+        'mobilenet_v2'
+    """
+
+    library: str
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises TypeError or ValueError for what can't be."""
+        check_choice("library", self.library, tuple(_BUILDERS))
+        check_kind("name", self.name, str)
+        check_kind("options", self.options, Mapping)
+        if json.loads(_json(dict(self.options))) != dict(self.options):
+            raise ValueError(f"options must be plain values, as JSON has them, got {self.options}")
+
+    def build(self) -> nn.Module:
+        """Returns the network, with new weights.
+
+        Raises:
+            ModuleNotFoundError: its library is not installed.
+        """
+        module, function, fixed = _BUILDERS[self.library]
+        make = getattr(importlib.import_module(module), function)
+        return check_kind("the network", make(self.name, **{**self.options, **fixed}), nn.Module)  # type: ignore[no-any-return]
+
+
+class Pretrained(NamedTuple):
+    """A model, and what its images are normalised with: explaining and ranking take both."""
+
+    model: CASN
+    preprocessing: Preprocessing
+
+
+def save_pretrained(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    network: Network | None,
+    *,
+    preprocessing: Preprocessing | None = None,
+) -> Path:
+    """Returns the folder that a trained model was saved in; :func:`from_pretrained` loads it.
+
+    Args:
+        model: a CASN, or one in any of PyTorch's wrappers.
+        folder: made if need be; a model that is there is replaced.
+        network: how its backbone is made again; None: it is given when the model is loaded.
+        preprocessing: size, mean and std of its images, by default the model's `input_size` and
+            ImageNet's colours.
+
+    Raises:
+        TypeError: another model or network, or a pair classifier of another class.
+        OSError: a folder or file that can't be written.
+    """
+    casn, folder = as_casn(model), Path(folder)
+    if network is not None:
+        check_kind("network", network, Network)
+    classifier = casn.pair_classifier
+    if not isinstance(classifier, PairClassifier | Similarity):
+        raise TypeError(
+            "the pair classifier must be a PairClassifier or a Similarity, got "
+            f"{type(classifier).__name__}: nothing says how another one is made again"
+        )
+    hidden = classifier[0].out_features if isinstance(classifier, PairClassifier) else None
+    state = {name: value.contiguous().clone() for name, value in casn.state_dict().items()}
+    data = safetensors.torch.save(state)
+    about = {
+        "format": 1,
+        "network": None if network is None else {**asdict(network), "options": {**network.options}},
+        "target_layer": casn.reader.target_layer if casn.reader.at == "output" else None,
+        "evidence": "similarity" if hidden is None else "pair classifier",
+        "hidden_dim": hidden,
+        "preprocessing": asdict((preprocessing or Preprocessing()).for_model(casn)),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    with replacing(folder / WEIGHTS) as partial:
+        partial.write_bytes(data)
+    with replacing(folder / ABOUT) as partial:
+        partial.write_text(_json(about, indent=1), encoding="utf-8")
+    return folder
+
+
+def from_pretrained(
+    folder: str | os.PathLike[str],
+    *,
+    backbone: nn.Module | None = None,
+    forward: Forward | None = None,
+    reshape: Reshape | None = None,
+) -> Pretrained:
+    """Returns the model that :func:`save_pretrained` saved, on the CPU in eval mode.
+
+    Args:
+        folder: where it was saved.
+        backbone: its network, where the folder does not say how it is made.
+        forward: as for :class:`CASN`, where the model was made with one.
+        reshape: likewise.
+
+    Raises:
+        FileNotFoundError: no model in that folder.
+        ModuleNotFoundError: the network's library is not installed.
+        ValueError: files that are damaged, of another format or do not belong together; weights
+            of another network; no backbone, where one is needed.
+    """
+    folder = Path(folder)
+    about = _read(folder / ABOUT)
+    data = (folder / WEIGHTS).read_bytes()
+    if hashlib.sha256(data).hexdigest() != about["sha256"]:
+        raise ValueError(f"{folder / WEIGHTS} is damaged, or not the one that {ABOUT} belongs to")
+    if backbone is None:
+        if about["network"] is None:
+            raise ValueError(f"{folder} does not say how its network is made: give it as backbone")
+        backbone = Network(**about["network"]).build()
+    told: dict[str, Any] = about["preprocessing"]
+    prepared = Preprocessing(*(
+        None if told[name] is None else tuple(told[name]) for name in ("size", "mean", "std")
+    ))  # type: ignore[arg-type]  # fmt: skip
+    classifier = Similarity() if about["evidence"] == "similarity" else None
+    hidden = {} if about["hidden_dim"] is None else {"hidden_dim": about["hidden_dim"]}
+    model = CASN(
+        backbone, target_layer=about["target_layer"], forward=forward, reshape=reshape,
+        pair_classifier=classifier, input_size=prepared.size, **hidden,
+    )  # fmt: skip
+    try:
+        model.load_state_dict(safetensors.torch.load(data))
+    except RuntimeError as error:
+        raise ValueError(f"{folder} is of another network: {error}") from error
+    return Pretrained(model.eval(), prepared)
+
+
+def _json(value: Any, **options: Any) -> str:
+    """Returns a value as JSON; raises ValueError for what can't be."""
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"expected plain values, as JSON has them: {error}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Returns what a folder says of its model; raises ValueError for what we did not write."""
+    kinds: dict[str, tuple[type, ...]] = {
+        "format": (int,), "network": (dict, type(None)), "target_layer": (str, type(None)),
+        "evidence": (str,), "hidden_dim": (int, type(None)), "preprocessing": (dict,),
+        "sha256": (str,),
+    }  # fmt: skip
+    about: dict[str, Any]
+    try:
+        about = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    sound = isinstance(about, dict) and about.keys() == kinds.keys() and about["format"] == 1
+    if not sound or not all(isinstance(about[name], kind) for name, kind in kinds.items()):
+        raise ValueError(f"{path} is of no model that save_pretrained saved, or of a later version")
+    network: Any = about["network"]
+    if network is not None and network.keys() != {"library", "name", "options"}:
+        raise ValueError(f"{path}: network must have library, name and options, got {network}")
+    if about["preprocessing"].keys() != {"size", "mean", "std"}:
+        raise ValueError(f"{path}: preprocessing must have size, mean and std")
+    return about

@@ -1,0 +1,108 @@
+"""A trained model in a folder: the same numbers again, and nothing else is taken for it."""
+
+import json
+
+import pytest
+import torch
+from conftest import TinyBackbone, build_backbone, tiny_forward
+from torch import nn
+
+from casn_plugin import CASN, Preprocessing, Similarity, explain_pair
+from casn_plugin.pretrained import ABOUT, WEIGHTS, Network, from_pretrained, save_pretrained
+
+SIZE = (64, 32)
+OSNET = Network("torchreid", "osnet_x0_25", {"num_classes": 5, "loss": "softmax"})
+COLOURS = Preprocessing(SIZE, (0.5, 0.4, 0.3), (0.2, 0.3, 0.2))
+
+
+def osnet(**options):
+    torch.manual_seed(3)
+    return CASN(OSNET.build(), input_size=SIZE, **options)
+
+
+@pytest.mark.parametrize("evidence", ["trained", "similarity"])
+def test_a_model_comes_back_with_all_that_ranking_needs(tmp_path, evidence):
+    options = {"pair_classifier": Similarity()} if evidence == "similarity" else {"hidden_dim": 8}
+    model = osnet(**options)
+    for layer in model.pair_classifier.parameters():
+        nn.init.normal_(layer)
+    folder = save_pretrained(nn.DataParallel(model), tmp_path / "a", OSNET, preprocessing=COLOURS)
+    assert sorted(each.name for each in folder.iterdir()) == [ABOUT, WEIGHTS]
+    again, prepared = from_pretrained(folder)
+    assert not again.training and again.input_size == SIZE and prepared == COLOURS
+    imgs = torch.rand(2, 3, *SIZE)
+    one, other = model.encode(imgs), again.encode(imgs)
+    assert torch.equal(one.features, other.features) and torch.equal(one.maps, other.maps)
+    first, second = (explain_pair(each, *imgs, preprocessing=prepared) for each in (model, again))
+    assert first.headline() == second.headline() and first.evidence == second.evidence
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        Network("timm", "test_vit", {"num_classes": 5, "img_size": [64, 32]}),
+        Network("torchvision", "mobilenet_v2", {"num_classes": 5}),
+    ],
+    ids=lambda network: network.library,
+)
+def test_networks_of_other_libraries_are_made_again(tmp_path, network):
+    model = CASN(network.build(), input_size=SIZE, hidden_dim=4).eval()
+    again, _ = from_pretrained(save_pretrained(model, tmp_path, network))
+    imgs = torch.rand(1, 3, *SIZE)
+    assert torch.equal(model.encode(imgs).maps, again.encode(imgs).maps)
+    assert again.reader.target_layer == model.reader.target_layer
+
+
+def test_a_network_of_ones_own_is_given_again(tmp_path):
+    model = CASN(TinyBackbone(), forward=tiny_forward, input_size=(48, 24), hidden_dim=4)
+    save_pretrained(model, tmp_path, None)
+    with pytest.raises(ValueError, match="does not say how its network is made: give it as back"):
+        from_pretrained(tmp_path)
+    again, _ = from_pretrained(tmp_path, backbone=TinyBackbone(), forward=tiny_forward)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    with pytest.raises(ValueError, match="is of another network"):
+        from_pretrained(tmp_path, backbone=TinyBackbone(num_classes=9), forward=tiny_forward)
+
+
+def test_other_files_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        from_pretrained(tmp_path)
+    save_pretrained(osnet(), tmp_path, OSNET)
+    whole = json.loads((tmp_path / ABOUT).read_text())
+    for change, message in (
+        ({"format": 2}, "or of a later version"),
+        ({"hidden_dim": "8"}, "or of a later version"),
+        ({"more": 1}, "or of a later version"),
+        ({"network": {"library": "os", "name": "system", "options": {}}}, "library must be"),
+        ({"network": {"library": "timm"}}, "must have library, name and options"),
+        ({"preprocessing": {"size": [64, 32]}}, "must have size, mean and std"),
+    ):
+        (tmp_path / ABOUT).write_text(json.dumps({**whole, **change}))
+        with pytest.raises(ValueError, match=message):
+            from_pretrained(tmp_path)
+    (tmp_path / ABOUT).write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="is no JSON"):
+        from_pretrained(tmp_path)
+    (tmp_path / ABOUT).write_text(json.dumps(whole))
+    data = bytearray((tmp_path / WEIGHTS).read_bytes())
+    data[-100] ^= 1
+    (tmp_path / WEIGHTS).write_bytes(data)
+    with pytest.raises(ValueError, match="is damaged, or not the one"):
+        from_pretrained(tmp_path)
+
+
+def test_what_can_not_be_saved_is_refused_and_nothing_is_written(tmp_path, unchecked):
+    with pytest.raises(ValueError, match="library must be 'torchreid', 'timm' or 'torchvision'"):
+        Network("os", "system")
+    for options in ({"layers": (1, 2)}, {"layer": nn.ReLU}, {"rate": float("nan")}):
+        with pytest.raises(ValueError, match="plain values, as JSON has them"):
+            Network("timm", "resnet18", options)
+    own = osnet(pair_classifier=nn.Linear(512, 2))
+    with pytest.raises(TypeError, match="must be a PairClassifier or a Similarity, got Linear"):
+        save_pretrained(own, tmp_path / "new", OSNET)
+    with pytest.raises(TypeError, match="network must be a Network, got str"):
+        save_pretrained(osnet(), tmp_path / "new", "osnet_x0_25")
+    with pytest.raises(TypeError, match="model must be a CASN"):
+        save_pretrained(build_backbone("osnet_x0_25"), tmp_path / "new", OSNET)
+    assert not (tmp_path / "new").exists()
