@@ -329,14 +329,14 @@ class GalleryIndex:
     def _check_model(self, model: CASN) -> None:
         if _fingerprint(model) != self._store.contents.manifest.model:
             raise ValueError(
-                f"the index in {self.folder} was created for a model with other weights: its maps "
-                "mean nothing to this one"
+                f"the index in {self.folder} was created for a model with other weights, or "
+                "another `flip`: its maps mean nothing to this one"
             )
 
 
 def _fingerprint(model: nn.Module) -> str:
-    """Returns a checksum of all weights of a model."""
-    digest = hashlib.sha256()
+    """Returns a checksum of all weights of a model, and of whether it flips."""
+    digest = hashlib.sha256(b"flip" if getattr(unwrapped(model), "flip", False) else b"")
     for name, value in unwrapped(model).state_dict().items():
         digest.update(name.encode())
         if isinstance(value, Tensor):
