@@ -126,6 +126,41 @@ class Encodings(Protocol):
         """Returns their features alone, without reading their maps."""
 
 
+def with_mirrored(encoding: Encoding, mirrored: Encoding) -> Encoding:
+    """Returns the encoding of images averaged with their mirror images, exact for attention too.
+
+    The feature is the mean of both, so the map (α, f) is made of is the sum of both halves: the
+    basis is the mean of both bases, the mirror image's flipped back. Normalised parts (PCB) are
+    pooled from the mean of both maps and normalised then.
+
+    Args:
+        encoding: of the images.
+        mirrored: of the same images, flipped from left to right.
+
+    Raises:
+        ValueError: encodings of unlike kinds or sizes.
+
+    Example:
+        >>> images = Encoding(torch.ones(1, 2), basis=torch.tensor([[[[1.0, 3.0]], [[0.0, 4.0]]]]))
+        >>> with_mirrored(images, images).basis
+        tensor([[[[2., 2.]],
+        <BLANKLINE>
+                 [[2., 2.]]]])
+    """
+    if (encoding.basis is None) != (mirrored.basis is None) or (
+        encoding.maps.shape != mirrored.maps.shape
+    ):
+        raise ValueError(
+            "expected encodings of one kind and size, got maps of "
+            f"{tuple(encoding.maps.shape)} and {tuple(mirrored.maps.shape)}"
+        )
+    averaged = (encoding.maps + mirrored.maps.flip(3)) / 2
+    maps = averaged.contiguous(memory_format=torch.channels_last)
+    if encoding.parts:
+        return Encoding(part_embedding(maps, encoding.parts), activations=maps)
+    return Encoding((encoding.features + mirrored.features) / 2, basis=maps)
+
+
 def part_embedding(
     activations: Float[Tensor, "images channels height width"], parts: int
 ) -> Float[Tensor, "images dim"]:

@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from casn_plugin.basis import encode_as, form_of
 from casn_plugin.doors import check_count
-from casn_plugin.encoding import Encoding
+from casn_plugin.encoding import Encoding, with_mirrored
 from casn_plugin.files import replacing
 from casn_plugin.hooks import place_of, twin
 from casn_plugin.loading import Preprocessing
@@ -79,6 +79,9 @@ def traced_encoder(
 
     def encode(imgs: Tensor) -> tuple[Tensor, Tensor]:
         encoding = encode_as(form, *casn.reader.joined(backbone, imgs))
+        if casn.flip:
+            other = encode_as(form, *casn.reader.joined(backbone, imgs.flip(3)))
+            encoding = with_mirrored(encoding, other)
         return encoding.features, encoding.maps
 
     with torch.inference_mode(False):

@@ -11,7 +11,7 @@ from casn_plugin.attention import same_identity
 from casn_plugin.backbones import Reader
 from casn_plugin.basis import encode_head
 from casn_plugin.doors import check_images, check_lengths
-from casn_plugin.encoding import Encoding
+from casn_plugin.encoding import Encoding, with_mirrored
 from casn_plugin.evidence import PairClassifier
 from casn_plugin.heads import Forward
 from casn_plugin.hooks import place_of, twin, unwrapped
@@ -93,6 +93,8 @@ class CASN(nn.Module):
 
     Attributes:
         input_size: (rows, columns) that pictures are brought to where a size is not given.
+        flip: average every image with its mirror image in :meth:`encode`, and so wherever images
+            are ranked, searched and explained (test-time flip). By default False; set it any time.
         reader: which layer is tapped, and how the backbone is run.
 
     Raises:
@@ -114,6 +116,7 @@ class CASN(nn.Module):
 
     backbone: nn.Module
     pair_classifier: nn.Module
+    flip: bool = False
 
     def __init__(
         self,
@@ -223,7 +226,8 @@ class CASN(nn.Module):
         """Returns what ranking needs of each image, whatever mode the model is in.
 
         The backbone runs in eval mode and keeps no graph below the tapped map; modes and
-        gradient settings are left as found.
+        gradient settings are left as found. With `flip` it runs twice, and features and attention
+        are those of :func:`casn_plugin.encoding.with_mirrored`.
 
         Raises:
             TypeError: images that are no float tensor, or of another dtype than the model without
@@ -232,6 +236,12 @@ class CASN(nn.Module):
                 features that do not depend on the tapped map.
         """
         self._check_place(imgs)
+        if self.flip:
+            return with_mirrored(self._encode(imgs), self._encode(imgs.flip(3)))
+        return self._encode(imgs)
+
+    def _encode(self, imgs: Tensor) -> Encoding:
+        """Returns the encoding of images as they are."""
         backbone = self.backbone
         if any(layer.training for layer in backbone.modules()):
             backbone = twin(backbone).eval()  # so that other threads may use the model

@@ -115,6 +115,7 @@ def save_pretrained(
         "target_layer": casn.reader.target_layer if casn.reader.at == "output" else None,
         "evidence": "similarity" if hidden is None else "pair classifier",
         "hidden_dim": hidden,
+        "flip": casn.flip,
         "preprocessing": asdict((preprocessing or Preprocessing()).for_model(casn)),
         "sha256": hashlib.sha256(data).hexdigest(),
     }
@@ -165,6 +166,7 @@ def from_pretrained(
         backbone, target_layer=about["target_layer"], forward=forward, reshape=reshape,
         pair_classifier=classifier, input_size=prepared.size, **hidden,
     )  # fmt: skip
+    model.flip = about["flip"]
     try:
         model.load_state_dict(safetensors.torch.load(data))
     except RuntimeError as error:
@@ -184,7 +186,7 @@ def _read(path: Path) -> dict[str, Any]:
     """Returns what a folder says of its model; raises ValueError for what we did not write."""
     kinds: dict[str, tuple[type, ...]] = {
         "format": (int,), "network": (dict, type(None)), "target_layer": (str, type(None)),
-        "evidence": (str,), "hidden_dim": (int, type(None)), "preprocessing": (dict,),
+        "evidence": (str,), "hidden_dim": (int, type(None)), "flip": (bool,), "preprocessing": (dict,),
         "sha256": (str,),
     }  # fmt: skip
     about: dict[str, Any]

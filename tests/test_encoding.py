@@ -1,10 +1,13 @@
 """What ranking needs of an image: encodings as lists of images, and what is no encoding."""
 
 import pytest
+import reference
 import torch
 
 from casn_plugin import Encoding
-from casn_plugin.encoding import part_embedding
+from casn_plugin.basis import encode_head
+from casn_plugin.encoding import part_embedding, with_mirrored
+from casn_plugin.ranking import pair_attention
 
 CHANNELS = 8
 
@@ -20,6 +23,54 @@ def test_encodings_select_join_and_check_themselves():
         Encoding.cat([encoding, other])
     with pytest.raises(ValueError, match="at least one"):
         Encoding.cat([])
+    with pytest.raises(ValueError, match="expected encodings of one kind and size"):
+        with_mirrored(encoding, encoding[:2])
+    with pytest.raises(ValueError, match="expected encodings of one kind and size"):
+        with_mirrored(encoding[:2], other)
+
+
+def head(name):
+    torch.manual_seed(3)
+    layers = nn.Sequential(nn.Linear(CHANNELS, 5), nn.Tanh(), nn.Linear(5, 9)).double()
+    return {
+        "pooled": lambda maps: maps.mean((2, 3)),
+        "layers": lambda maps: layers(maps.relu().mean((2, 3))),
+        "positions": lambda maps: nn.functional.normalize(maps.flatten(1), dim=1),
+        "parts": lambda maps: reference.pcb_embedding(maps, 3),
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["pooled", "layers", "positions", "parts"])
+def test_attention_of_the_mean_with_the_mirror_image_is_that_of_autograd(name):
+    function = head(name)
+    maps, mirrored = (torch.rand(4, CHANNELS, 7, 3).double().requires_grad_() for _ in range(2))
+    found = with_mirrored(*(encode_head(function(each), each) for each in (maps, mirrored)))
+    alpha = (torch.rand(4, found.features.shape[1]) > 0.5).double()
+    # the mean as a function of both maps; of parts, it is taken before they are normalised
+    if name == "parts":
+        features = function((maps + mirrored.flip(3)) / 2)
+    else:
+        features = (function(maps) + function(mirrored)) / 2
+    torch.testing.assert_close(found.features, features.detach(), rtol=0, atol=1e-13)
+    one, other = torch.autograd.grad((alpha * features).sum(), (maps, mirrored))
+    expected = (one.mean((2, 3), keepdim=True) * maps).sum(1)
+    expected = expected + (other.mean((2, 3), keepdim=True) * mirrored).sum(1).flip(2)
+    model = nn.Module()
+    model.pair_classifier = Chosen(alpha)
+    first, _ = pair_attention(model, found, found)
+    torch.testing.assert_close(first, expected.relu().detach(), rtol=0, atol=1e-12)
+
+
+class Chosen(nn.Module):
+    """A pair classifier whose alpha is what one wants: z1 = (2 alpha - 1, f)."""
+
+    def __init__(self, alpha):
+        super().__init__()
+        self.signs = nn.Parameter(2 * alpha - 1)
+
+    def forward(self, difference):
+        z = (self.signs[: len(difference)] * difference).sum(1)
+        return torch.stack([-z, z], 1)
 
 
 def test_bad_input_says_what_was_expected(unchecked):

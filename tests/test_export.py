@@ -28,6 +28,9 @@ def models():
         "vit_tiny_patch16_224", depth=2, embed_dim=24, num_heads=2, img_size=SIZE, num_classes=5
     )
     yield "tokens", CASN(vit)
+    flipped = tiny()
+    flipped.flip = True
+    yield "flip", flipped
 
 
 def randomised(model):

@@ -422,6 +422,29 @@ def test_bad_input_says_what_was_expected(unchecked):
         PairClassifier(0)
 
 
+@pytest.mark.parametrize("name", ["tiny", "pcb_p6"])
+def test_flip_averages_every_image_with_its_mirror_image(name):
+    model = tiny() if name == "tiny" else CASN(build_backbone(name), hidden_dim=16)
+    imgs = torch.rand(2, 3, *model.input_size)
+    plain, mirrored = model.encode(imgs), model.encode(imgs.flip(3))
+    assert model.flip is False
+    model.flip = True
+    found, again = model.encode(imgs), model.encode(imgs.flip(3))
+    assert torch.equal(found.maps, ((plain.maps + mirrored.maps.flip(3)) / 2))
+    if name == "tiny":
+        torch.testing.assert_close(found.features, (plain.features + mirrored.features) / 2)
+    else:  # parts stay of unit length
+        assert found.parts == 6
+        torch.testing.assert_close(
+            found.features.norm(dim=1), torch.full((2,), 6**0.5), rtol=0, atol=1e-5
+        )
+    # whichever way round a picture is, it is encoded the same, and looked at where it is
+    torch.testing.assert_close(found.features, again.features, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.maps, again.maps.flip(3), rtol=0, atol=1e-6)
+    assert not torch.allclose(plain.maps, mirrored.maps.flip(3), atol=1e-4)
+    assert copy.deepcopy(model).flip and "flip" not in model.state_dict()
+
+
 def test_encode_in_inference_mode_and_half_precision():
     model = tiny()
     with torch.inference_mode():

@@ -24,12 +24,14 @@ def osnet(**options):
 def test_a_model_comes_back_with_all_that_ranking_needs(tmp_path, evidence):
     options = {"pair_classifier": Similarity()} if evidence == "similarity" else {"hidden_dim": 8}
     model = osnet(**options)
+    model.flip = evidence == "similarity"
     for layer in model.pair_classifier.parameters():
         nn.init.normal_(layer)
     folder = save_pretrained(nn.DataParallel(model), tmp_path / "a", OSNET, preprocessing=COLOURS)
     assert sorted(each.name for each in folder.iterdir()) == [ABOUT, WEIGHTS]
     again, prepared = from_pretrained(folder)
     assert not again.training and again.input_size == SIZE and prepared == COLOURS
+    assert again.flip == model.flip
     imgs = torch.rand(2, 3, *SIZE)
     one, other = model.encode(imgs), again.encode(imgs)
     assert torch.equal(one.features, other.features) and torch.equal(one.maps, other.maps)

@@ -335,16 +335,16 @@ class GalleryIndex:
     def _check_model(self, model: CASN) -> None:
         if _fingerprint(model) != self._store.contents.manifest.model:
             raise ValueError(
-                f"the index in {self.folder} was created for a model with other weights or other "
-                "evidence: its maps mean nothing to this one, whose evidence is the "
-                f"{evidence_of(model.pair_classifier)}"
+                f"the index in {self.folder} was created for a model with other weights, other "
+                "evidence or another `flip`: its maps mean nothing to this one, whose evidence is "
+                f"the {evidence_of(model.pair_classifier)}"
             )
 
 
 def _fingerprint(model: nn.Module) -> str:
-    """Returns a checksum of all weights of a model, and of its evidence where that has none."""
-    digest = hashlib.sha256()
+    """Returns a checksum of all weights of a model, of its kind of evidence and of `flip`."""
     network = unwrapped(check_kind("model", model, nn.Module))
+    digest = hashlib.sha256(b"flip" if getattr(network, "flip", False) else b"")
     if isinstance(getattr(network, "pair_classifier", None), Similarity):
         digest.update(b"similarity")
     for name, value in network.state_dict().items():

@@ -71,6 +71,16 @@ def quality(args: argparse.Namespace) -> str:
     for shortlist in (50, 100, 500):
         found, seconds = fuse(RankingOptions(shortlist=shortlist))
         row(f"shortlist of {shortlist}", found.fused, shortlist / len(gallery), seconds)
+    model.flip = True
+    start = time.perf_counter()
+    query_flipped, gallery_flipped = (
+        encode_loader(model, loaders[part]).encoding for part in ("query", "gallery")
+    )
+    found = fused_distmats(model, query_flipped, gallery_flipped)
+    seconds = time.perf_counter() - start
+    row("features alone, with flip", found.features, 0, 0)
+    row("all pairs, with flip, encoding included", found.fused, 1, seconds)
+    model.flip = False
     for topk in (1, 10, 50):
         start = time.perf_counter()
         ranked = rank_gallery(model, query, gallery, topk=topk)

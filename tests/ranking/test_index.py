@@ -217,6 +217,10 @@ def test_another_model_is_refused(tmp_path):
         with pytest.raises(ValueError, match="created for a model with other weights"):
             index.extend(model, DataLoader(Images(2), 2))
     assert index.search(tiny(0), torch.rand(1, 3, 48, 24)).names
+    flipping = tiny(0)
+    flipping.flip = True
+    with pytest.raises(ValueError, match="or another `flip`"):
+        index.search(flipping, torch.rand(1, 3, 48, 24))
     assert_tidy(index)
 
 
