@@ -186,8 +186,8 @@ def _read(path: Path) -> dict[str, Any]:
     """Returns what a folder says of its model; raises ValueError for what we did not write."""
     kinds: dict[str, tuple[type, ...]] = {
         "format": (int,), "network": (dict, type(None)), "target_layer": (str, type(None)),
-        "evidence": (str,), "hidden_dim": (int, type(None)), "flip": (bool,), "preprocessing": (dict,),
-        "sha256": (str,),
+        "evidence": (str,), "hidden_dim": (int, type(None)), "flip": (bool,),
+        "preprocessing": (dict,), "sha256": (str,),
     }  # fmt: skip
     about: dict[str, Any]
     try:

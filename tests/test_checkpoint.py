@@ -93,7 +93,7 @@ def test_files_that_are_no_checkpoints_are_named_and_nothing_of_them_is_run(
         load_checkpoint(tmp_path / "nothing")
 
 
-def test_weights_are_taken_as_far_as_they_fit(tmp_path):
+def test_weights_are_taken_as_far_as_they_fit(tmp_path, unchecked):
     source, target = (nn.Sequential(nn.Linear(3, 4), nn.Linear(4, n)) for n in (2, 5))
     torch.save(nn.DataParallel(source).state_dict(), tmp_path / "plain")
     save_checkpoint({"epoch": 1, "state_dict": source.state_dict()}, tmp_path / "own")

@@ -3,6 +3,7 @@
 import pytest
 import reference
 import torch
+from torch import nn
 
 from casn_plugin import Encoding
 from casn_plugin.basis import encode_head

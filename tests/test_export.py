@@ -42,7 +42,7 @@ def randomised(model):
     return model
 
 
-@pytest.mark.parametrize(("name", "model"), models(), ids=lambda each: str(each)[:8])
+@pytest.mark.parametrize(("name", "model"), list(models()), ids=lambda each: str(each)[:8])
 def test_the_graph_encodes_as_the_model_does_and_leaves_it_as_found(name, model):
     randomised(model)
     before = state_of(model)
