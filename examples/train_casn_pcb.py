@@ -79,15 +79,15 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> argpa
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.resume = args.save_dir if args.resume == "newest" else args.resume
     if args.batch_size % (2 * started()):
-        parser.error("--batch-size: each process takes a share of whole pairs")
+        parser.error(f"--batch-size must be even, got {args.batch_size / started():g} a process")
     for option, file in (("resume", args.resume), ("weights", args.weights)):
         if file and file not in ("imagenet", "none") and not Path(file).exists():
             parser.error(f"--{option}: there is no file {file}")
     if args.test_only and not args.resume and args.weights in ("imagenet", "none"):
         parser.error("--test-only ranks with a model: name it with --resume or --weights FILE")
-    for name in args.sources:
+    for name in {*args.sources} & {"market1501", "cuhk03", "dukemtmcreid", "msmt17"}:
         folder = Path(args.root).expanduser() / name.replace("mcreid", "mc-reid")
-        if name != "casn_pedestrians" and not folder.is_dir():  # torchreid would try to download
+        if not folder.is_dir():  # torchreid would make it, and try to download
             parser.error(f"--root: {name} is expected in {folder}, and there is no such folder; "
                          "none is downloaded here: docs/protocols.md has the layouts")  # fmt: skip
     return args

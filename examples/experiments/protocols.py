@@ -24,6 +24,7 @@ from casn_plugin import (
     RankingOptions,
     SiameseAttentionLoss,
 )
+from casn_plugin.processes import Processes, launched, started
 
 # what a result does not depend on
 _PLACES = {"root", "save_dir", "resume", "test_only", "visrank", "rerank", "device", "workers"}
@@ -45,7 +46,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--width", type=int, help="columns of the images")
     add("--any-camera", action="store_true", help="positive pairs of one camera too")
     add = parser.add_argument_group("training").add_argument
-    add("--batch-size", type=int, help="images in a batch, even")
     add("--stepsize", type=int, help="epochs until the learning rate is divided by 10")
     add("--optim", choices=["sgd", "adam"], help="optimizer")
     add("--lr", type=float, help="learning rate")
@@ -178,11 +178,11 @@ def build_engine(
     args: argparse.Namespace, engine_class: type[LabEngine] = LabEngine
 ) -> ImageCASNEngine:
     """Returns the engine, with data and model, that the options ask for, all seeded."""
-    torchreid.utils.set_random_seed(args.seed)
+    torchreid.utils.set_random_seed(args.seed + Processes.found().rank)
     use_gpu = args.device == "cuda"
     kwargs: dict[str, Any] = dict(
         root=args.root, sources=args.sources, targets=args.targets, height=args.height,
-        width=args.width, batch_size_train=args.batch_size, batch_size_test=64,
+        width=args.width, batch_size_train=args.batch_size // started(), batch_size_test=64,
         workers=args.workers, use_gpu=use_gpu, cuhk03_labeled=args.cuhk03_labeled,
     )  # fmt: skip
     datamanager = (
@@ -205,6 +205,7 @@ def build_engine(
     return engine_class(
         datamanager, model, optimizer, scheduler, use_gpu, args.label_smooth,
         lambda_ia=args.lambda_ia, lambda_sa=args.lambda_sa, ia_start_epoch=args.ia_start_epoch,
+        accumulate=args.accumulate, sync_batchnorm=args.sync_batchnorm,
         identification=identification(
             args.score, args.mask_scale, args.mask_threshold, trains=args.ia_trains,
             statistics=args.masked_statistics,
@@ -232,9 +233,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
     if args.map_scale == "range":
         raise SystemExit("--map-scale range is for ablation.py: the engine does not rank by range")
-    found: dict[str, Any] = train_casn_pcb.run(
-        build_engine(args), args, visrank=args.visrank, rerank=args.rerank
-    )
+    with launched(args.device == "cuda") as processes:
+        with processes.one_first():
+            engine = build_engine(args)
+        options = {"visrank": args.visrank, "rerank": args.rerank}
+        found: dict[str, Any] = train_casn_pcb.run(engine, args, **options)
     return found
 
 
