@@ -236,11 +236,52 @@ def test_a_map_beside_which_features_have_another_source_is_not_taken():
     assert CASN(Branches(False), input_size=(64, 32), hidden_dim=16).reader.target_layer == "stem"
 
 
+class Reading(nn.Module):
+    """A class token that reads normed tokens of one or of two grids of patches."""
+
+    def __init__(self, grids: int) -> None:
+        super().__init__()
+        self.embeds = nn.ModuleList(nn.Conv2d(3, 8, 8 * (i + 1), 8 * (i + 1)) for i in range(grids))
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(grids))
+        self.token, self.fc = nn.Parameter(torch.randn(1, 1, 8)), nn.Linear(8 * grids, 5)
+
+    def forward(self, imgs):
+        read = []
+        for embed, norm in zip(self.embeds, self.norms, strict=True):
+            patches = embed(imgs).flatten(2).mT
+            tokens = torch.cat([self.token + patches.mean(1, keepdim=True), patches], 1)
+            normed = norm(tokens)
+            weights = (normed[:, :1] @ normed.mT).softmax(2)
+            read.append((tokens[:, :1] + weights @ normed)[:, 0])
+        return self.fc(torch.cat(read, 1))
+
+
+def test_tokens_of_one_of_two_branches_are_not_taken():
+    reader = CASN(Reading(1), input_size=(64, 64), hidden_dim=16).reader
+    assert (reader.target_layer, reader.tap.layout.prefix) == ("norms.0", 1)
+    with pytest.raises(ValueError, match=r"no layer of Reading.*norms\.0 \(8x8x8\)"):
+        CASN(Reading(2), input_size=(64, 64), hidden_dim=16)
+
+
+def test_a_layer_that_is_called_for_several_tensors_is_not_tapped():
+    act = nn.Sigmoid()
+    layers = (nn.Conv2d(3, 8, 8, 8), act, nn.Conv2d(8, 8, 1), act)
+    network = nn.Sequential(*layers, nn.Conv2d(8, 6, (8, 4)), nn.Flatten(), nn.Linear(6, 5))
+    reader = CASN(network, input_size=(64, 32), hidden_dim=16).reader
+    assert (reader.target_layer, reader.at) == ("4", "input")
+
+
+def test_a_map_of_one_position_is_refused():
+    with pytest.raises(ValueError, match=r"'global_pool.pool', 512x1x1, has one position only"):
+        CASN(small("resnet10t", "(B, C, H, W)").build(), target_layer="global_pool.pool")
+
+
 def test_channels_that_both_readings_fit_are_told_by_pooling_or_layers():
     class Square(nn.Module):
         def __init__(self, last: bool) -> None:
             super().__init__()
-            self.stem, self.norm, self.last = nn.Conv2d(3, 8, 8, 8), nn.LayerNorm(8), last
+            self.stem, self.last = nn.Conv2d(3, 8, 8, 8), last
+            self.norm = nn.Identity() if last else nn.LayerNorm(8)  # which tells nothing
             self.fc = nn.Linear(512 if last is None else 8, 5)
 
         def forward(self, imgs):
