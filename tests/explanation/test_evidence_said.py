@@ -79,7 +79,7 @@ def test_a_ranked_list_and_its_page_say_it(evidence):
     assert json.loads(json.dumps(results))["evidence"] == evidence
     assert f"Evidence: {evidence}, AUC " in side_by_side(results)
     page = html_report(explained, results, number=1)
-    assert page.count(f"Evidence: {evidence}") >= 4
+    assert f"<p>Evidence: {evidence}.</p>" in page and page.count(f"Evidence: {evidence}") >= 4
     assert ("Cosine similarity" in page) == ("Same person" not in page) == (evidence == SIMILAR)
     assert ("Similarity: ROC AUC" in page) == (evidence == SIMILAR)
 

@@ -29,6 +29,7 @@ from casn_plugin.ranking import (
 from casn_plugin.ranking.pairs import device_of
 
 MODEL = Model(Similarity())
+SIZE = (64, 32)
 
 
 def random_maps(number):
@@ -120,6 +121,15 @@ def test_a_picture_and_itself_have_no_attention_instead_of_noise(dtype, head):
         assert not listed.diagonal().any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shortlist", [None, 5])
+def test_equal_features_of_unlike_pictures_are_no_noise_either(dtype, shortlist):
+    maps = random_maps(5)
+    encoding, upside_down = (encode(pooled, each).to(dtype) for each in (maps, maps.flip(2)))
+    distmat = attention_distmat(MODEL, encoding, upside_down, shortlist=shortlist)
+    assert not distmat.diagonal().any() and (distmat > 0).sum() >= 18
+
+
 def test_pairs_are_worked_on_where_the_network_is():
     """A Similarity has no weights that would say where."""
     model, features = Model(Similarity()), torch.rand(2, 4)
@@ -157,7 +167,7 @@ def test_half_precision_is_close(name):
     exact = attention_distmat(MODEL, encoding[:4], encoding[4:])
     compute = Compute(precision=torch.float16)
     rounded = attention_distmat(MODEL, encoding[:4], encoding[4:], compute=compute)
-    assert (rounded - exact).abs().max() > 0 and (rounded - exact).abs().mean() < 0.05
+    assert (rounded - exact).abs().max() > 1e-7 and (rounded - exact).abs().mean() < 0.05
 
 
 def test_scores_are_cosines_and_are_taken_for_nothing_else():
@@ -195,7 +205,7 @@ def test_fused_distances_and_the_search_are_by_similarity():
 def test_an_index_is_for_one_evidence(tmp_path, evidence):
     net = TinyBackbone().eval()
     both = [
-        CASN(net, forward=tiny_forward, input_size=(64, 32), pair_classifier=each)
+        CASN(net, forward=tiny_forward, input_size=SIZE, pair_classifier=each)
         for each in (evidence, Similarity() if evidence is None else None)
     ]
     imgs = torch.rand(5, 3, 64, 32)
@@ -208,5 +218,7 @@ def test_an_index_is_for_one_evidence(tmp_path, evidence):
         both[0], both[0].encode(imgs[:1] + 0.1), both[0].encode(imgs)[found.ranking.indices[0, :1]]
     )
     torch.testing.assert_close(found.query_attention[0, 0], maps[0][0])
-    with pytest.raises(ValueError, match="other weights or other evidence"):
-        index.search(both[1], imgs)
+    both.append(CASN(net, forward=tiny_forward, input_size=SIZE, pair_classifier=torch.nn.ReLU()))
+    for other in both[1:]:  # the last one has no weights, as a Similarity has none
+        with pytest.raises(ValueError, match="other weights or other evidence"):
+            index.search(other, imgs)
