@@ -58,7 +58,7 @@ class BatchPairs:
                 )
         elif self.number is not None:
             check_count("number", self.number)
-        check_count("seed", self.seed, least=0)
+        check_count("seed", self.seed, least=0, most=2**63 - 1)
 
     def draw(self, pids: Ids, camids: Ids | None = None) -> Int[Tensor, "pairs 2"]:
         """Returns the two rows of each pair, on the CPU; where no pair is valid, none.

@@ -389,6 +389,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             topk: matches to explain for each query, at most 10.
 
         Raises:
+            TypeError: topk that is no integer.
             ValueError: a data set that has not been evaluated, or topk outside [1, 10].
         """
         name = dataset_name or next(iter(self.ranked), "")
@@ -397,8 +398,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
                 f"expected a data set that engine.run() or engine.test() evaluated last, one of "
                 f"{list(self.ranked)}, got {dataset_name!r}"
             )
-        if not 1 <= topk <= 10:
-            raise ValueError(f"topk must lie in [1, 10], got {topk}")
+        check_count("topk", topk, most=10)
         return ExplainedRankings(
             self.casn,
             *self._test_data(name),

@@ -108,8 +108,6 @@ def test_weights_are_taken_as_far_as_they_fit(tmp_path, unchecked):
     save_checkpoint({"state_dict": [1, 2]}, tmp_path / "list")
     with pytest.raises(ValueError, match="of another network: 0 of 2 tensors"):
         load_weights(nn.Linear(7, 7), tmp_path / "list")
-    with pytest.raises(TypeError, match="model must be a Module, got str"):
-        load_weights("model", tmp_path / "plain")
 
 
 @pytest.mark.parametrize(
@@ -123,6 +121,8 @@ def test_weights_are_taken_as_far_as_they_fit(tmp_path, unchecked):
 def test_states_without_an_epoch_are_refused(tmp_path, unchecked, state, error, message):
     with pytest.raises(error, match=message):
         Checkpoints(tmp_path).save(state)
+    with pytest.raises(TypeError, match="model must be a Module, got str"):
+        load_weights("model", tmp_path / "plain")
     assert not list(tmp_path.iterdir())
 
 

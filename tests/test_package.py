@@ -98,7 +98,7 @@ def test_pedestrians_know_nothing_of_ours():
 def test_rooms_and_classes_are_of_a_size():
     for path in ROOT.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
-        assert len(text.splitlines()) <= 470, path
+        assert len(text.splitlines()) <= 480, path
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ClassDef):
                 methods = [each for each in node.body if isinstance(each, ast.FunctionDef)]

@@ -28,6 +28,7 @@ from casn_plugin.ranking.contents import Rows
 from casn_plugin.ranking.distances import pair_attention
 from casn_plugin.ranking.filling import encoded, in_shards, share
 from casn_plugin.ranking.manifest import DTYPES, MANIFEST, Manifest, dtype_name
+from casn_plugin.ranking.pairs import pair_classifier_of
 from casn_plugin.ranking.search import Ranking, rank_gallery
 from casn_plugin.ranking.shards import Writer
 from casn_plugin.ranking.store import Store
@@ -337,7 +338,7 @@ class GalleryIndex:
             raise ValueError(
                 f"the index in {self.folder} was created for a model with other weights, other "
                 "evidence or another `flip`: its maps mean nothing to this one, whose evidence is "
-                f"the {evidence_of(model.pair_classifier)}"
+                f"the {evidence_of(pair_classifier_of(model))}"
             )
 
 

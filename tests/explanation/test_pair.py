@@ -156,7 +156,7 @@ def test_a_blank_map_is_shown_as_nothing(detector):
         ({"model": nn.Linear(2, 2)}, TypeError, "model must be a CASN"),
         ({"first": 3}, TypeError, "must be a tensor, a PIL image or a path, got int"),
         ({"first": torch.zeros(1, 3, 8, 8)}, ValueError, r"\(3, rows, columns\), got \(1, 3, 8, 8"),
-        ({"first": torch.zeros(3, 8, 8, dtype=torch.uint8)}, ValueError, "of torch.uint8"),
+        ({"first": torch.zeros(3, 8, 8, dtype=torch.uint8)}, TypeError, "got torch.uint8"),
         ({"first": torch.zeros(3, 32, 32)}, ValueError, "both images must be of one size"),
         ({"row_threshold": 1.0}, ValueError, r"row_threshold must lie in \[0, 1\), got 1.0"),
         ({"first": "nothing.png"}, FileNotFoundError, "nothing.png"),
