@@ -77,3 +77,13 @@ def test_a_classifier_that_is_not_called_is_an_error():
     net.forward = lambda imgs: net[3](net[:3](imgs))
     with pytest.raises(ValueError, match="the classifier spare was not called"):
         ByClassifier(("spare",))(net, IMGS)
+
+
+def test_a_classifier_that_is_named_must_give_what_the_network_gives():
+    net = network(nn.Linear(6, 5), nn.Softmax(1))
+    net.get_classifier = lambda: net[3]
+    assert find_classifier(net, IMGS) is None
+    net.get_classifier = lambda: nn.ModuleList([net[3]])
+    assert find_classifier(net, IMGS) is None
+    net[4] = nn.Identity()
+    assert find_classifier(net, IMGS) == ByClassifier(("3",))

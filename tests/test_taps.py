@@ -1,5 +1,9 @@
 """What is tapped of the families of timm and torchvision, against a table written by hand."""
 
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import reference
 import torch
@@ -341,3 +345,33 @@ def test_attention_kernels_are_those_of_before_at_every_step():
     assert seen == [True, True, False, True, True, True]
     assert backends.flash_sdp_enabled()
     assert flags == [layer.fused_attn for layer in model.modules() if hasattr(layer, "fused_attn")]
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "VisionTransformer"])
+def test_copies_modes_autocast_and_threads_change_nothing(name):
+    family = small(name, 1)
+    model = CASN(family.build(), input_size=family.size, hidden_dim=16)
+    imgs = torch.randn(2, 3, *family.size)
+    expected = model.eval().encode(imgs)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    for other in (copied, model.train()):
+        torch.testing.assert_close(other.encode(imgs).maps, expected.maps)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(imgs, siamese=SiameseAttentionLoss())
+        found = model.encode(imgs)
+    assert output.activations.dtype == torch.float32 and output.distances.isfinite().all()
+    torch.testing.assert_close(found.features, expected.features, rtol=0.1, atol=0.1)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(model.encode, [imgs] * 8):
+            torch.testing.assert_close(found.maps, expected.maps, rtol=1e-4, atol=1e-5)
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_features_of_a_vit_are_exported_and_traced():
+    model = CASN(vit(), hidden_dim=16).eval()
+    imgs = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(imgs)
+        exported = torch.export.export(model, (imgs,), strict=False).module()
+        torch.testing.assert_close(exported(imgs), expected)
+        torch.testing.assert_close(torch.jit.trace(model, imgs)(imgs), expected)
