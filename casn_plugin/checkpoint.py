@@ -358,6 +358,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
         str(name).removeprefix("module."): value
         for name, value in (held.items() if isinstance(held, dict) else ())
         if isinstance(value, Tensor)
+        and value.layout == torch.strided  # torch 2.5 can't copy others into a weight
         and own.get(str(name).removeprefix("module."), torch.empty(0)).shape == value.shape
     }
     if len(fitting) < len(own) / 2:

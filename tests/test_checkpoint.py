@@ -108,6 +108,10 @@ def test_weights_are_taken_as_far_as_they_fit(tmp_path, unchecked):
     save_checkpoint({"state_dict": [1, 2]}, tmp_path / "list")
     with pytest.raises(ValueError, match="of another network: 0 of 2 tensors"):
         load_weights(nn.Linear(7, 7), tmp_path / "list")
+    sparse = {name: value.to_sparse() for name, value in source.state_dict().items()}
+    save_checkpoint({"state_dict": sparse}, tmp_path / "sparse")
+    with pytest.raises(ValueError, match="of another network: 0 of 4 tensors"):
+        load_weights(target, tmp_path / "sparse")
 
 
 @pytest.mark.parametrize(
