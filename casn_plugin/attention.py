@@ -100,10 +100,25 @@ def indicator(
         inputs = at_least_float32(differences.detach())
         if isinstance(pair_classifier, nn.Module):  # a model cast to half precision as a whole
             inputs = inputs.to(place_of(pair_classifier, inputs).dtype)
+            check_width(pair_classifier, inputs.shape[1])
         inputs.requires_grad_()
         scores = check_tensor("scores of the pair classifier", pair_classifier(inputs), "pairs 2")
         (gradients,) = torch.autograd.grad(scores[:, 1].sum(), inputs)
     return (gradients > 0).to(differences.dtype)
+
+
+def check_width(pair_classifier: nn.Module, dim: int) -> None:
+    """Raises ValueError for a pair classifier that takes no differences of this dimension.
+
+    Example:
+        >>> check_width(nn.Linear(8, 2), 8)
+    """
+    layers = (layer for layer in pair_classifier.modules() if isinstance(layer, nn.Linear))
+    width = next((layer.in_features for layer in layers), dim)
+    if width != dim:
+        raise ValueError(
+            f"the pair classifier takes differences of dimension {width}, got features of {dim}"
+        )
 
 
 def siamese_attention(

@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from casn_plugin.doors import check_count
+from casn_plugin.doors import check_count, check_kind
 from casn_plugin.files import TEMPORARY, replacing
 from casn_plugin.processes import Processes
 from casn_plugin.sampler import PairSampler
@@ -97,9 +97,12 @@ class Checkpoints:
             is_best: keep it as ``model-best.pth.tar`` too.
 
         Raises:
+            TypeError: no dictionary, or no integer "epoch" in it.
+            ValueError: a negative "epoch".
             OSError: as :func:`save_checkpoint`.
         """
-        path = self.folder / f"model.pth.tar-{state['epoch']}"
+        epoch = check_count("epoch of the state", check_kind("state", state, dict).get("epoch"), 0)
+        path = self.folder / f"model.pth.tar-{epoch}"
         saved = [*(each for each in self._saved if each != path), path]
         with self.processes.together():
             if self.processes.leads:
@@ -324,6 +327,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: no such file.
+        TypeError: a model that is no module.
         ValueError: as :func:`load_checkpoint`; or a file of another network: less than half of
             the model's tensors are in it with the same name and shape.
 
@@ -334,13 +338,14 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
         ...     load_weights(nn.Linear(2, 2), f"{folder}/weights.pth")
         ['weight', 'bias']
     """
+    own = check_kind("model", model, nn.Module).state_dict()
     state = load_checkpoint(path)
-    own = model.state_dict()
+    held = state.get("state_dict", state)
     fitting = {
-        name.removeprefix("module."): value
-        for name, value in state.get("state_dict", state).items()
+        str(name).removeprefix("module."): value
+        for name, value in (held.items() if isinstance(held, dict) else ())
         if isinstance(value, Tensor)
-        and own.get(name.removeprefix("module."), torch.empty(0)).shape == value.shape
+        and own.get(str(name).removeprefix("module."), torch.empty(0)).shape == value.shape
     }
     if len(fitting) < len(own) / 2:
         raise ValueError(

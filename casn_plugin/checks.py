@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from casn_plugin.doors import check_kind
 from casn_plugin.identities import check_labels, have_match
 from casn_plugin.loading import check_pictures
 from casn_plugin.model import CASN
@@ -26,7 +27,11 @@ def check_datamanager(datamanager: Any, *, pairs: bool) -> None:
         ValueError: it draws several views of an image, or no pairs; or identities that are no
             classes.
     """
-    loader = datamanager.train_loader
+    loader = getattr(datamanager, "train_loader", None)
+    if loader is None:
+        raise TypeError(
+            f"expected an ImageDataManager with a train_loader, got {type(datamanager).__name__}"
+        )
     kind = getattr(datamanager, "data_type", "image")
     if kind != "image":
         raise TypeError(
@@ -102,6 +107,7 @@ def check_optimizer(model: CASN, optimizer: torch.optim.Optimizer, *, pairs: boo
         pairs: whether the pair classifier is trained too.
 
     Raises:
+        TypeError: no optimizer.
         ValueError: it lacks some.
 
     Example:
@@ -111,6 +117,7 @@ def check_optimizer(model: CASN, optimizer: torch.optim.Optimizer, *, pairs: boo
         >>> model = CASN(nn.Sequential(nn.Conv2d(3, 8, 3)), forward=forward)
         >>> check_optimizer(model, torch.optim.SGD(model.parameters(), 0.1), pairs=True)
     """
+    check_kind("optimizer", optimizer, torch.optim.Optimizer)
     optimized = {id(each) for group in optimizer.param_groups for each in group["params"]}
     missing = [
         name

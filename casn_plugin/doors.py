@@ -6,10 +6,12 @@ and :func:`check_matrix` only, where a figure of merit or a file is made of them
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Settings = TypeVar("Settings")
 
 # dimensions of which there is always something, where there may be no image and no pair
 _FILLED = {"height", "width", "dim", "channels", "rows", "columns", "classes"}
@@ -84,13 +86,23 @@ def check_lengths(**values: Any) -> int:
     """Returns the length that all have; those that are None are not looked at.
 
     Raises:
+        TypeError: one of them has no length, such as a tensor of no dimension.
         ValueError: they are of unlike lengths.
 
     Example:
         >>> check_lengths(features=torch.rand(3, 4), pids=[1, 2, 3], camids=None)
         3
     """
-    lengths = {name: len(value) for name, value in values.items() if value is not None}
+    lengths: dict[str, int] = {}
+    for name, value in values.items():
+        if value is None:
+            continue
+        try:
+            lengths[name] = len(value)
+        except TypeError as error:
+            raise TypeError(
+                f"{name} must be several, one an image, got {type(value).__name__}: {error}"
+            ) from error
     if len(set(lengths.values())) > 1:
         raise ValueError(
             f"{' and '.join(lengths)} must be of one length, got "
@@ -150,12 +162,44 @@ def check_weight(name: str, value: Any) -> Any:
     return value
 
 
-def check_count(name: str, value: Any, least: int = 1) -> Any:
-    """Returns a whole number, at least the least.
+def check_kind(name: str, value: Any, *kinds: type) -> Any:
+    """Returns an object of one of some kinds.
+
+    Raises:
+        TypeError: it is of another.
+
+    Example:
+        >>> check_kind("title", "Report", str)
+        'Report'
+    """
+    if not isinstance(value, kinds):
+        words = " or ".join(kind.__name__ for kind in kinds)
+        raise TypeError(f"{name} must be a {words}, got {type(value).__name__}")
+    return value
+
+
+def check_settings(name: str, value: Any, kind: type[Settings]) -> Settings:
+    """Returns settings of a kind: those given, or its defaults where None is.
+
+    Raises:
+        TypeError: settings of another kind.
+
+    Example:
+        >>> check_settings("sizes", None, dict)
+        {}
+    """
+    if value is None:
+        return kind()
+    settings: Settings = check_kind(name, value, kind)
+    return settings
+
+
+def check_count(name: str, value: Any, least: int = 1, most: int = 2**31 - 1) -> Any:
+    """Returns a whole number, at least the least and at most the most.
 
     Raises:
         TypeError: no integer.
-        ValueError: it is less.
+        ValueError: it is less, or more.
 
     Example:
         >>> check_count("topk", 10)
@@ -166,15 +210,17 @@ def check_count(name: str, value: Any, least: int = 1) -> Any:
     if value < least:
         bound = f">= {least}" if least == 0 else f"at least {least}"
         raise ValueError(f"{name} must be {bound}, got {value}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")
     return value
 
 
 def check_size(name: str, value: Any) -> tuple[int, int]:
-    """Returns the rows and columns of a picture: two whole numbers, at least 1.
+    """Returns the rows and columns of a picture: two whole numbers, from 1 to 65,535.
 
     Raises:
         TypeError: no two integers.
-        ValueError: one of them is less than 1.
+        ValueError: one of them is less than 1, or more than 65,535.
 
     Example:
         >>> check_size("size", [256, 128])
@@ -182,7 +228,7 @@ def check_size(name: str, value: Any) -> tuple[int, int]:
     """
     if not isinstance(value, Sequence) or isinstance(value, str | bytes) or len(value) != 2:
         raise TypeError(f"{name} must be (rows, columns), got {value!r}")
-    rows, columns = (check_count(f"{what} of {name}", each) for what, each in zip(
+    rows, columns = (check_count(f"{what} of {name}", each, most=65535) for what, each in zip(
         ("rows", "columns"), value, strict=True
     ))  # fmt: skip
     return rows, columns

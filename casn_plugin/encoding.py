@@ -1,11 +1,5 @@
-"""What ranking needs of an image, computed once: its features and its attention basis.
+"""What ranking needs of an image, computed once: its features and its attention basis."""
 
-The Siamese attention of a pair depends on the pair through the indicator α alone (Eq. 4), and
-linearly: with P the image's pooled Jacobian GAP(∂f/∂A), its map is ReLU(Bᵀα), where the
-attention basis B = PᵀA is computed once per image.
-"""
-
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -30,7 +24,7 @@ class Encoding:
         activations: (N, C, H, W) feature maps A, for features made of D / C normalised parts
             (PCB), whose basis would be larger than A.
 
-    Maps in channels-last memory, as :func:`encode_head` gives them, are ranked fastest.
+    Maps in channels-last memory, as :meth:`CASN.encode` gives them, are ranked fastest.
     """
 
     features: Float[Tensor, "images dim"]
@@ -132,113 +126,6 @@ class Encodings(Protocol):
         """Returns their features alone, without reading their maps."""
 
 
-def encode_head(
-    features: Float[Tensor, "images dim"],
-    activations: Float[Tensor, "images channels height width"],
-    pooled: Tensor | None = None,
-    *,
-    chunk: int = 32,
-) -> Encoding:
-    """Returns the encoding of images from their features and maps, still joined by a graph.
-
-    Exact for any head in eval mode. One random vector-Jacobian product tells which of the closed
-    forms, if any, the head of the network has: global average pooling (B = A / HW), normalised
-    parts (PCB: A is kept), or neither (min(C, D) products with the head's Jacobian).
-
-    Args:
-        features: f, computed row by row from `activations` with gradients enabled.
-        activations: the map A.
-        pooled: (images, channels, 1, 1), where A goes into the head through its mean alone: the
-            mean, a tensor of the same graph. The products then stop there, which is faster.
-        chunk: products with the Jacobian at a time, where they are needed.
-
-    Raises:
-        TypeError: features or activations that are no float tensors.
-        ValueError: no image, unlike numbers, other shapes, or features that do not depend on the
-            activations.
-
-    Example:
-        >>> a = torch.rand(2, 8, 6, 3, requires_grad=True)
-        >>> encode_head(a.mean((2, 3)), a).basis.shape
-        torch.Size([2, 8, 6, 3])
-    """
-    check_tensor("features", features, "images dim")
-    check_tensor("activations", activations, "images channels height width")
-    if not check_lengths(features=features, activations=activations):
-        raise ValueError("expected at least one image, got none")
-    check_count("chunk", chunk)
-    maps, values = activations.detach(), features.detach()
-    generator = torch.Generator(features.device).manual_seed(0)
-    probe = torch.randn(
-        features.shape, generator=generator, device=features.device, dtype=features.dtype
-    )
-    gradients = None
-    if features.requires_grad and activations.requires_grad:
-        (gradients,) = torch.autograd.grad(
-            features, activations, probe, retain_graph=True, allow_unused=True
-        )
-    if gradients is None:
-        raise ValueError(
-            "the features do not depend on the activations: expected features computed, with "
-            "gradients enabled, from the very tensor that is given as activations"
-        )
-    channels, height, width = maps.shape[1:]
-    means = maps.mean((2, 3))
-    if _close(values, means) and _close(
-        gradients, (probe / (height * width))[:, :, None, None].expand_as(gradients)
-    ):
-        return Encoding(values, basis=_channels_last(maps / (height * width)))
-    parts, remainder = divmod(values.shape[1], channels)
-    if not remainder and _close(values, part_embedding(maps, parts)):
-        weights = _part_weights(values, maps, probe[:, None])[:, 0]
-        if _close(gradients.mean((2, 3)), weights):
-            return Encoding(values, activations=_channels_last(maps))
-    source = activations
-    if pooled is not None and pooled.requires_grad and _close(pooled.flatten(1), means):
-        (pulled,) = torch.autograd.grad(features, pooled, probe, retain_graph=True)
-        if _close(gradients, (pulled / (height * width)).expand_as(gradients)):
-            source, maps = pooled, maps / (height * width)
-    if channels < values.shape[1]:
-        with contextlib.suppress(RuntimeError):  # HACNN's grid_sample has no second derivative
-            basis = _basis_by_channel(features, source, maps, chunk)
-            return Encoding(values, basis=_channels_last(basis))
-    basis = maps.new_empty(*values.shape, height, width)
-    unit = torch.eye(values.shape[1], dtype=values.dtype, device=values.device)
-    for start in range(0, values.shape[1], chunk):
-        rows = unit[start : start + chunk, None].expand(-1, len(values), -1)
-        (jacobian,) = torch.autograd.grad(
-            features, source, rows, retain_graph=True, is_grads_batched=True
-        )
-        basis[:, start : start + chunk] = torch.einsum(
-            "dbc,bchw->bdhw", jacobian.mean((3, 4)), maps
-        )
-    return Encoding(values, basis=_channels_last(basis))
-
-
-def _channels_last(maps: Tensor) -> Tensor:
-    copied: Tensor = maps.contiguous(memory_format=torch.channels_last)
-    return copied
-
-
-def _basis_by_channel(features: Tensor, source: Tensor, maps: Tensor, chunk: int) -> Tensor:
-    """Returns the attention basis by C products P e_k instead of D products Pᵀ e_d.
-
-    v ↦ GAP(Jᵀ v) is linear, so differentiating it once more gives the columns of P.
-    """
-    cotangent = torch.zeros_like(features, requires_grad=True)
-    (pulled,) = torch.autograd.grad(features, source, cotangent, create_graph=True)
-    pooled = pulled.mean((2, 3))
-    unit = torch.eye(pooled.shape[1], dtype=pooled.dtype, device=pooled.device)
-    basis = maps.new_zeros(*features.shape, *maps.shape[2:])
-    for start in range(0, pooled.shape[1], chunk):
-        columns = unit[start : start + chunk, None].expand(-1, len(features), -1)
-        (jacobian,) = torch.autograd.grad(
-            pooled, cotangent, columns, retain_graph=True, is_grads_batched=True
-        )
-        basis += torch.einsum("cbd,bchw->bdhw", jacobian, maps[:, start : start + chunk])
-    return basis
-
-
 def part_embedding(
     activations: Float[Tensor, "images channels height width"], parts: int
 ) -> Float[Tensor, "images dim"]:
@@ -270,31 +157,6 @@ def part_scales(
 def _parts(activations: Tensor, parts: int) -> Tensor:
     """Returns A pooled into horizontal parts, (B, C, parts)."""
     check_tensor("activations", activations, "images channels height width")
-    pooled: Tensor = F.adaptive_avg_pool2d(activations, (check_count("parts", parts), 1))
+    check_count("parts", parts, most=2**15)
+    pooled: Tensor = F.adaptive_avg_pool2d(activations, (parts, 1))
     return pooled.squeeze(3)
-
-
-def _part_weights(
-    features: Float[Tensor, "images dim"],
-    activations: Float[Tensor, "images channels height width"],
-    alpha: Float[Tensor, "images others dim"],
-) -> Float[Tensor, "images others channels"]:
-    """Returns w = GAP(∂(α, f)/∂A) of normalised parts: Σ_p (α_p − f_p (f_p·α_p)) / (‖g_p‖ HW).
-
-    g_p is the pooled part and f_p = g_p / ‖g_p‖.
-    """
-    channels = activations.shape[1]
-    parts = features.shape[1] // channels
-    scale = part_scales(activations, parts)
-    unit = features.unflatten(1, (channels, parts))
-    alpha = alpha.unflatten(2, (channels, parts))
-    along = torch.einsum("nocp,ncp->nop", alpha, unit) * scale[:, None]
-    return torch.einsum("nocp,np->noc", alpha, scale) - torch.einsum("nop,ncp->noc", along, unit)
-
-
-def _close(first: Tensor, second: Tensor) -> bool:
-    """Returns whether two tensors agree up to rounding, relative to their largest value."""
-    if first.shape != second.shape:
-        return False
-    tolerance = 100 * torch.finfo(first.dtype).eps
-    return bool((first - second).abs().max() <= tolerance * second.abs().max())

@@ -25,7 +25,7 @@ from casn_plugin.checkpoint import (
     preserved_random_state,
 )
 from casn_plugin.checks import CheckedData, check_datamanager, check_optimizer, check_processes
-from casn_plugin.doors import check_count, check_weight
+from casn_plugin.doors import check_count, check_settings, check_weight
 from casn_plugin.evaluation import RankedLists
 from casn_plugin.explanation import AttentionBoard, ExplainedRankings, log_results
 from casn_plugin.loading import Preprocessing
@@ -148,10 +148,12 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         self.casn = casn
         self.lambda_ia = lambda_ia
         self.lambda_sa = lambda_sa
-        self.identification = identification or IdentificationAttentionLoss()
-        self.siamese = siamese or SiameseAttentionLoss()
+        self.identification = check_settings(
+            "identification", identification, IdentificationAttentionLoss
+        )
+        self.siamese = check_settings("siamese", siamese, SiameseAttentionLoss)
         self.identification.to(self._device)
-        self.ranking = ranking or RankingOptions()
+        self.ranking = check_settings("ranking", ranking, RankingOptions)
         self.autocast = autocast
         scaled = autocast == torch.float16 and self.use_gpu
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=scaled)

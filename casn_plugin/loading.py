@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from casn_plugin.doors import check_images, check_size, check_weight
+from casn_plugin.doors import check_images, check_size, check_tensor, check_weight
 from casn_plugin.encoding import Encoding
 from casn_plugin.hooks import place_of
 from casn_plugin.identities import as_ids
@@ -98,12 +98,7 @@ class Preprocessing:
         from torchvision.transforms import functional as transforms
 
         if isinstance(image, Tensor):
-            if image.ndim != 3 or len(image) != 3 or not image.is_floating_point():
-                raise ValueError(
-                    "an image must be a float tensor (3, rows, columns), got "
-                    f"{tuple(image.shape)} of {image.dtype}"
-                )
-            return image
+            return check_tensor("an image", image, "3 rows columns")
         if isinstance(image, str | os.PathLike):
             try:
                 with PIL.Image.open(image) as opened:
@@ -223,7 +218,8 @@ def read_batch(data: Any) -> Batch:
             "camid".
 
     Raises:
-        TypeError: anything else.
+        TypeError: anything else, pids or camids that are no integers.
+        ValueError: pids or camids that are not one an image, or below -1.
 
     Example:
         >>> read_batch((torch.rand(2, 3, 8, 4), torch.tensor([7, 9]))).pids
@@ -248,8 +244,10 @@ def read_batch(data: Any) -> Batch:
             "the loader must give batches of images (B, 3, H, W), or dictionaries with them as "
             f"'img', got {type(data).__name__}"
         )
-    names, pids, camids = (
-        each.tolist() if isinstance(each, Tensor | np.ndarray) else each for each in labels
+    names, *numbers = labels
+    pids, camids = (
+        None if each is None else as_ids(name, each, len(imgs)).tolist()
+        for name, each in zip(_IDS, numbers, strict=True)
     )
     return Batch(imgs, names, pids, camids)
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from casn_plugin.attention import same_identity
 from casn_plugin.backbones import Forward, Reader, input_size_of
+from casn_plugin.basis import encode_head
 from casn_plugin.doors import check_count, check_images, check_lengths, check_size
-from casn_plugin.encoding import Encoding, encode_head
+from casn_plugin.encoding import Encoding
 from casn_plugin.hooks import place_of, twin, unwrapped
 from casn_plugin.losses import (
     IdentificationAttentionLoss,
@@ -62,8 +63,9 @@ class PairClassifier(nn.Sequential):
     """
 
     def __init__(self, feature_dim: int, hidden_dim: int = 512, *, seed: int = 0) -> None:
-        check_count("feature_dim", feature_dim)
-        check_count("hidden_dim", hidden_dim)
+        check_count("feature_dim", feature_dim, most=2**24)
+        check_count("hidden_dim", hidden_dim, most=2**24)
+        check_count("seed", seed, least=0, most=2**63 - 1)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             super().__init__(

@@ -11,11 +11,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from casn_plugin.attention import ROW_THRESHOLD
-from casn_plugin.doors import check_count
+from casn_plugin.doors import check_count, check_weight
 from casn_plugin.encoding import Encoding, Encodings
 from casn_plugin.evaluation import (
     RANKINGS,
     RankedLists,
+    check_results,
     evaluate_rank,
     ranked_lists,
     verification_auc,
@@ -209,14 +210,8 @@ def side_by_side(results: Mapping[str, Any], ranks: Sequence[int] = (1, 5, 10, 2
         Rank-1         25.0%      25.0%      25.0%
         Pair classifier: AUC 0.900 (0.5 is chance)
     """
-    if not isinstance(results, Mapping):
-        raise TypeError(f"results must be a dictionary, got {type(results).__name__}")
-    lacks = [kind for kind in RANKINGS if not {"mAP", "cmc"} <= set(results.get(kind, ()))]
-    if lacks or "auc" not in results:
-        raise ValueError(
-            f"expected results with 'auc', and 'mAP' and 'cmc' of each of {RANKINGS}, got "
-            f"{sorted(results)}, of which {lacks} lack figures"
-        )
+    check_results(results)
+    check_weight("auc", results.get("auc"))
     for rank in ranks:
         check_count("ranks", rank)
     rows = {

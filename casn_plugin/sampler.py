@@ -75,7 +75,7 @@ class PairSampler(Sampler[int]):
                 f"pairs need known identities, but {int((self.pids == UNKNOWN).sum())} of "
                 f"{len(self.pids)} are unknown (-1 or None)"
             )
-        check_count("seed", seed, least=0)
+        check_count("seed", seed, least=0, most=2**63 - 1)
         found = Processes.found()
         num_replicas = found.count if num_replicas is None else num_replicas
         self.num_replicas = check_count("num_replicas", num_replicas)

@@ -105,6 +105,25 @@ def test_weights_are_taken_as_far_as_they_fit(tmp_path):
         assert torch.equal(target[1].weight, own)
     with pytest.raises(ValueError, match="of another network: 0 of 2 tensors"):
         load_weights(nn.Linear(7, 7), tmp_path / "plain")
+    save_checkpoint({"state_dict": [1, 2]}, tmp_path / "list")
+    with pytest.raises(ValueError, match="of another network: 0 of 2 tensors"):
+        load_weights(nn.Linear(7, 7), tmp_path / "list")
+    with pytest.raises(TypeError, match="model must be a Module, got str"):
+        load_weights("model", tmp_path / "plain")
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "message"),
+    [
+        ([], TypeError, "state must be a dict, got list"),
+        ({}, TypeError, "epoch of the state must be an integer, got NoneType"),
+        ({"epoch": -1}, ValueError, "epoch of the state must be >= 0, got -1"),
+    ],
+)
+def test_states_without_an_epoch_are_refused(tmp_path, unchecked, state, error, message):
+    with pytest.raises(error, match=message):
+        Checkpoints(tmp_path).save(state)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_random_state_comes_back(tmp_path):

@@ -58,6 +58,14 @@ def test_data_that_casn_can_not_be_trained_on_are_refused(unchecked, bad, error,
         check_datamanager(bad, pairs="pairs" in message)
 
 
+def test_something_else_than_a_data_manager_or_an_optimizer_is_named(unchecked):
+    with pytest.raises(TypeError, match="an ImageDataManager with a train_loader, got dict"):
+        check_datamanager({}, pairs=False)
+    for optimizer in ([], None, "sgd"):
+        with pytest.raises(TypeError, match="optimizer must be a Optimizer, got"):
+            check_optimizer(None, optimizer, pairs=False)
+
+
 def test_an_optimizer_has_all_that_is_to_be_learned():
     model = CASN(TinyBackbone(), forward=tiny_forward, input_size=(48, 24), hidden_dim=4)
     only = torch.optim.SGD(model.backbone.parameters(), 0.1)

@@ -11,9 +11,12 @@ from casn_plugin.doors import (
     check_count,
     check_finite,
     check_images,
+    check_kind,
     check_lengths,
     check_matrix,
+    check_settings,
     check_share,
+    check_size,
     check_tensor,
     check_weight,
 )
@@ -78,6 +81,34 @@ def test_counts_are_whole():
             check_count("it", value)
     with pytest.raises(ValueError, match="it must be at least 1, got 0"):
         check_count("it", 0)
+    with pytest.raises(ValueError, match="it must be at most 2147483647, got 1000000000000000000"):
+        check_count("it", 10**30)
+    with pytest.raises(ValueError, match="rows of it must be at most 65535, got 65536"):
+        check_size("it", (65536, 1))
+
+
+def test_kinds_are_named():
+    assert check_kind("it", 1.5, int, float) == 1.5
+    with pytest.raises(TypeError, match="it must be a int or float, got str"):
+        check_kind("it", "1.5", int, float)
+    assert check_settings("it", None, dict) == {} and check_settings("it", {1: 2}, dict) == {1: 2}
+    with pytest.raises(TypeError, match="it must be a dict, got list"):
+        check_settings("it", [], dict)
+
+
+def test_what_has_no_length_is_named():
+    with pytest.raises(TypeError, match="pids must be several, one an image, got Tensor"):
+        check_lengths(imgs=[1], pids=torch.tensor(3))
+
+
+def test_pair_classifiers_of_another_width_are_refused():
+    features, maps = torch.rand(4, 6, requires_grad=True), torch.rand(4, 6, 2, 2)
+    for call in (
+        lambda: attention.indicator(torch.nn.Linear(3, 2), features),
+        lambda: attention.siamese_attention(torch.nn.Linear(3, 2), features, maps),
+    ):
+        with pytest.raises(ValueError, match="takes differences of dimension 3, got features of 6"):
+            call()
     with pytest.raises(ValueError, match="it must be >= 0, got -1"):
         check_count("it", -1, least=0)
 

@@ -54,11 +54,23 @@ def test_batches_are_read_whatever_their_form():
         ({"image": torch.rand(2, 3, 8, 4)}, "got dict"),
         ([], "got list"),
         ((torch.rand(2, 3, 8, 4), [1, 2], [0, 0], ["a", "b"]), "got a tuple of 4"),
+        ((torch.rand(2, 3, 8, 4), torch.ones(2).long().to_sparse()), "of layout torch.sparse_coo"),
+        ((torch.rand(2, 3, 8, 4), ["a", "b"]), "pids must be integers, got <U1"),
     ],
 )
-def test_batches_of_another_form_are_refused(data, message):
+def test_batches_of_another_form_are_refused(unchecked, data, message):
     with pytest.raises(TypeError, match=message):
         read_batch(data)
+
+
+def test_labels_are_one_an_image():
+    with pytest.raises(ValueError, match=r"camids must be of shape \(2,\)"):
+        read_batch((torch.rand(2, 3, 8, 4), [1, 2], [0]))
+
+
+def test_images_are_dense(unchecked):
+    with pytest.raises(TypeError, match="an image must be dense, got a tensor of layout"):
+        Preprocessing((8, 4)).load(torch.rand(3, 8, 4).to_sparse())
 
 
 def test_a_preprocessing_is_of_the_model_or_of_the_data_manager():

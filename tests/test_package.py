@@ -16,7 +16,8 @@ ROOT = Path(casn_plugin.__file__).parent
 # from the bottom; a wing's own files likewise, its face above them
 ROOMS = (
     "files", "doors", "processes", "identities", "scores", "hooks", "attention", "losses",
-    "sampler", "shares", "encoding", "evaluation", "quality", "backbones", "model", "loading",
+    "sampler", "shares", "encoding", "basis", "evaluation", "quality", "backbones", "model",
+    "loading",
     *(f"ranking.{name}" for name in (
         "compute", "tiles", "closed_form", "sides", "pairs", "candidates",
         "distances", "fused", "search", "company", "manifest", "shards", "filling", "contents",

@@ -6,6 +6,9 @@ As all figures of this wing they belong to no window: save them with ``figure.sa
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from casn_plugin.doors import check_count, check_kind
+from casn_plugin.evaluation import check_results
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -23,6 +26,10 @@ def plot_curves(
         results: of one data set in ``engine.results``.
         max_rank: last rank of the CMC curves.
 
+    Raises:
+        TypeError: results that are no dictionary of dictionaries.
+        ValueError: figures that are missing, an epoch without its number, max_rank below 1.
+
     Example:
         >>> ranking = {"mAP": 0.5, "cmc": [0.4, 0.8, 1.0]}
         >>> results = {"features": ranking, "attention": ranking, "fused": ranking}
@@ -31,6 +38,10 @@ def plot_curves(
     """
     from matplotlib.figure import Figure
 
+    check_results(results)
+    check_count("max_rank", max_rank)
+    if not all(isinstance(entry, Mapping) and "epoch" in entry for entry in history):
+        raise ValueError(f"history must be dictionaries with an 'epoch', got {history!r:.80}")
     figure = Figure(figsize=(9, 3.6), layout="constrained", dpi=120)
     left, right = figure.subplots(1, 2)
     epochs = [entry["epoch"] for entry in history]
@@ -61,12 +72,18 @@ def plot_cmc(results: Mapping[str, Any], *, max_rank: int = 20) -> "Figure":
         results: "features", "attention" or "fused", each with "mAP" and "cmc".
         max_rank: last rank of the curves.
 
+    Raises:
+        TypeError: results that are no dictionary of dictionaries.
+        ValueError: figures that are missing, or max_rank below 1.
+
     Example:
         >>> plot_cmc({"fused": {"mAP": 0.5, "cmc": [0.4, 0.8]}}).axes[0].get_xlabel()
         'rank'
     """
     from matplotlib.figure import Figure
 
+    check_results(results, list(check_kind("results", results, Mapping)))
+    check_count("max_rank", max_rank)
     figure = Figure(figsize=(5.6, 3.6), layout="constrained", dpi=120)
     _plot_cmc(figure.subplots(), results, max_rank)
     return figure

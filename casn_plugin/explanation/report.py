@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from casn_plugin.evaluation import RANKINGS
+from casn_plugin.doors import check_count
+from casn_plugin.evaluation import RANKINGS, check_results
 from casn_plugin.explanation.curves import plot_cmc
 from casn_plugin.explanation.lists import ExplainedRankings, RankingExplanation
 from casn_plugin.explanation.pictures import (
@@ -57,11 +58,8 @@ def html_report(
     Raises:
         ValueError: a negative `number`, or results without a ranking.
     """
-    if number < 0:
-        raise ValueError(f"number must be >= 0, got {number}")
-    missing = sorted(set(RANKINGS) - set(results))
-    if missing:
-        raise ValueError(f"results must be of one data set in engine.results, lack {missing}")
+    check_count("number", number, least=0)
+    check_results(results)
     valid = explained.ranked.worst()
     worst, best = valid[:number], explained.ranked.best(number)
     bar = tqdm(

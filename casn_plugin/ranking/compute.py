@@ -45,7 +45,7 @@ class Compute:
     def __post_init__(self) -> None:
         """Raises TypeError or ValueError for what can't be."""
         if self.max_memory is not None:
-            check_count("max_memory", self.max_memory)
+            check_count("max_memory", self.max_memory, most=2**63 - 1)
         if self.precision not in (None, torch.float16, torch.bfloat16):
             raise TypeError(
                 f"precision must be torch.float16 or torch.bfloat16, got {self.precision}"
@@ -60,7 +60,7 @@ class Compute:
         """Returns the bytes that a tile may take on a device."""
         if self.max_memory is None:
             return 2**32 if device.type == "cuda" else 2**28
-        return min(self.max_memory, 2**60)
+        return self.max_memory
 
     def bar(self, total: int, desc: str | None) -> Any:
         """Returns a progress bar over pairs: hidden without a description."""

@@ -10,7 +10,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from casn_plugin.attention import ROW_THRESHOLD
-from casn_plugin.doors import check_choice, check_count, check_matrix, check_weight
+from casn_plugin.doors import (
+    check_choice,
+    check_count,
+    check_kind,
+    check_matrix,
+    check_settings,
+    check_weight,
+)
 from casn_plugin.encoding import Encoding, Encodings
 from casn_plugin.identities import as_ids
 from casn_plugin.ranking.compute import Compute
@@ -73,6 +80,7 @@ class RankingOptions:
         check_choice("normalization", self.normalization, _READINGS)
         check_weight("attention_weight", self.attention_weight)
         as_ids("junk_pids", self.junk_pids)
+        check_kind("compute", self.compute, Compute)
         if self.shortlist is not None:
             check_count("shortlist", self.shortlist)
             if self.normalization != "unit":
@@ -177,7 +185,7 @@ def fused_distmats(
         >>> fused_distmats(model, images[:1], images).fused.shape
         torch.Size([1, 3])
     """
-    options = RankingOptions() if options is None else options
+    options = check_settings("options", options, RankingOptions)
     unit = options.normalization == "unit"
     attention = attention_distmat(
         model,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from casn_plugin.doors import check_choice, check_count
+from casn_plugin.doors import check_choice, check_count, check_kind
 from casn_plugin.encoding import Encoding
 from casn_plugin.hooks import unwrapped
 from casn_plugin.identities import Ids
@@ -192,11 +192,12 @@ class GalleryIndex:
 
         Raises:
             TimeoutError: another process is changing the index, and does not finish.
-            TypeError: pids or camids that are no integers.
+            TypeError: no encoding, or pids or camids that are no integers.
             ValueError: a name that is taken, lists of another length, an encoding of another kind,
                 size or dtype than those before, one that is not finite, or too large for the
                 index's dtype, or an index that another process has made anew.
         """
+        check_kind("encoding", encoding, Encoding)
         check_choice("duplicates", duplicates, ("refuse", "skip"))
         with self._store.locked() as store, aside(self.folder) as place:
             store.refresh()
@@ -233,10 +234,11 @@ class GalleryIndex:
         Raises:
             RuntimeError: another process of the group failed.
             TimeoutError: as :meth:`add`.
-            TypeError: batches that hold no images.
+            TypeError: another loader, or batches that hold no images.
             ValueError: another model, shard_size below 1, `distributed` without a process group
                 or with a loader that has no batch_size; as :meth:`add`.
         """
+        check_kind("loader", loader, DataLoader)
         check_count("shard_size", shard_size)
         check_choice("duplicates", duplicates, ("refuse", "skip"))
         processes, skip = Processes(distributed), duplicates == "skip"
@@ -325,7 +327,7 @@ class GalleryIndex:
 def _fingerprint(model: nn.Module) -> str:
     """Returns a checksum of all weights of a model."""
     digest = hashlib.sha256()
-    for name, value in unwrapped(model).state_dict().items():
+    for name, value in unwrapped(check_kind("model", model, nn.Module)).state_dict().items():
         digest.update(name.encode())
         if isinstance(value, Tensor):
             values = value.detach().cpu().contiguous().flatten().view(torch.uint8)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from casn_plugin import Encoding, PairClassifier
 from casn_plugin.attention import attention_distance, row_profiles, siamese_attention, split_pairs
-from casn_plugin.encoding import encode_head, part_embedding
+from casn_plugin.basis import encode_head
+from casn_plugin.encoding import part_embedding
 
 HIDDEN = 512
 MARKET = 3368, 19732

@@ -14,7 +14,7 @@ from benchmark_heads import MARKET, autograd_distances, make_head, table
 from tqdm import tqdm
 
 from casn_plugin import Compute, attention_distmat
-from casn_plugin.encoding import encode_head
+from casn_plugin.basis import encode_head
 from casn_plugin.evaluation import evaluate_rank
 from casn_plugin.ranking import indicator_flips
 

@@ -175,6 +175,9 @@ def test_bad_arguments_are_refused(explained, tmp_path):
         html_report(explained, RESULTS, number=-1)
     with pytest.raises(ValueError, match=r"lack \['attention', 'features', 'fused'\]"):
         html_report(explained, {"market1501": RESULTS})
+    lacks = {**RESULTS, "attention": {"mAP": 0.5}}
+    with pytest.raises(ValueError, match=r"results\['attention'\] lack \['cmc'"):
+        html_report(explained, lacks)
 
 
 def test_a_report_is_saved_whole_or_not_at_all(explained, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from casn_plugin import PairClassifier
-from casn_plugin.encoding import encode_head
+from casn_plugin.basis import encode_head
 
 CHANNELS, PARTS = 8, 3
 

@@ -220,6 +220,13 @@ def test_loaders_that_will_not_do(tmp_path, unchecked):
         index.extend(MODEL, DataLoader(Images(2)), shard_size=0)
     with pytest.raises(ValueError, match="needs torch.distributed.init_process_group"):
         index.extend(MODEL, DataLoader(Images(2)), distributed=True)
+    for other in ("text", [torch.rand(4, 3, 48, 24)], None):
+        with pytest.raises(TypeError, match="loader must be a DataLoader, got"):
+            index.extend(MODEL, other)
+    with pytest.raises(TypeError, match="model must be a Module, got str"):
+        index.search("model", torch.rand(1, 3, 48, 24))
+    with pytest.raises(TypeError, match="encoding must be a Encoding, got Tensor"):
+        index.add(torch.rand(4, 6))
     for data in ([{"image": 1}], ["abc"], [torch.rand(4)], [torch.rand(3, 48, 24)]):
         loader = DataLoader(data, batch_size=None)
         with pytest.raises(TypeError, match="must give batches of images"):

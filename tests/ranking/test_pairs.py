@@ -125,7 +125,7 @@ def test_two_processes_rank_as_one_does_bit_for_bit(tmp_path):
 def test_memory_without_end():
     encoding = encode(pooled, torch.rand(4, CHANNELS, 7, 3))
     model = Model(PairClassifier(CHANNELS, 16))
-    compute = Compute(max_memory=10**30)
+    compute = Compute(max_memory=2**60)
     assert attention_distmat(model, encoding, encoding, compute=compute).shape == (4, 4)
     near = attention_distmat(model, encoding, encoding, shortlist=2, compute=compute)
     assert near.shape == (4, 4)

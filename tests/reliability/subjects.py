@@ -12,6 +12,7 @@ from casn_plugin import (
     CASN,
     Encoding,
     attention,
+    basis,
     encoding,
     evaluation,
     identities,
@@ -142,7 +143,7 @@ def cases() -> dict[str, Case]:
         "Encoding": (Encoding, {"features": part.features, "basis": part.basis}),
         "Encoding.cat": (Encoding.cat, {"encodings": [part, part]}),
         "encode_head": (
-            lambda **given: encoding.encode_head(**given),
+            lambda **given: basis.encode_head(**given),
             {"features": features, "activations": maps_of, "chunk": 2},
         ),
         "part_embedding": (encoding.part_embedding, {"activations": maps_of, "parts": 2}),
