@@ -47,7 +47,7 @@ def folder(program, tmp_path_factory) -> Path:
 def printed(program, folder) -> list[str]:
     """What two processes print that go through all scenarios, once one has trained two epochs."""
     torch.save(program.run(folder, "two_epochs"), folder / "two_epochs-1-0.pt")
-    return finish_two("train_together", folder, ",".join(TOGETHER))
+    return finish_two("train_together", folder, ",".join(TOGETHER), timeout=400)
 
 
 def of_two(folder: Path, scenario: str) -> list[dict]:
@@ -151,7 +151,7 @@ def torchrun(*arguments: object, timeout: float = 60) -> "subprocess.Popen[str]"
 
 def test_a_killed_process_ends_the_job(folder):
     job = torchrun(folder, "dying")
-    said, _ = job.communicate(timeout=60)
+    said, _ = job.communicate(timeout=120)
     assert job.returncode != 0 and "Signal 9 (SIGKILL)" in said
     assert f'The last checkpoint is "{folder}/dying/model/model.pth.tar-1"' in said
 
@@ -163,7 +163,7 @@ def test_a_process_that_hangs_ends_the_job_after_the_timeout(folder):
     (folder / "meet").unlink(missing_ok=True)
     processes = [start("train_together", folder, "hanging", rank) for rank in range(2)]
     try:
-        _, said = processes[0].communicate(timeout=60)
+        _, said = processes[0].communicate(timeout=120)
         assert processes[0].returncode != 0 and "Timed out waiting 8000ms" in said
         assert processes[1].poll() is None
     finally:
@@ -180,7 +180,7 @@ def test_torchrun_hands_its_signal_on_and_all_stop_after_one_step(folder):
             break
         time.sleep(0.05)
     job.send_signal(signal.SIGTERM)
-    said, _ = job.communicate(timeout=60)
+    said, _ = job.communicate(timeout=120)
     assert job.returncode != 0 and files[0].read_text() == files[1].read_text(), said
     assert said.count("Stopping after this step") == 1
     epoch, step = map(int, files[0].read_text().splitlines()[-1].split())
