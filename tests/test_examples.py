@@ -64,11 +64,11 @@ def test_resume_and_test_only(example, small, market_root):
     results = example.main(
         market(market_root, "--test-only", "--resume", last, "--save-dir", "test")
     )
-    assert results == trained["results"]
+    assert json.dumps(results) == json.dumps(trained["results"])  # NaN is NaN
     by_weights = example.main(
         market(market_root, "--test-only", "--weights", last, "--save-dir", "weights")
     )
-    assert by_weights == results  # the pair classifier came along
+    assert json.dumps(by_weights) == json.dumps(results)  # the pair classifier came along
 
 
 def test_ctrl_c_loses_nothing_and_resume_goes_on(example, small, market_root):
@@ -199,7 +199,7 @@ def test_a_loop_of_ones_own_learns_by_all_three_losses():
 def test_losses_and_miners_of_pytorch_metric_learning_learn_together_with_ours():
     epochs = epochs_of(EXAMPLES / "metric_loop.py")
     assert len(epochs) == 20
-    for name, share in (("L_ide", 0.7), ("L_t", 0.9), ("L_sa", 0.9)):
+    for name, share in (("L_ide", 0.7), ("L_t", 0.9), ("L_sa", 0.95)):
         assert epochs[-1][name] < share * epochs[0][name], name
 
 

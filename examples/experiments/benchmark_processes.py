@@ -32,7 +32,8 @@ def ranked(distributed: bool, scale: float) -> tuple[Tensor, dict[str, Any], flo
     distmat = attention_distmat(head, query, gallery, compute=compute)
     middle = time.perf_counter()
     found = rank_gallery(head, query, gallery, compute=compute)
-    return distmat, vars(found), middle - start, time.perf_counter() - middle
+    numbers = {name: each for name, each in vars(found).items() if isinstance(each, Tensor | int)}
+    return distmat, numbers, middle - start, time.perf_counter() - middle
 
 
 def processes(args: argparse.Namespace) -> str:

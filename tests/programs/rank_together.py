@@ -38,7 +38,7 @@ found = [
     *vars(rank_gallery(model, query, gallery, topk=5, exact=False, compute=compute)).values(),
     same_identity_logits(model, query, gallery, compute=compute),
 ]
-found = [each for each in found if isinstance(each, torch.Tensor)]
+found = [each for each in found if isinstance(each, torch.Tensor | int)]
 torch.save(found, f"{folder}/process{rank}.pt" if distributed else f"{folder}/alone.pt")
 
 
