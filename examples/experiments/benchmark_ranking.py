@@ -26,7 +26,7 @@ from backbones import build_model
 from benchmark_heads import table
 from benchmark_memory import memory
 from benchmark_processes import processes
-from benchmark_reranking import reranking
+from benchmark_reranking import of_a_trained_model, reranking
 from benchmark_speed import evaluation, exactness, half, speed
 from torch import Tensor
 
@@ -71,6 +71,9 @@ def quality(args: argparse.Namespace) -> str:
     for shortlist in (50, 100, 500):
         found, seconds = fuse(RankingOptions(shortlist=shortlist))
         row(f"shortlist of {shortlist}", found.fused, shortlist / len(gallery), seconds)
+    for name, final, seconds in of_a_trained_model(model, query, gallery):
+        row(name, final, 1, seconds)
+        rows[-1][1] = ""
     model.flip = True
     start = time.perf_counter()
     query_flipped, gallery_flipped = (

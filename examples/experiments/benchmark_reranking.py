@@ -1,8 +1,9 @@
 """How fast k-reciprocal re-ranking is beside torchreid's, and what memory it takes."""
 
 import argparse
+import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 import torchreid
 from benchmark_heads import table
 from benchmark_speed import interleaved
-from torch import Tensor
+from torch import Tensor, nn
 
-from casn_plugin import rerank, rerank_neighbours
+from casn_plugin import Encoding, RankingOptions, Reciprocity, rerank, rerank_neighbours
+from casn_plugin.ranking import fused_distmats, fused_neighbourhood, rerank_neighbourhood
 
 LISTED = 50
 
@@ -74,6 +76,28 @@ def reranking(args: argparse.Namespace) -> str:
     rows.append(lists_of_many(int(50_000 * args.scale)))
     header = ["Images", "What", "Time", "× torchreid", "Result", "Memory of NumPy"]
     return table(f"Re-ranking, lists of {LISTED}", header, rows)
+
+
+def of_a_trained_model(
+    model: nn.Module, query: Encoding, gallery: Encoding
+) -> Iterator[tuple[str, Tensor, float]]:
+    """Yields what is re-ranked, its final distances and the seconds it took."""
+    first, parameters = len(query), Reciprocity()
+    distmat = fused_distmats(model, query, gallery).fused
+    start = time.perf_counter()
+    every = Encoding.cat([query, gallery])
+    square = fused_distmats(model, every, every).fused
+    square = (square + square.T) / 2
+    final = rerank(square[:first, first:], square[:first, :first], square[first:, first:])
+    yield "re-ranked, all pairs of all images", final, time.perf_counter() - start
+    for shortlist in (100, 50):
+        start = time.perf_counter()
+        options = RankingOptions(shortlist=shortlist)
+        images = fused_neighbourhood(
+            model, query, gallery, distmat, number=parameters.needed, options=options
+        )
+        final = rerank_neighbourhood(images, parameters)
+        yield f"re-ranked, {shortlist} listed", final, time.perf_counter() - start
 
 
 def lists_of_many(images: int) -> list[str]:
