@@ -220,5 +220,5 @@ def test_an_index_is_for_one_evidence(tmp_path, evidence):
     torch.testing.assert_close(found.query_attention[0, 0], maps[0][0])
     both.append(CASN(net, forward=tiny_forward, input_size=SIZE, pair_classifier=torch.nn.ReLU()))
     for other in both[1:]:  # the last one has no weights, as a Similarity has none
-        with pytest.raises(ValueError, match="other weights or other evidence"):
+        with pytest.raises(ValueError, match="other weights, other evidence"):
             index.search(other, imgs)
