@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from casn_plugin.doors import (
@@ -19,6 +19,7 @@ from casn_plugin.doors import (
     check_weight,
 )
 from casn_plugin.hooks import place_of
+from casn_plugin.identities import split_pairs
 from casn_plugin.scores import at_least_float32
 
 PairScorer = Callable[[Tensor], Tensor]
@@ -208,60 +209,6 @@ def similarity_attention(
     first, second = split_pairs(unit)
     others = torch.stack([second, first], 1).flatten(0, 1).detach()
     return grad_cam((unit * others).sum(1), activations, create_graph=create_graph)
-
-
-def split_pairs(rows: Tensor, pairs: Int[Tensor, "pairs 2"] | None = None) -> tuple[Tensor, Tensor]:
-    """Returns the first and the second images of all pairs: rows 2i and rows 2i+1.
-
-    Args:
-        rows: one an image.
-        pairs: the two rows of each pair, where they are others.
-
-    Raises:
-        TypeError: no tensor, or one without rows; pairs that are no integers.
-        ValueError: an odd number of rows; pairs of another shape, or of rows that there are not.
-
-    Example:
-        >>> split_pairs(torch.tensor([7, 7, 3, 5]))
-        (tensor([7, 3]), tensor([7, 5]))
-        >>> split_pairs(torch.tensor([7, 7, 3, 5]), torch.tensor([[0, 3], [1, 0], [2, 3]]))
-        (tensor([7, 7, 3]), tensor([5, 7, 5]))
-    """
-    if not isinstance(rows, Tensor) or not rows.ndim or rows.layout != torch.strided:
-        came = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-        raise TypeError(f"rows must be a dense tensor with a row an image, got {came}")
-    if pairs is not None:
-        check_tensor("pairs", pairs, "pairs 2", floating=False)
-        if pairs.numel() and not 0 <= int(pairs.min()) <= int(pairs.max()) < len(rows):
-            raise ValueError(
-                f"pairs must name rows of a batch of {len(rows)}, got {int(pairs.min())} to "
-                f"{int(pairs.max())}"
-            )
-        first, second = pairs.to(rows.device, torch.int64).unbind(1)
-        return rows[first], rows[second]
-    if len(rows) % 2:
-        raise ValueError(
-            "rows 2i and 2i+1 of a batch are pair i, so their number must be even, "
-            f"but this batch (or this replica's share of it) has {len(rows)}"
-        )
-    return rows[0::2], rows[1::2]
-
-
-def same_identity(
-    pids: Int[Tensor, " batch"], pairs: Int[Tensor, "pairs 2"] | None = None
-) -> Bool[Tensor, " pairs"]:
-    """Returns whether each pair shows one identity; the arguments as in :func:`split_pairs`.
-
-    Raises:
-        TypeError: as :func:`split_pairs`.
-        ValueError: likewise.
-
-    Example:
-        >>> same_identity(torch.tensor([4, 4, 1, 2]))
-        tensor([ True, False])
-    """
-    first, second = split_pairs(pids, pairs)
-    return first == second
 
 
 def scale_maps(maps: Float[Tensor, "*batch height width"]) -> Float[Tensor, "*batch height width"]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import random
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from casn_plugin.doors import check_count, check_kind
 from casn_plugin.files import clear, replacing
 from casn_plugin.processes import Processes
+from casn_plugin.randomness import random_state, set_random_state
 from casn_plugin.sampler import PairSampler
 
 _INTERRUPTED = "model-interrupted.pth.tar"
@@ -137,12 +137,19 @@ class Checkpoints:
         Raises:
             FileNotFoundError: there is none.
         """
+        return self.newest_whole()[0]
+
+    def newest_whole(self) -> tuple[Path, dict[str, Any]]:
+        """Returns the path of :meth:`newest`, and what it holds.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
         found = [each for each in self.folder.glob("model*.pth.tar*") if each.is_file()]
         found = [each for each in found if each.name != "model-best.pth.tar"]
         for path in sorted(found, key=lambda each: each.stat().st_mtime_ns, reverse=True):
             with contextlib.suppress(ValueError):
-                load_checkpoint(path)
-                return path
+                return path, load_checkpoint(path)
         raise FileNotFoundError(f"there is no whole checkpoint in {self.folder}")
 
     @contextlib.contextmanager
@@ -221,8 +228,10 @@ def checkpoint_in(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     """
     path = Path(path)
     if path.is_dir():
-        path = Checkpoints(path / "model" if (path / "model").is_dir() else path).newest()
+        folder = path / "model" if (path / "model").is_dir() else path
+        path, checkpoint = Checkpoints(folder).newest_whole()
         print(f'Going on from "{path}"')
+        return path, checkpoint
     return path, load_checkpoint(path)
 
 
@@ -368,54 +377,3 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
         )
     model.load_state_dict(fitting, strict=False)
     return list(fitting)
-
-
-def random_state() -> dict[str, Any]:
-    """Returns the state of every generator that training draws from, safe to load.
-
-    Example:
-        >>> state = random_state()
-        >>> first = torch.rand(1)
-        >>> set_random_state(state)
-        >>> torch.equal(torch.rand(1), first)
-        True
-    """
-    version, internal, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    return {
-        "python": [version, list(internal), gauss],
-        "numpy": [torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Takes over what :func:`random_state` has returned."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state(
-        ("MT19937", keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached)
-    )
-    torch.set_rng_state(state["torch"].cpu())
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])
-
-
-@contextlib.contextmanager
-def preserved_random_state() -> Iterator[None]:
-    """Leaves every generator as it was found.
-
-    Example:
-        >>> before = torch.get_rng_state()
-        >>> with preserved_random_state():
-        ...     _ = torch.rand(3)
-        >>> torch.equal(torch.get_rng_state(), before)
-        True
-    """
-    state = random_state()
-    try:
-        yield
-    finally:
-        set_random_state(state)

@@ -22,7 +22,6 @@ from casn_plugin.checkpoint import (
     Checkpoints,
     TrainingState,
     checkpoint_in,
-    preserved_random_state,
 )
 from casn_plugin.checks import CheckedData, check_datamanager, check_optimizer, check_processes
 from casn_plugin.doors import check_count, check_kind, check_settings, check_weight
@@ -43,6 +42,7 @@ from casn_plugin.parallel import (
 )
 from casn_plugin.pedestrians import load_pedestrians
 from casn_plugin.processes import Processes
+from casn_plugin.randomness import preserved_random_state
 from casn_plugin.ranking import RankingOptions, Reciprocity
 from casn_plugin.retrieval import FeatureMetric, retrieve, side_by_side
 from casn_plugin.siamese import SiameseAttentionLoss

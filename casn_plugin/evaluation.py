@@ -4,7 +4,7 @@ A match's position in a ranking is 1 + the number of valid gallery entries neare
 is found by its value alone: no order of the whole gallery is made, only sorted distances.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,6 @@ from tqdm import tqdm
 from casn_plugin.doors import (
     check_count,
     check_finite,
-    check_kind,
     check_matrix,
     check_same,
     check_tensor,
@@ -292,42 +291,6 @@ def verification_auc(scores: Float[Tensor, "*pairs"], same: Bool[Tensor, "*pairs
     below = int(torch.searchsorted(negatives, positives).sum())
     not_above = int(torch.searchsorted(negatives, positives, right=True).sum())
     return (below + not_above) / 2 / len(positives) / len(negatives)
-
-
-RANKINGS = ("features", "attention", "fused")
-"""The three rankings that an evaluation shows side by side."""
-
-
-def check_results(results: Any, rankings: Sequence[str] = RANKINGS) -> None:
-    """Finds out whether results have the figures of some rankings, all of them the same.
-
-    Args:
-        results: a dictionary, as one data set has in ``engine.results``.
-        rankings: which must be in it.
-
-    Raises:
-        TypeError: no dictionary, or rankings that are none.
-        ValueError: a ranking that is missing or lacks "mAP", a non-empty "cmc" or what the others
-            have.
-
-    Example:
-        >>> check_results({"fused": {"mAP": 0.5, "cmc": [0.4, 0.8]}}, ["fused"])
-    """
-    check_kind("results", results, Mapping)
-    missing = sorted(set(rankings) - set(results))
-    if missing:
-        raise ValueError(f"results must be of one data set in engine.results, lack {missing}")
-    figures = {name: check_kind(f"results[{name!r}]", results[name], Mapping) for name in rankings}
-    wanted = {"mAP", "cmc"}.union(*figures.values())
-    for name, of_one in figures.items():
-        if wanted - set(of_one):
-            raise ValueError(f"results[{name!r}] lack {sorted(wanted - set(of_one), key=str)}")
-        cmc = of_one["cmc"]
-        if not isinstance(cmc, Sequence | np.ndarray) or isinstance(cmc, str) or not len(cmc):
-            raise ValueError(f"results[{name!r}]['cmc'] must be one share or more, got {cmc!r:.80}")
-        for number in (*cmc, *(of_one[key] for key in of_one if key != "cmc")):
-            if not isinstance(number, float | int | np.floating) or isinstance(number, bool):
-                raise TypeError(f"results[{name!r}] must be shares, got {number!r:.80}")
 
 
 def _sorted(values: Tensor) -> Tensor:

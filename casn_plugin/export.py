@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from casn_plugin.basis import encode_as, form_of
-from casn_plugin.doors import check_count
+from casn_plugin.doors import check_count, check_size
 from casn_plugin.encoding import Encoding, with_mirrored
 from casn_plugin.files import replacing
 from casn_plugin.hooks import place_of, twin
@@ -67,7 +67,7 @@ def traced_encoder(
         ValueError: `batch_size` below 1.
     """
     casn = as_casn(model)
-    rows, columns = Preprocessing(size).for_model(casn).size or casn.input_size
+    rows, columns = check_size("size", size or casn.input_size)
     place = place_of(casn)
     noise = torch.randn(
         check_count("batch_size", batch_size), 3, rows, columns,

@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from casn_plugin.attention import same_identity
 from casn_plugin.backbones import Reader
 from casn_plugin.basis import encode_head
 from casn_plugin.doors import check_images, check_lengths
@@ -15,6 +14,7 @@ from casn_plugin.encoding import Encoding, with_mirrored
 from casn_plugin.evidence import PairClassifier
 from casn_plugin.heads import Forward
 from casn_plugin.hooks import place_of, twin, unwrapped
+from casn_plugin.identities import same_identity
 from casn_plugin.layouts import Reshape
 from casn_plugin.losses import IdentificationAttentionLoss
 from casn_plugin.scores import Logits

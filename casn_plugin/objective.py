@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from casn_plugin.attention import same_identity
 from casn_plugin.doors import check_lengths, check_tensor, check_weight
+from casn_plugin.identities import same_identity
 from casn_plugin.losses import (
     casn_loss,
     consistency,

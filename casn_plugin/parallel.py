@@ -14,14 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from casn_plugin.attention import same_identity
 from casn_plugin.batchnorm import shared_batchnorm
-from casn_plugin.checkpoint import random_state
 from casn_plugin.doors import check_count
 from casn_plugin.encoding import Encoding
+from casn_plugin.identities import same_identity
 from casn_plugin.loading import encode_loader
 from casn_plugin.model import CASN
 from casn_plugin.processes import Processes
+from casn_plugin.randomness import random_state
 from casn_plugin.ranking import Compute, GalleryIndex
 from casn_plugin.ranking.filling import share
 from casn_plugin.retrieval import LabelledEncodings

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 from torch import nn
 
 from casn_plugin.doors import check_choice, check_kind
@@ -108,7 +109,7 @@ def save_pretrained(
         )
     hidden = classifier[0].out_features if isinstance(classifier, PairClassifier) else None
     state = {name: value.contiguous().clone() for name, value in casn.state_dict().items()}
-    data = safetensors.torch.save(state)
+    data = save_tensors(state)
     about = {
         "format": 1,
         "network": None if network is None else {**asdict(network), "options": {**network.options}},
@@ -168,7 +169,7 @@ def from_pretrained(
     )  # fmt: skip
     model.flip = about["flip"]
     try:
-        model.load_state_dict(safetensors.torch.load(data))
+        model.load_state_dict(load_tensors(data))
     except RuntimeError as error:
         raise ValueError(f"{folder} is of another network: {error}") from error
     return Pretrained(model.eval(), prepared)

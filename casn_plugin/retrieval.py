@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float
@@ -11,12 +12,10 @@ from torch import Tensor, nn
 
 from casn_plugin.attention import ROW_THRESHOLD
 from casn_plugin.calibration import true_accept_rates
-from casn_plugin.doors import check_count, check_weight
+from casn_plugin.doors import check_count, check_kind, check_weight
 from casn_plugin.encoding import Encoding, Encodings
 from casn_plugin.evaluation import (
-    RANKINGS,
     RankedLists,
-    check_results,
     evaluate_rank,
     ranked_lists,
     verification_auc,
@@ -35,6 +34,41 @@ from casn_plugin.ranking import (
     rerank,
     rerank_neighbourhood,
 )
+
+RANKINGS = ("features", "attention", "fused")
+"""The three rankings that an evaluation shows side by side."""
+
+
+def check_results(results: Any, rankings: Sequence[str] = RANKINGS) -> None:
+    """Finds out whether results have the figures of some rankings, all of them the same.
+
+    Args:
+        results: a dictionary, as one data set has in ``engine.results``.
+        rankings: which must be in it.
+
+    Raises:
+        TypeError: no dictionary, or rankings that are none.
+        ValueError: a ranking that is missing or lacks "mAP", a non-empty "cmc" or what the others
+            have.
+
+    Example:
+        >>> check_results({"fused": {"mAP": 0.5, "cmc": [0.4, 0.8]}}, ["fused"])
+    """
+    check_kind("results", results, Mapping)
+    missing = sorted(set(rankings) - set(results))
+    if missing:
+        raise ValueError(f"results must be of one data set in engine.results, lack {missing}")
+    figures = {name: check_kind(f"results[{name!r}]", results[name], Mapping) for name in rankings}
+    wanted = {"mAP", "cmc"}.union(*figures.values())
+    for name, of_one in figures.items():
+        if wanted - set(of_one):
+            raise ValueError(f"results[{name!r}] lack {sorted(wanted - set(of_one), key=str)}")
+        cmc = of_one["cmc"]
+        if not isinstance(cmc, Sequence | np.ndarray) or isinstance(cmc, str) or not len(cmc):
+            raise ValueError(f"results[{name!r}]['cmc'] must be one share or more, got {cmc!r:.80}")
+        for number in (*cmc, *(of_one[key] for key in of_one if key != "cmc")):
+            if not isinstance(number, float | int | np.floating) or isinstance(number, bool):
+                raise TypeError(f"results[{name!r}] must be shares, got {number!r:.80}")
 
 
 class LabelledEncodings(NamedTuple):

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from casn_plugin.doors import check_count, check_weight
 from casn_plugin.identities import UNKNOWN, Ids, as_ids, check_labels
+from casn_plugin.loaders import like
 from casn_plugin.processes import Processes
 
 Manager = TypeVar("Manager")
@@ -148,20 +149,8 @@ class PairSampler(Sampler[int]):
             positive_fraction=positive_fraction,
             seed=seed,
         )
-        datamanager.train_loader = DataLoader(  # type: ignore[attr-defined]
-            loader.dataset,
-            batch_size=sampler.batch_size,
-            sampler=sampler,
-            num_workers=loader.num_workers,
-            collate_fn=loader.collate_fn,
-            pin_memory=loader.pin_memory,
-            drop_last=True,
-            timeout=loader.timeout,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context,
-            generator=loader.generator,
-            prefetch_factor=loader.prefetch_factor,
-            persistent_workers=loader.persistent_workers,
+        datamanager.train_loader = like(  # type: ignore[attr-defined]
+            loader, batch_size=sampler.batch_size, sampler=sampler, drop_last=True
         )
         return datamanager
 

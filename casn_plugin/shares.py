@@ -6,6 +6,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Sampler
 
 from casn_plugin.doors import check_count
+from casn_plugin.loaders import like
 from casn_plugin.processes import Processes
 
 
@@ -53,20 +54,9 @@ class SharedSampler(Sampler[int]):
             raise TypeError(f"expected a torchreid data manager, got {type(datamanager).__name__}")
         if loader.batch_size is None:
             raise ValueError("expected a train loader with a batch_size, got None")
-        datamanager.train_loader = DataLoader(
-            loader.dataset,
-            batch_size=loader.batch_size,
-            sampler=cls(loader.sampler, batch_size=loader.batch_size),
-            num_workers=loader.num_workers,
-            collate_fn=loader.collate_fn,
-            pin_memory=loader.pin_memory,
-            drop_last=True,
-            timeout=loader.timeout,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context,
-            generator=loader.generator,
-            prefetch_factor=loader.prefetch_factor,
-            persistent_workers=loader.persistent_workers,
+        sampler = cls(loader.sampler, batch_size=loader.batch_size)
+        datamanager.train_loader = like(
+            loader, batch_size=loader.batch_size, sampler=sampler, drop_last=True
         )
         return datamanager
 

@@ -11,12 +11,11 @@ from casn_plugin.attention import (
     PairScorer,
     attention_distance,
     row_profiles,
-    same_identity,
     siamese_attention,
-    split_pairs,
 )
 from casn_plugin.batch_pairs import BatchPairs, check_rows
 from casn_plugin.doors import check_share, check_weight
+from casn_plugin.identities import same_identity, split_pairs
 from casn_plugin.losses import siamese_attention_loss
 
 
@@ -86,6 +85,10 @@ class SiameseAttentionLoss(nn.Module):
             self._looked_at = True
         return None
 
+    def profiles(self, maps: Float[Tensor, "rows height width"]) -> Float[Tensor, "rows height"]:
+        """Returns what of the maps is aligned and compared: their :func:`row_profiles`."""
+        return row_profiles(maps)
+
     def compare(
         self,
         pair_classifier: PairScorer,
@@ -100,7 +103,7 @@ class SiameseAttentionLoss(nn.Module):
             differences = torch.stack([differences, -differences], dim=1).flatten(0, 1)
         maps = siamese_attention(pair_classifier, features, activations, pairs)
         distances = attention_distance(
-            *split_pairs(row_profiles(maps)), row_threshold=self.row_threshold, unit=self.unit
+            *split_pairs(self.profiles(maps)), row_threshold=self.row_threshold, unit=self.unit
         )
         return pair_classifier(differences), distances
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from casn_plugin.checkpoint import random_state, set_random_state
 from casn_plugin.doors import check_count
 from casn_plugin.processes import Processes
+from casn_plugin.randomness import random_state, set_random_state
 from casn_plugin.sampler import PairSampler
 
 

@@ -360,6 +360,22 @@ def attention_distance(map1: Array, map2: Array, threshold: float, unit: bool = 
     return math.sqrt(total)
 
 
+def distance_of_rows(
+    pair_classifier: Function,
+    features: torch.Tensor,
+    activations: torch.Tensor,
+    first: int,
+    second: int,
+    threshold: float,
+) -> float:
+    """Eq. 5 of two rows of a batch that went through a whole network: features (B, D) of A."""
+    alpha = indicator(pair_classifier, features[first].detach(), features[second].detach())
+    maps = [
+        grad_cam((alpha * features[row]).sum(), activations, row).numpy() for row in (first, second)
+    ]
+    return attention_distance(*maps, threshold=threshold)
+
+
 def attention_distmat(
     head: Function,
     pair_classifier: Function,

@@ -19,9 +19,9 @@ from casn_plugin.attention import (
     scale_maps,
     siamese_attention,
     soft_mask,
-    split_pairs,
 )
 from casn_plugin.hooks import capture
+from casn_plugin.identities import split_pairs
 
 profile_values = st.lists(
     st.one_of(st.just(0.0), st.just(1.0), st.floats(0, 1)), min_size=1, max_size=24
@@ -149,11 +149,6 @@ def test_siamese_attention_agrees_with_the_reference_and_ignores_other_pairs(bac
         _, features = tiny_forward(backbone, imgs[order])
     permuted = siamese_attention(classifier, features, captured.require()).detach()
     torch.testing.assert_close(permuted, maps[order], rtol=0, atol=1e-14)
-
-
-def test_split_pairs_needs_an_even_batch():
-    with pytest.raises(ValueError, match="even.*has 3"):
-        split_pairs(torch.rand(3, 2))
 
 
 def test_scale_maps_is_per_image_and_leaves_blank_maps_at_zero():

@@ -12,15 +12,8 @@ from casn_plugin.checkpoint import (
     Checkpoints,
     load_checkpoint,
     load_weights,
-    preserved_random_state,
-    random_state,
     save_checkpoint,
-    set_random_state,
 )
-
-
-def draw() -> tuple[float, ...]:
-    return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), *torch.rand(3)
 
 
 def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
@@ -128,20 +121,6 @@ def test_states_without_an_epoch_are_refused(tmp_path, unchecked, state, error, 
     with pytest.raises(TypeError, match="model must be a Module, got str"):
         load_weights("model", tmp_path / "plain")
     assert not list(tmp_path.iterdir())
-
-
-def test_the_random_state_comes_back(tmp_path):
-    state = random_state()
-    first = draw()
-    save_checkpoint({"epoch": 1, "random_state": state}, tmp_path / "file")
-    draw()
-    set_random_state(load_checkpoint(tmp_path / "file")["random_state"])
-    assert draw() == first
-    set_random_state(state)
-    with pytest.raises(RuntimeError), preserved_random_state():
-        draw()
-        raise RuntimeError
-    assert draw() == first
 
 
 def test_what_another_run_left_is_not_deleted_and_the_newest_whole_one_is_found(tmp_path):

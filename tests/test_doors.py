@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import TinyBackbone, tiny_forward
 
-from casn_plugin import CASN, Encoding, SiameseAttentionLoss, attention, losses, scores
+from casn_plugin import CASN, Encoding, SiameseAttentionLoss, attention, identities, losses, scores
 from casn_plugin.doors import (
     check_choice,
     check_count,
@@ -170,7 +170,7 @@ LOSS = losses.IdentificationAttentionLoss()
             torch.rand(2, 2), torch.rand(2), SAME, consistency_weight=NAN
         ),
         lambda: losses.consistency(torch.rand(3), SAME),
-        lambda: attention.split_pairs(3),
+        lambda: identities.split_pairs(3),
         lambda: attention.soft_mask(M, "ab"),
         lambda: attention.soft_mask(M, (8.0, 4)),
         lambda: attention.scale_maps(M.to_sparse()),

@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader
 import casn_plugin.engine
 import casn_plugin.retrieval
 from casn_plugin import CASN, ImageCASNEngine
-from casn_plugin.evaluation import RANKINGS, Evaluation, ranked_lists
+from casn_plugin.evaluation import Evaluation, ranked_lists
 from casn_plugin.explanation import FixedPairs, log_results
 from casn_plugin.loading import Preprocessing, encode_loader
 from casn_plugin.ranking import Compute, RankingOptions
+from casn_plugin.retrieval import RANKINGS
 
 
 @pytest.mark.parametrize("dist_metric", ["euclidean", "cosine"])

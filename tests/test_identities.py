@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from casn_plugin.identities import as_ids, check_labels, pairs_by_identity
+from casn_plugin.identities import as_ids, check_labels, pairs_by_identity, split_pairs
 
 
 @pytest.mark.parametrize(
@@ -60,3 +60,8 @@ def test_pairs_count_as_ranking_counts_them():
             assert counted[i, j] == (known and not own and other != 5)
     _, counted = pairs_by_identity(q[0], g[0], q[1], g[1], cross_camera=False)
     assert counted[0].tolist() == [True, True, True, False, True]
+
+
+def test_split_pairs_needs_an_even_batch():
+    with pytest.raises(ValueError, match="even.*has 3"):
+        split_pairs(torch.rand(3, 2))

@@ -13,8 +13,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from casn_plugin import IdentificationAttentionLoss, PairClassifier, SiameseAttentionLoss
-from casn_plugin.attention import grad_cam, same_identity
+from casn_plugin.attention import grad_cam
 from casn_plugin.hooks import capture
+from casn_plugin.identities import same_identity
 from casn_plugin.losses import (
     casn_loss,
     consistency,

@@ -15,10 +15,11 @@ import casn_plugin
 ROOT = Path(casn_plugin.__file__).parent
 # from the bottom; a wing's own files likewise, its face above them
 ROOMS = (
-    "files", "picturefiles", "doors", "processes", "identities", "scores", "kernels", "layouts",
-    "hooks", "attention", "batch_pairs", "losses", "siamese", "sampler", "shares", "encoding",
-    "basis", "evidence", "evaluation", "calibration", "quality", "heads", "tryout", "taps",
-    "backbones", "model", "objective", "loading", "export", "pretrained",
+    "files", "picturefiles", "doors", "loaders", "randomness", "processes", "identities",
+    "scores", "kernels", "layouts", "hooks", "attention", "batch_pairs", "losses", "siamese",
+    "sampler", "shares", "encoding", "basis", "evidence", "evaluation", "calibration",
+    "quality", "heads", "tryout", "taps", "backbones", "model", "objective", "loading",
+    "export", "pretrained",
     *(f"ranking.{name}" for name in (
         "neighbourhoods", "reranking", "compute", "tiles", "closed_form", "sides", "pairs",
         "candidates", "distances", "fused", "mutual", "search", "company", "manifest", "shards",

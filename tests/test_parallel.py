@@ -17,9 +17,10 @@ from starting import finish_two, start
 from torch import nn
 
 import casn_plugin
-from casn_plugin.checkpoint import Checkpoints, load_checkpoint, random_state
+from casn_plugin.checkpoint import Checkpoints, load_checkpoint
 from casn_plugin.parallel import WholeBatch, with_own_random_state, with_random_states
 from casn_plugin.processes import Processes, launched
+from casn_plugin.randomness import random_state
 
 TOGETHER = (
     "with_norms", "own_norms", "balanced", "in_parts", "frozen", "bad_picture", "in_a_folder",

@@ -7,7 +7,8 @@ from conftest import TinyBackbone, tiny_forward
 from torch import nn
 
 from casn_plugin import CASN, BatchPairs, PairClassifier, SiameseAttentionLoss
-from casn_plugin.attention import siamese_attention, split_pairs
+from casn_plugin.attention import siamese_attention
+from casn_plugin.identities import split_pairs
 from casn_plugin.objective import loss_terms
 
 PK = torch.arange(4).repeat_interleave(4)

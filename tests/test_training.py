@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from casn_plugin import PairSampler
-from casn_plugin.checkpoint import set_random_state
+from casn_plugin.randomness import set_random_state
 from casn_plugin.training import (
     DivergedError,
     Epoch,

@@ -4,11 +4,11 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from casn_plugin.evaluation import RANKINGS
 from casn_plugin.evidence import Evidence, evidence_of
 from casn_plugin.explanation.fixed_pairs import FixedPairs
 from casn_plugin.loading import Preprocessing
 from casn_plugin.model import CASN
+from casn_plugin.retrieval import RANKINGS
 
 
 def log_results(writer: Any, name: str, results: Mapping[str, Any], epoch: int) -> None:

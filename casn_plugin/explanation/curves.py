@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from casn_plugin.doors import check_count, check_kind
-from casn_plugin.evaluation import check_results
+from casn_plugin.retrieval import check_results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from casn_plugin.doors import check_count
-from casn_plugin.evaluation import RANKINGS, check_results
 from casn_plugin.evidence import Evidence
 from casn_plugin.explanation.curves import plot_cmc
 from casn_plugin.explanation.lists import ExplainedRankings, RankingExplanation
@@ -24,6 +23,7 @@ from casn_plugin.explanation.pictures import (
     verdict,
 )
 from casn_plugin.files import replacing
+from casn_plugin.retrieval import RANKINGS, check_results
 
 if TYPE_CHECKING:
     from jinja2 import Template

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from casn_plugin.encoding import Encoding
+from casn_plugin.loaders import like
 from casn_plugin.loading import encode_images, read_batch
 from casn_plugin.model import CASN
 from casn_plugin.processes import Processes
@@ -116,15 +117,6 @@ def share(
     batches = list(BatchSampler(rows, loader.batch_size, loader.drop_last))
     shards = [batches[start : start + per_shard] for start in range(0, len(batches), per_shard)]
     own = list(chain(*processes.share(shards)))
-    part: DataLoader[Any] = DataLoader(
-        loader.dataset,
-        batch_sampler=own,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        prefetch_factor=loader.prefetch_factor,
-    )
+    # read once, and the loader's own generator stays as it is
+    part = like(loader, batch_sampler=own, generator=None, persistent_workers=False)
     return part, [batch[0] for batch in own]

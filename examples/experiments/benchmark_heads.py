@@ -8,9 +8,10 @@ from tables import markdown
 from torch import Tensor, nn
 
 from casn_plugin import Encoding, PairClassifier
-from casn_plugin.attention import attention_distance, row_profiles, siamese_attention, split_pairs
+from casn_plugin.attention import attention_distance, row_profiles, siamese_attention
 from casn_plugin.basis import encode_head
 from casn_plugin.encoding import part_embedding
+from casn_plugin.identities import split_pairs
 
 HIDDEN = 512
 MARKET = 3368, 19732

@@ -19,9 +19,9 @@ from casn_plugin.attention import (
     attention_distance,
     row_profiles,
     similarity_attention,
-    split_pairs,
 )
 from casn_plugin.basis import encode_head
+from casn_plugin.identities import split_pairs
 
 SIZES = {"GAP": (256, 256), "PCB": (256, 192), "OSNet": (512, 512)}
 

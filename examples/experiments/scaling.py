@@ -10,13 +10,10 @@ from torch import Tensor, nn
 
 from casn_plugin import Encoding, IdentificationAttentionLoss, SiameseAttentionLoss
 from casn_plugin.attention import (
-    PairScorer,
     attention_distance,
     grad_cam,
     scale_maps,
-    siamese_attention,
     soft_mask,
-    split_pairs,
 )
 from casn_plugin.ranking import pair_attention
 from casn_plugin.scores import Logits, identity_scores
@@ -57,23 +54,9 @@ class IdentificationByRange(IdentificationAttentionLoss):
 class SiameseByRange(SiameseAttentionLoss):
     """L_sa whose profiles are scaled by their range."""
 
-    def compare(
-        self,
-        pair_classifier: PairScorer,
-        features: Tensor,
-        activations: Tensor,
-        pairs: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Returns the scores z of each pair (two rows for both orders) and its distance."""
-        first, second = split_pairs(features, pairs)
-        differences = first - second
-        if self.both_orders:
-            differences = torch.stack([differences, -differences], dim=1).flatten(0, 1)
-        maps = siamese_attention(pair_classifier, features, activations, pairs)
-        distances = attention_distance(
-            *split_pairs(profiles_by_range(maps)), row_threshold=self.row_threshold, unit=self.unit
-        )
-        return pair_classifier(differences), distances
+    def profiles(self, maps: Tensor) -> Tensor:
+        """Returns profiles scaled by their range."""
+        return profiles_by_range(maps)
 
 
 def distmat_by_range(

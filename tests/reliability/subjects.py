@@ -132,7 +132,7 @@ def cases() -> dict[str, Case]:
             {"pair_classifier": model.pair_classifier, "features": features,
              "activations": maps_of},
         ),
-        "split_pairs": (attention.split_pairs, {"rows": maps}),
+        "split_pairs": (identities.split_pairs, {"rows": maps}),
         "scale_maps": (attention.scale_maps, {"maps": maps}),
         "soft_mask": (
             attention.soft_mask,
