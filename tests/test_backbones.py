@@ -11,6 +11,7 @@ from casn_plugin import (
     CASN,
     CASNOutput,
     IdentificationAttentionLoss,
+    Preprocessing,
     SiameseAttentionLoss,
     attention_distmat,
 )
@@ -179,5 +180,5 @@ def test_a_layer_that_is_never_called_is_an_error():
 
 def test_the_size_that_was_tried_out_is_kept():
     backbone = build_backbone("osnet_x0_25")
-    assert CASN(backbone).input_size == (256, 128)
-    assert CASN(backbone, input_size=(96, 48)).input_size == (96, 48)
+    assert CASN(backbone).preprocessing == Preprocessing((256, 128))
+    assert CASN(backbone, input_size=(96, 48)).preprocessing.size == (96, 48)
