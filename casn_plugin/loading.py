@@ -47,6 +47,7 @@ def read_batch(data: Any) -> Batch:
         ValueError: pids or camids that are not one an image, or below -1.
 
     Example:
+        >>> import torch
         >>> read_batch((torch.rand(2, 3, 8, 4), torch.tensor([7, 9]))).pids
         [7, 9]
     """
@@ -147,6 +148,7 @@ def read_item(data: Any) -> Item:
         TypeError: anything else, pids or camids that are no integers.
 
     Example:
+        >>> import torch
         >>> read_item((torch.rand(3, 8, 4), 7))[1:]
         (7, -1)
     """
@@ -198,6 +200,7 @@ def image_loader(name: str, data: Any, preprocessing: Preprocessing) -> DataLoad
         ValueError: no data, or images of unlike sizes.
 
     Example:
+        >>> import torch
         >>> loader = image_loader("query", [(torch.rand(3, 8, 4), 7, 0)], Preprocessing((8, 4)))
         >>> [batch["pid"].tolist() for batch in loader]
         [[7]]

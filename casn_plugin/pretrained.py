@@ -147,7 +147,7 @@ def from_pretrained(
             raise ValueError(f"{folder} does not say how its network is made: give it as backbone")
         backbone = Network(**about["network"]).build()
     try:
-        prepared = Preprocessing(**about["preprocessing"])
+        prepared = Preprocessing(**{k: tuple(v) for k, v in about["preprocessing"].items()})
     except TypeError as error:
         raise ValueError(f"{folder / ABOUT}: {error}") from error
     classifier = Similarity() if about["evidence"] == "similarity" else None

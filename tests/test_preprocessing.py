@@ -31,7 +31,7 @@ def test_pictures_are_the_images_before_normalization(mean, std):
     assert Preprocessing((6, 4)).pictures(1e3 * imgs).max() <= 1
 
 
-def test_lists_are_as_good_as_tuples():
+def test_lists_are_as_good_as_tuples(unchecked):
     listed = Preprocessing([8, 4], [0.5] * 3, [0.2] * 3)
     assert listed == Preprocessing((8, 4), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
     assert listed.size == (8, 4) and hash(listed)

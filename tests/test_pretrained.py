@@ -67,7 +67,7 @@ def test_a_network_of_ones_own_is_given_again(tmp_path):
         from_pretrained(tmp_path, backbone=TinyBackbone(num_classes=9), forward=tiny_forward)
 
 
-def test_other_files_are_refused(tmp_path):
+def test_other_files_are_refused(tmp_path, unchecked):
     with pytest.raises(FileNotFoundError):
         from_pretrained(tmp_path)
     save_pretrained(osnet(), tmp_path, OSNET)
