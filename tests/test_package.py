@@ -22,8 +22,8 @@ ROOMS = (
     "export", "pretrained",
     *(f"ranking.{name}" for name in (
         "neighbourhoods", "reranking", "compute", "tiles", "closed_form", "sides", "pairs",
-        "candidates", "distances", "fused", "mutual", "search", "company", "manifest", "shards",
-        "filling", "contents", "store", "index",
+        "candidates", "distances", "fused", "mutual", "search", "company", "manifest", "kept",
+        "shards", "filling", "contents", "store", "fingerprint", "index", "again",
     )),
     "ranking", "tables", "retrieval",
     *(f"explanation.{name}" for name in (
