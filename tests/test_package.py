@@ -17,7 +17,8 @@ ROOT = Path(casn_plugin.__file__).parent
 ROOMS = (
     "files", "picturefiles", "doors", "loaders", "randomness", "processes", "identities",
     "scores", "kernels", "layouts", "hooks", "attention", "batch_pairs", "losses", "siamese",
-    "sampler", "shares", "encoding", "basis", "evidence", "evaluation", "calibration",
+    "sampler", "shares", "encoding", "basis", "evidence", "positions", "evaluation",
+    "calibration",
     "quality", "heads", "tryout", "taps", "backbones", "model", "objective", "loading",
     "export", "pretrained",
     *(f"ranking.{name}" for name in (

@@ -181,5 +181,5 @@ def picked(numbers: Int64[np.ndarray, " all"], rows: Rows) -> Int64[np.ndarray, 
         if rows.ndim != 1:
             raise TypeError(f"rows must be a slice, a list of numbers or a mask, got {given!r}")
         rows = rows if rows.size else rows.astype(np.int64)
-    found: np.ndarray = numbers[rows]
+    found: np.ndarray = np.ascontiguousarray(numbers[rows])
     return found

@@ -64,7 +64,7 @@ class Shard:
         if (scales if scales is None else (scales.dtype, scales.shape)) != expected:
             raise ValueError("its scales are not those of maps in 8 bits")
         text = tensors["names"].numpy()
-        if (text.dtype, text.ndim) != (np.uint8, 1):
+        if text.dtype != np.uint8 or text.ndim != 1:
             raise ValueError(f"its names are {text.dtype}, of {text.ndim} dimensions")
         self.names = json.loads(text.tobytes())
         listed = isinstance(self.names, list) and len(self.names) == entry.rows
