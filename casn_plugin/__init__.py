@@ -18,6 +18,7 @@ from casn_plugin.objective import MetricOptions
 from casn_plugin.preprocessing import Preprocessing
 from casn_plugin.ranking import (
     Compute,
+    EncodedAgain,
     GalleryIndex,
     RankingOptions,
     Reciprocity,
@@ -40,6 +41,7 @@ __all__ = [
     "BatchPairs",
     "CASNOutput",
     "Compute",
+    "EncodedAgain",
     "Encoding",
     "Evidence",
     "GalleryIndex",

@@ -65,7 +65,7 @@ class Encoding:
         """Returns the encoding of some of the images."""
         return self._map(lambda tensor: tensor[rows])
 
-    def features_of(self, rows: slice) -> Tensor:
+    def features_of(self, rows: slice | Tensor) -> Tensor:
         """Returns the features of some of the images."""
         return self.features[rows]
 
@@ -114,16 +114,27 @@ class Encoding:
 
 @runtime_checkable
 class Encodings(Protocol):
-    """A gallery that is read in blocks: an :class:`Encoding`, or an index on disk."""
+    """A gallery that is read in parts: an :class:`Encoding`, an index on disk, or one of pictures.
+
+    Rows are a slice, or a tensor of their numbers.
+    """
 
     def __len__(self) -> int:
         """Returns the number of images."""
 
-    def __getitem__(self, rows: slice, /) -> Encoding:
+    def __getitem__(self, rows: slice | Tensor, /) -> Encoding:
         """Returns the encoding of some of the images."""
 
-    def features_of(self, rows: slice, /) -> Tensor:
+    def features_of(self, rows: slice | Tensor, /) -> Tensor:
         """Returns their features alone, without reading their maps."""
+
+
+@runtime_checkable
+class Ahead(Encodings, Protocol):
+    """A gallery that works ahead where it is told what comes next."""
+
+    def expect(self, rows: Tensor, /) -> None:
+        """Says which images will be asked for next, in their order."""
 
 
 def with_mirrored(encoding: Encoding, mirrored: Encoding) -> Encoding:

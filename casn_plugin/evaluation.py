@@ -1,12 +1,10 @@
 """How good rankings (CMC, mAP, mINP, who came where) and the scores of pairs (ROC AUC) are.
 
-A match's position in a ranking is 1 + the number of valid gallery entries nearer than it, which
-is found by its value alone: no order of the whole gallery is made, only sorted distances.
+:mod:`casn_plugin.positions` finds where a match stands without ordering the gallery.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +19,19 @@ from casn_plugin.doors import (
     check_same,
     check_tensor,
 )
-from casn_plugin.identities import UNKNOWN, Ids, as_ids, have_match
+from casn_plugin.identities import UNKNOWN, Ids
+from casn_plugin.positions import (
+    Counted,
+    Entries,
+    Found,
+    comparable,
+    counts,
+    in_order,
+    order_of,
+    positions,
+)
+
+_MEMORY = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -98,39 +108,20 @@ def evaluate_rank(
     check_count("max_rank", max_rank)
     check_count("max_memory", max_memory, most=2**63 - 1)
     distmat, (queries, galleries) = distmat.detach(), distmat.shape
-    q_pids, q_camids = as_ids("q_pids", q_pids, queries), as_ids("q_camids", q_camids, queries)
-    g_pids, g_camids = as_ids("g_pids", g_pids, galleries), as_ids("g_camids", g_camids, galleries)
-    kept = np.flatnonzero(~np.isin(g_pids, as_ids("junk_pids", junk_pids)))
-    g_pids, g_camids = g_pids[kept], g_camids[kept]
-    columns = None if len(kept) == galleries else torch.from_numpy(kept).to(distmat.device)
-    galleries = len(kept)
-    # a query's own camera is one that no gallery entry has, where cameras do not matter
-    own = q_camids if cross_camera else np.full_like(q_camids, UNKNOWN)
-    own = np.where(own == UNKNOWN, UNKNOWN - 1, own)
-
-    by_pid = g_pids.argsort(kind="stable")
-    start = np.searchsorted(g_pids, q_pids, "left", by_pid)
-    end = np.searchsorted(g_pids, q_pids, "right", by_pid)
-    end = np.where(q_pids == UNKNOWN, start, end)
-    slots = np.arange((end - start).max(initial=0))  # a query's entries of its pid, padded
+    ids = q_pids, g_pids, q_camids, g_camids
+    counted = Counted((queries, galleries), *ids, cross_camera, junk_pids)
     ap, inp = np.full(queries, np.nan), np.full(queries, np.nan)
     first_match = np.full(queries, -1)
-    block_size = max(1, max_memory // max(1, 24 * galleries + 200 * len(slots)))
-    stop = queries if len(slots) else 0
     bar = tqdm(
-        total=stop, unit="query", leave=False,
+        total=queries, unit="query", leave=False,
         disable=None if progress else True, desc="Evaluating",
     )  # fmt: skip
     with bar:
-        for top in range(0, stop, block_size):
-            rows = slice(top, top + block_size)
-            at = start[rows, None] + slots
-            present = at < end[rows, None]
-            same = by_pid[np.where(present, at, 0)]
-            match = present & (g_camids[same] != own[rows, None])
-            block = distmat[rows] if columns is None else distmat[rows].index_select(1, columns)
-            ap[rows], inp[rows], first_match[rows] = _precisions(block, same, present, match)
-            bar.update(len(at))
+        for rows in counted.blocks(max_memory):
+            block, entries = counted.distances(distmat, rows), counted.entries(rows)
+            place = _ordered_where_unsure(block, entries, positions(block, entries))
+            ap[rows], inp[rows], first_match[rows] = _precisions(place, entries.match)
+            bar.update(len(block))
 
     found = first_match[first_match >= 0]
     if not len(found):
@@ -138,7 +129,7 @@ def evaluate_rank(
             f"none of the {queries} queries has a match: expected a gallery entry of its pid"
             + (" from another camera" if cross_camera else "")
         )
-    max_rank = min(max_rank, galleries)
+    max_rank = min(max_rank, len(counted))
     hits = np.bincount(found, minlength=max_rank)[:max_rank].cumsum()
     return Evaluation(
         cmc=hits.astype(np.float32) / np.float32(len(found)),
@@ -242,32 +233,43 @@ def ranked_lists(
             f"{tuple(feature_distmat.shape)} and {tuple(fused_distmat.shape)}"
         )
     queries, galleries = fused_distmat.shape
-    q_pids, q_camids = as_ids("q_pids", q_pids, queries), as_ids("q_camids", q_camids, queries)
-    g_pids, g_camids = as_ids("g_pids", g_pids, galleries), as_ids("g_camids", g_camids, galleries)
-    ids, ap = (q_pids, g_pids, q_camids, g_camids), np.full(queries, np.nan)
-    options: Any = {"cross_camera": cross_camera, "junk_pids": junk_pids}
-    if have_match(*ids, **options).any():
-        ap = evaluate_rank(fused_distmat, *ids, **options).ap
-    left_out, unknown = np.isin(g_pids, list(junk_pids)), g_camids == UNKNOWN
+    ids = q_pids, g_pids, q_camids, g_camids
+    counted = Counted((queries, galleries), *ids, cross_camera, junk_pids)
     topk = min(topk, galleries)
-    nearest, feature_ranks = np.full((queries, topk), -1), np.zeros((queries, topk), np.int64)
-    right = np.zeros((queries, topk), bool)
-    truth, (truth_rank, truth_feature_rank) = np.full(queries, -1), np.zeros((2, queries), np.int64)
-    for query in range(queries):
-        same = (g_pids == q_pids[query]) & (g_pids != UNKNOWN)
-        junk = left_out | (same & (g_camids == q_camids[query]) & ~unknown & bool(cross_camera))
-        order, by_features = (_order(d[query], junk) for d in (fused_distmat, feature_distmat))
-        ranks = np.zeros(galleries, np.int64)
-        ranks[by_features] = np.arange(1, len(by_features) + 1)
-        shown = order[:topk]
-        nearest[query, : len(shown)] = shown
-        right[query, : len(shown)] = same[shown]
-        feature_ranks[query, : len(shown)] = ranks[shown]
-        if not np.isnan(ap[query]):
-            place = same[order].argmax()
-            truth[query], truth_rank[query] = order[place], place + 1
-            truth_feature_rank[query] = ranks[order[place]]
-    return RankedLists(nearest, right, feature_ranks, truth, truth_rank, truth_feature_rank, ap)
+    found = RankedLists(
+        nearest=np.full((queries, topk), -1),
+        right=np.zeros((queries, topk), bool),
+        feature_ranks=np.zeros((queries, topk), np.int64),
+        truth=np.full(queries, -1),
+        truth_rank=np.zeros(queries, np.int64),
+        truth_feature_rank=np.zeros(queries, np.int64),
+        ap=np.full(queries, np.nan),
+    )
+    for rows in counted.blocks(_MEMORY):
+        entries = counted.entries(rows)
+        fused, features = (
+            counted.distances(distmat.detach(), rows)
+            for distmat in (fused_distmat, feature_distmat)
+        )
+        standing = positions(fused, entries)
+        place = _ordered_where_unsure(fused, entries, standing)
+        near, tied = _nearest(fused, entries, standing.ordered, topk)
+        truth, equal = _first_match(fused, entries)
+        shown = np.column_stack([near, truth])
+        ranks, alike = _ranks(features, entries, shown)
+        for row in np.flatnonzero(standing.unsure | tied | equal | alike).tolist():
+            shown[row], ranks[row] = _by_ordering(fused[row], features[row], entries, row, topk)
+        there = shown >= 0
+        shown, ranks = np.where(there, shown, 0), np.where(there, ranks, 0)
+        found.ap[rows], *_ = _precisions(place, entries.match)
+        found.truth_rank[rows] = np.where(there[:, -1], place[:, 0], 0)
+        found.feature_ranks[rows], found.truth_feature_rank[rows] = ranks[:, :-1], ranks[:, -1]
+        known = counted.q_pids[rows, None]
+        right = there & (counted.g_pids[shown] == known) & (known != UNKNOWN)
+        found.right[rows] = right[:, :-1]
+        every = np.where(there, counted.columns[shown], -1)
+        found.nearest[rows], found.truth[rows] = every[:, :-1], every[:, -1]
+    return found
 
 
 def verification_auc(scores: Float[Tensor, "*pairs"], same: Bool[Tensor, "*pairs"]) -> float:
@@ -285,7 +287,7 @@ def verification_auc(scores: Float[Tensor, "*pairs"], same: Bool[Tensor, "*pairs
     """
     check_finite("scores", check_tensor("scores", scores, "*pairs"))
     check_same("same", same, scores.shape)
-    positives, negatives = scores[same], _sorted(scores[~same])
+    positives, negatives = scores[same], in_order(scores[~same])
     if not len(positives) or not len(negatives):
         return float("nan")
     below = int(torch.searchsorted(negatives, positives).sum())
@@ -293,91 +295,123 @@ def verification_auc(scores: Float[Tensor, "*pairs"], same: Bool[Tensor, "*pairs
     return (below + not_above) / 2 / len(positives) / len(negatives)
 
 
-def _sorted(values: Tensor) -> Tensor:
-    """Returns values sorted along the last dimension."""
-    if values.is_cuda:
-        return values.sort().values
-    if values.dtype == torch.bfloat16:  # unknown to NumPy; float32 holds every value of it
-        return _sorted(values.float()).to(values.dtype)
-    return torch.from_numpy(np.sort(values))  # several times faster than PyTorch on the CPU
-
-
 def _precisions(
-    distmat: Float[Tensor, "queries galleries"],
-    same: Int64[np.ndarray, "queries slots"],
-    present: Bool[np.ndarray, "queries slots"],
-    match: Bool[np.ndarray, "queries slots"],
+    place: Int64[np.ndarray, "queries slots"], match: Bool[np.ndarray, "queries slots"]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns AP, INP and rank of the first match of some queries: NaN, NaN and -1 without one.
 
-    The arguments are those of :func:`_positions`.
+    Args:
+        place: where the matches of each stand.
+        match: as many of each query are true as it has matches.
     """
-    positions, unsure = _positions(distmat, same, present, match)
-    for row in unsure.nonzero()[0]:
-        of_pid, junk = np.zeros((2, distmat.shape[1]), dtype=bool)
-        of_pid[same[row, present[row]]] = True
-        junk[same[row, present[row] & ~match[row]]] = True
-        place = _sorted_positions(distmat[row], of_pid, junk)
-        positions[row, : len(place)] = place
     numbers, slots = match.sum(1), np.arange(match.shape[1])
-    precision = np.where(slots < numbers[:, None], (slots + 1) / positions, 0)
+    precision = np.where(slots < numbers[:, None], (slots + 1) / place, 0)
     found = numbers > 0
     last = precision[np.arange(len(numbers)), np.maximum(numbers, 1) - 1]
     ap = np.where(found, precision.sum(1) / np.maximum(numbers, 1), np.nan)
-    return ap, np.where(found, last, np.nan), np.where(found, positions[:, 0] - 1, -1)
+    return ap, np.where(found, last, np.nan), np.where(found, place[:, 0] - 1, -1)
 
 
-def _positions(
-    distmat: Float[Tensor, "queries galleries"],
-    same: Int64[np.ndarray, "queries slots"],
-    present: Bool[np.ndarray, "queries slots"],
-    match: Bool[np.ndarray, "queries slots"],
-) -> tuple[Int64[np.ndarray, "queries slots"], Bool[np.ndarray, "queries"]]:
-    """Returns the positions of each query's matches, from 1, and for which queries to sort instead.
+def _ordered_where_unsure(
+    distmat: Float[Tensor, "queries counted"], entries: Entries, found: Found
+) -> Int64[np.ndarray, "queries slots"]:
+    """Returns where matches stand; where that is not sure, by ordering the row."""
+    place = found.positions.copy()
+    for row in np.flatnonzero(found.unsure).tolist():
+        match = np.zeros(distmat.shape[1], dtype=bool)
+        match[entries.same[row, entries.match[row]]] = True
+        here = np.flatnonzero(match[order_of(distmat[row], _junk(entries, row, match.size))]) + 1
+        place[row, : len(here)] = here
+    return place
 
-    Those are the queries with a match that ties with a non-match, or is infinite.
 
-    Args:
-        distmat: the distances.
-        same: the gallery entries of each query's pid, padded.
-        present: which of these are no padding.
-        match: which are no junk either.
+def _junk(entries: Entries, row: int, number: int) -> Bool[np.ndarray, " counted"]:
+    """Returns which of all entries are junk for a query."""
+    junk = np.zeros(number, dtype=bool)
+    junk[entries.same[row, entries.junk[row]]] = True
+    return junk
+
+
+def _nearest(
+    distmat: Float[Tensor, "queries counted"],
+    entries: Entries,
+    ordered: Float[Tensor, "queries counted"],
+    topk: int,
+) -> tuple[Int64[np.ndarray, "queries topk"], Bool[np.ndarray, " queries"]]:
+    """Returns each query's nearest entries without junk, -1 where there are no more.
+
+    And for which queries that is not sure, as one of them ties with another entry.
     """
-    device = distmat.device
-    real, matching = (torch.from_numpy(mask).to(device) for mask in (present, match))
-    distmat = (distmat if distmat.element_size() >= 4 else distmat.float()).contiguous()
-    near = distmat.gather(1, torch.from_numpy(same).to(device))
-    near = near.where(real, torch.inf)
-    matches = near.where(matching, torch.inf)
-    unsure = (matching & (matches == torch.inf)).any(1)
-    near, matches = near.sort(1).values, matches.sort(1).values
-
-    ordered = _sorted(distmat)
-    below = torch.searchsorted(ordered, matches)
-    upto = torch.searchsorted(ordered, matches, right=True)
-    same_below = torch.searchsorted(near, matches)
-    same_upto = torch.searchsorted(near, matches, right=True)
-
-    tied = (upto - below != same_upto - same_below) & (matches < torch.inf)
-    positions = below - same_below + torch.arange(1, same.shape[1] + 1, device=device)
-    return positions.cpu().numpy(), (unsure | tied.any(1)).cpu().numpy()
-
-
-def _sorted_positions(
-    distances: Float[Tensor, "galleries"],
-    same: Bool[np.ndarray, "galleries"],
-    junk: Bool[np.ndarray, "galleries"],
-) -> Int64[np.ndarray, "matches"]:
-    """Returns the positions of one query's matches, from 1, by torchreid's own procedure."""
-    return np.flatnonzero(same[_order(distances, junk)]) + 1
+    number, junk = distmat.shape[1], entries.junk
+    last = torch.from_numpy(np.minimum(topk + junk.sum(1), number) - 1).to(distmat.device)
+    within = comparable(distmat) <= ordered.gather(1, last[:, None])
+    places = np.flatnonzero(within.cpu().numpy())  # by query
+    rows = np.arange(len(junk))[:, None] * number
+    places = np.setdiff1d(places, (rows + entries.same)[junk], assume_unique=True)
+    near_values = distmat.reshape(-1)[torch.from_numpy(places).to(distmat.device)]
+    values = near_values.double().cpu().numpy()
+    order = np.lexsort((values, places // number))
+    places, values = places[order], values[order]
+    rows, columns = np.divmod(places, number)
+    ranks = np.arange(len(rows)) - np.searchsorted(rows, rows)
+    tied = (rows[1:] == rows[:-1]) & (values[1:] == values[:-1]) & (ranks[:-1] < topk)
+    unsure = np.zeros(len(junk), bool)
+    unsure[rows[:-1][tied]] = True
+    shown, near = ranks < topk, np.full((len(junk), topk), -1)
+    near[rows[shown], ranks[shown]] = columns[shown]
+    return near, unsure
 
 
-def _order(
-    distances: Float[Tensor, "galleries"], junk: Bool[np.ndarray, "galleries"]
-) -> Int64[np.ndarray, "kept"]:
-    """Returns one query's gallery entries without junk, nearest first, as torchreid orders them."""
-    known = distances.dtype in (torch.float16, torch.float32, torch.float64)
-    row = (distances if known else distances.float()).detach().cpu().contiguous()
-    order = np.argsort(row.numpy())
-    kept: np.ndarray = order[~junk[order]]
-    return kept
+def _first_match(
+    distmat: Float[Tensor, "queries counted"], entries: Entries
+) -> tuple[Int64[np.ndarray, " queries"], Bool[np.ndarray, " queries"]]:
+    """Returns the nearest match of each query, -1 without one; and where two are equally near."""
+    values = distmat.gather(1, torch.from_numpy(entries.same).to(distmat.device))
+    near = np.where(entries.match, values.double().cpu().numpy(), np.inf)
+    rows, place = np.arange(len(near)), near.argmin(1)
+    equal = ((near == near[rows, place, None]) & entries.match).sum(1) > 1
+    return np.where(entries.match[rows, place], entries.same[rows, place], -1), equal
+
+
+def _ranks(
+    distmat: Float[Tensor, "queries counted"],
+    entries: Entries,
+    columns: Int64[np.ndarray, "queries some"],
+) -> tuple[Int64[np.ndarray, "queries some"], Bool[np.ndarray, " queries"]]:
+    """Returns the ranks of some entries of each query, none of them junk, from 1.
+
+    And for which queries that is not sure, as one of them ties with another entry or is infinite.
+    """
+    device, distmat = distmat.device, comparable(distmat)
+    there = torch.from_numpy(columns >= 0).to(device)
+    values = distmat.gather(1, torch.from_numpy(np.maximum(columns, 0)).to(device))
+    junk = distmat.gather(1, torch.from_numpy(entries.same).to(device))
+    junk = junk.where(torch.from_numpy(entries.junk).to(device), torch.inf).sort(1).values
+    below, upto = counts(in_order(distmat), values)
+    junk_below, junk_upto = counts(junk, values)
+    alone = upto - below == junk_upto - junk_below + 1
+    unsure = (there & ~(alone & (values < torch.inf))).any(1)
+    return (below - junk_below + 1).cpu().numpy(), unsure.cpu().numpy()
+
+
+def _by_ordering(
+    fused: Float[Tensor, " counted"],
+    features: Float[Tensor, " counted"],
+    entries: Entries,
+    row: int,
+    topk: int,
+) -> tuple[Int64[np.ndarray, " some"], Int64[np.ndarray, " some"]]:
+    """Returns a query's nearest entries and its first match, -1 each where there is none.
+
+    And the ranks of these by features.
+    """
+    junk = _junk(entries, row, len(fused))
+    order, by_features = (order_of(distances, junk) for distances in (fused, features))
+    ranks = np.zeros(len(fused), np.int64)
+    ranks[by_features] = np.arange(1, len(by_features) + 1)
+    shown = np.full(topk + 1, -1)
+    shown[: min(topk, len(order))] = order[:topk]
+    matches = np.isin(order, entries.same[row, entries.match[row]])
+    if matches.any():
+        shown[-1] = order[matches.argmax()]
+    return shown, ranks[shown]

@@ -95,7 +95,7 @@ def test_rows_without_ties_need_no_sort(monkeypatch):
     arguments = make(2, 30, 200, 9, 3, torch.float64)
     arguments[0][:, arguments[2] > 6] = torch.inf
     queries = arguments[1] <= 6
-    monkeypatch.setattr(evaluation, "_sorted_positions", None)
+    monkeypatch.setattr(evaluation, "order_of", None)
     check(
         (
             arguments[0][queries],
@@ -110,12 +110,12 @@ def test_rows_without_ties_need_no_sort(monkeypatch):
 def test_ties_among_matches_or_with_junk_need_no_sort(monkeypatch):
     distmat = torch.tensor([[0.5, 0.5, 0.5, 0.1, 0.9, 0.9]])
     ids = [np.array(x) for x in ([1], [1, 1, 1, 2, 3, 4], [0], [1, 2, 0, 0, 0, 0])]
-    monkeypatch.setattr(evaluation, "_sorted_positions", None)
+    monkeypatch.setattr(evaluation, "order_of", None)
     assert check((distmat, *ids)).first_match.tolist() == [1]
 
 
 def test_ties_next_to_each_other_in_floats_are_told_apart(monkeypatch):
-    monkeypatch.setattr(evaluation, "_sorted_positions", None)
+    monkeypatch.setattr(evaluation, "order_of", None)
     ids = [np.array(x) for x in ([1], [1, 2, 3], [0], [1, 0, 0])]
     for value in (0.0, -0.0, 1e-45, 1.0, -1.0, 3e38):
         middle = torch.tensor(value)
@@ -218,13 +218,13 @@ def test_mean_inp_by_hand():
 def test_blocks_are_bounded_and_do_not_matter(monkeypatch):
     arguments = make(6, 40, 500, 20, 4, levels=2000)
     whole = evaluate_rank(*arguments)
-    sizes, function = [], evaluation._positions
+    sizes, function = [], evaluation.positions
 
     def spy(distmat, *rest):
         sizes.append(len(distmat))
         return function(distmat, *rest)
 
-    monkeypatch.setattr(evaluation, "_positions", spy)
+    monkeypatch.setattr(evaluation, "positions", spy)
     for max_memory, least in ((1, 40), (60_000, 5), (2**30, 1)):
         sizes.clear()
         split = evaluate_rank(*arguments, max_memory=max_memory)
@@ -319,15 +319,24 @@ def test_auc_counts_pairs_in_the_right_order():
     galleries=st.integers(1, 40),
     pids=st.integers(1, 6),
     camids=st.integers(1, 3),
-    levels=st.sampled_from([0, 3]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
+    levels=st.sampled_from([0, 1, 3, 30]),
+    feature_levels=st.sampled_from([0, 0, 2, 30]),
+    infinite=st.sampled_from([0, 0, 0.1, 0.6]),
     topk=st.integers(1, 12),
+    memory=st.sampled_from([1, 4000, 2**26]),
 )
 def test_ranked_lists_are_those_of_a_plain_loop(
-    seed, queries, galleries, pids, camids, levels, topk
+    seed, queries, galleries, pids, camids, dtype, levels, feature_levels, infinite, topk, memory
 ):
-    fused, *ids = make(seed, queries, galleries, pids, camids, levels=levels)
-    features = make(seed + 1, queries, galleries, pids, camids)[0]
-    found = ranked_lists(features, fused, *ids, topk=topk)
+    fused, *ids = make(seed, queries, galleries, pids, camids, dtype, levels)
+    features = make(seed + 1, queries, galleries, pids, camids, dtype, feature_levels)[0]
+    for distmat in (fused, features):
+        values = torch.rand(distmat.shape, generator=torch.Generator().manual_seed(seed))
+        distmat[values < infinite] = torch.inf
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(evaluation, "_MEMORY", memory)
+        found = ranked_lists(features, fused, *ids, topk=topk)
     if any(plain(fused, *ids)[0]):
         evaluated = evaluate_rank(fused, *ids)
         np.testing.assert_array_equal(found.ap, evaluated.ap)
@@ -338,8 +347,8 @@ def test_ranked_lists_are_those_of_a_plain_loop(
     q_pids, g_pids, q_camids, g_camids = ids
     for q in range(queries):
         of_query = q_pids[q], g_pids, q_camids[q], g_camids
-        by_fused = reference.ranked_list(fused[q].numpy(), *of_query)
-        by_features = dict(reference.ranked_list(features[q].numpy(), *of_query))
+        by_fused = reference.ranked_list(as_numpy(fused[q]), *of_query)
+        by_features = dict(reference.ranked_list(as_numpy(features[q]), *of_query))
         shown = [int(g) for g in found.nearest[q] if g >= 0]
         assert shown == [g for g, _ in by_fused[:topk]]
         assert (found.nearest[q, len(shown) :] == -1).all()
@@ -365,6 +374,36 @@ def test_ranked_lists_are_those_of_a_plain_loop(
     assert found.failures() == [q for q in worst if found.truth_rank[q] > 1]
     assert found.worst(2) == worst[:2] and found.best(1) == worst[-1:]
     assert found.failures(1) == found.failures()[:1]
+
+
+def test_ranked_lists_without_ties_need_no_order(monkeypatch):
+    fused, *ids = make(5, 40, 400, 9, 3, torch.float64)
+    features = make(6, 40, 400, 9, 3, torch.float64)[0]
+    monkeypatch.setattr(evaluation, "order_of", None)
+    found = ranked_lists(features, fused, *ids)
+    np.testing.assert_array_equal(found.ap, evaluate_rank(fused, *ids).ap)
+
+
+def test_ranked_lists_leave_out_the_same_junk_as_evaluation():
+    fused, *ids = make(7, 30, 60, 6, 3, levels=8)
+    features = make(8, 30, 60, 6, 3, levels=20)[0]
+    for options in ({"junk_pids": (2, 4)}, {"cross_camera": False}, {"junk_pids": range(6)}):
+        found = ranked_lists(features, fused, *ids, topk=60, **options)
+        left = ~np.isin(ids[1], list(options.get("junk_pids", [])))
+        if left.any():
+            evaluated = evaluate_rank(fused, *ids, **options)
+            np.testing.assert_array_equal(found.truth_rank, evaluated.first_match + 1)
+            np.testing.assert_array_equal(found.ap, evaluated.ap)
+        shown = [set(row[row >= 0]) for row in found.nearest]
+        for query, rows in enumerate(shown):
+            junk = (
+                (ids[1] == ids[0][query])
+                & (ids[3] == ids[2][query])
+                & ("cross_camera" not in options)
+            )
+            assert rows == set(np.flatnonzero(left & ~junk))
+            ranks = found.feature_ranks[query]
+            assert sorted(ranks[ranks > 0]) == [*range(1, len(rows) + 1)]
 
 
 def test_ranked_lists_put_infinite_distances_before_junk():

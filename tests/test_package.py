@@ -17,14 +17,14 @@ ROOT = Path(casn_plugin.__file__).parent
 ROOMS = (
     "files", "picturefiles", "doors", "preprocessing", "loaders", "randomness", "processes",
     "identities", "scores", "kernels", "layouts", "hooks", "attention", "batch_pairs", "losses",
-    "siamese",
-    "sampler", "shares", "encoding", "basis", "evidence", "evaluation", "calibration",
+    "siamese", "sampler", "shares", "encoding", "basis", "evidence", "positions", "evaluation",
+    "calibration",
     "quality", "heads", "tryout", "taps", "backbones", "model", "objective", "loading",
     "export", "pretrained",
     *(f"ranking.{name}" for name in (
         "neighbourhoods", "reranking", "compute", "tiles", "closed_form", "sides", "pairs",
-        "candidates", "distances", "fused", "mutual", "search", "company", "manifest", "shards",
-        "filling", "contents", "store", "index",
+        "candidates", "distances", "fused", "mutual", "search", "company", "manifest", "kept",
+        "shards", "filling", "contents", "store", "fingerprint", "index", "again",
     )),
     "ranking", "tables", "retrieval",
     *(f"explanation.{name}" for name in (

@@ -5,6 +5,7 @@ classifier; the attention map of each image of each pair is ReLU(Bᵀα), a seco
 that :mod:`casn_plugin.encoding` computes once per image.
 """
 
+from casn_plugin.ranking.again import EncodedAgain
 from casn_plugin.ranking.compute import Compute
 from casn_plugin.ranking.distances import (
     attention_distmat,
@@ -36,6 +37,7 @@ from casn_plugin.ranking.search import Ranking, rank_gallery
 __all__ = [
     "Compute",
     "Distmats",
+    "EncodedAgain",
     "FeatureDistances",
     "GalleryIndex",
     "Normalization",

@@ -11,8 +11,9 @@ from jaxtyping import Bool, Int, Int64
 from torch import Tensor
 
 from casn_plugin.encoding import Encoding
+from casn_plugin.ranking.kept import Kept
 from casn_plugin.ranking.manifest import Entry, Manifest
-from casn_plugin.ranking.shards import Shard, no_images
+from casn_plugin.ranking.shards import Shard
 
 Rows = (
     slice
@@ -30,7 +31,7 @@ class Contents:
     Args:
         folder: of the index.
         manifest: which shards, and which of their rows.
-        verify: compare every byte with the checksums.
+        verify: compare features and maps with their checksums when they are first asked for.
         opened: contents whose shards are open already: they are not read again.
 
     Attributes:
@@ -49,7 +50,7 @@ class Contents:
         >>> before = Manifest(model="0" * 64, dtype=None)
         >>> with TemporaryDirectory() as name:
         ...     writer = Writer(Path(name), before)
-        ...     writer.write(images, names=["a", "b", "c"])
+        ...     writer.write(Kept.of(images, before), names=["a", "b", "c"])
         ...     after = before.of([], [shard.entry for shard in writer.written])
         ...     contents = Contents(Path(name), after, verify=True)
         ...     contents.names, contents.encoding([2, 0]).features.shape
@@ -88,13 +89,18 @@ class Contents:
         Raises:
             IndexError: no such row.
             TypeError: no list of rows.
-            ValueError: nothing has been added yet: maps have no size.
+            ValueError: nothing has been added yet: maps have no size; only features are kept; or
+                images are damaged.
         """
-        if self.manifest.images is None:
-            raise ValueError(f"the index in {self._folder} is empty")
-        parts = [shard.encoding[local] for shard, local in self._runs(rows)]
+        if not self.manifest.maps:
+            raise ValueError(
+                f"the index in {self._folder} keeps no maps, its features alone (features_of): "
+                "EncodedAgain(model, index, pictures) encodes its pictures again where maps are "
+                "needed"
+            )
+        parts = [shard.encoding(local) for shard, local in self._runs(rows)]
         if not parts:
-            return no_images(self.manifest.images)
+            return self._nothing().encoding(slice(None))
         return parts[0] if len(parts) == 1 else Encoding.cat(parts)
 
     def features(self, rows: Rows) -> Tensor:
@@ -103,8 +109,19 @@ class Contents:
         Raises:
             IndexError, TypeError, ValueError: as :meth:`encoding`.
         """
-        parts = [shard.encoding.features[local] for shard, local in self._runs(rows)]
-        return torch.cat(parts) if parts else self.encoding(slice(0)).features
+        parts = [shard.features(local) for shard, local in self._runs(rows)]
+        if not parts:
+            return self._nothing().features
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def verify(self) -> None:
+        """Compares all images with their checksums, also those that were before.
+
+        Raises:
+            ValueError: they are damaged.
+        """
+        for shard, local in self._runs(slice(None)):
+            shard.verify(local)
 
     def without(self, rows: Rows) -> list[Entry]:
         """Returns what a manifest says of the shards when some of the images are removed.
@@ -119,6 +136,12 @@ class Contents:
             if len(removed) < entry.rows:
                 entries.append(replace(entry, removed=removed))
         return entries
+
+    def _nothing(self) -> Kept:
+        """Returns no images."""
+        if self.manifest.images is None:
+            raise ValueError(f"the index in {self._folder} is empty")
+        return Kept.none(self.manifest.images)
 
     def _runs(self, rows: Rows) -> Iterator[tuple[Shard, slice | Tensor]]:
         """Yields runs of rows that lie in one shard: the shard, and the rows in it."""
@@ -138,11 +161,25 @@ class Contents:
 
     def _physical(self, rows: Rows) -> Int64[np.ndarray, " found"]:
         """Returns the numbers of rows among all that are in the shards, removed ones too."""
-        if not isinstance(rows, slice):
-            given = rows.cpu() if isinstance(rows, Tensor) else rows
-            rows = np.asarray(given)
-            if rows.ndim != 1:
-                raise TypeError(f"rows must be a slice, a list of numbers or a mask, got {given!r}")
-            rows = rows if rows.size else rows.astype(np.int64)
-        physical: np.ndarray = self._rows[rows]
-        return physical
+        return picked(self._rows, rows)
+
+
+def picked(numbers: Int64[np.ndarray, " all"], rows: Rows) -> Int64[np.ndarray, " found"]:
+    """Returns some of the numbers.
+
+    Raises:
+        IndexError: no such row.
+        TypeError: no list of rows.
+
+    Example:
+        >>> picked(np.arange(4), [True, False, False, True])
+        array([0, 3])
+    """
+    if not isinstance(rows, slice):
+        given = rows.cpu() if isinstance(rows, Tensor) else rows
+        rows = np.asarray(given)
+        if rows.ndim != 1:
+            raise TypeError(f"rows must be a slice, a list of numbers or a mask, got {given!r}")
+        rows = rows if rows.size else rows.astype(np.int64)
+    found: np.ndarray = np.ascontiguousarray(numbers[rows])
+    return found

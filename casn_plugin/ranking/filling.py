@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from casn_plugin.encoding import Encoding
 from casn_plugin.loaders import like
 from casn_plugin.loading import encode_images, read_batch
 from casn_plugin.model import CASN
 from casn_plugin.processes import Processes
+from casn_plugin.ranking.kept import Kept
+from casn_plugin.ranking.manifest import Manifest
 from casn_plugin.ranking.shards import taken_error
 
 _Labels = Sequence[int | None] | None
@@ -20,13 +21,13 @@ class Images(NamedTuple):
     """Encoded images.
 
     Attributes:
-        encoding: None where there are none.
+        kept: as the index keeps them; None where there are none.
         names: their names; a number for one that has been given none.
         pids: their identities.
         camids: their cameras.
     """
 
-    encoding: Encoding | None
+    kept: Kept | None
     names: list[str | int]
     pids: _Labels
     camids: _Labels
@@ -37,7 +38,7 @@ def encoded(
     batches: Iterable[Any],
     first: Iterable[int] | None,
     *,
-    added: int,
+    manifest: Manifest,
     taken: set[str],
     skip: bool,
 ) -> Iterator[Images]:
@@ -47,7 +48,8 @@ def encoded(
         model: that encodes them.
         batches: what a loader gives.
         first: for each batch, the row of its first image; by default where the one before ended.
-        added: images without a name are numbered from here in the order of rows.
+        manifest: of the index: how it keeps images, and from which number on those without a name
+            are numbered, in the order of rows.
         taken: names that are taken; those of the batches are added.
         skip: leave out images whose name is taken, before they are encoded.
 
@@ -55,14 +57,14 @@ def encoded(
         TypeError: batches that hold no images.
         ValueError: a name that is taken, without `skip`; or as :func:`encode_images`.
     """
-    count, starts = 0, None if first is None else iter(first)
+    count, starts = manifest.added, None if first is None else iter(first)
     for data in batches:
         imgs, given, *labels = read_batch(data)
-        start = count if starts is None else next(starts)
+        start = count if starts is None else manifest.added + next(starts)
         count += len(imgs)
         if not given:
-            numbers: list[str | int] = [*range(added + start, added + start + len(imgs))]
-            yield Images(encode_images(model, imgs), numbers, *labels)
+            numbers: list[str | int] = [*range(start, start + len(imgs))]
+            yield Images(Kept.of(encode_images(model, imgs), manifest), numbers, *labels)
             continue
         names, rows = [str(name) for name in given], []
         for row, name in enumerate(names):
@@ -74,7 +76,8 @@ def encoded(
         if len(rows) < len(names) == len(imgs):
             imgs, names = imgs[rows], [names[row] for row in rows]
             labels = [None if each is None else [each[row] for row in rows] for each in labels]
-        yield Images(encode_images(model, imgs) if len(imgs) else None, [*names], *labels)
+        kept = Kept.of(encode_images(model, imgs), manifest) if len(imgs) else None
+        yield Images(kept, [*names], *labels)
 
 
 def in_shards(batches: Iterable[Images], shard_size: int, per_shard: int) -> Iterator[Images]:
@@ -93,12 +96,12 @@ def _joined(batches: list[Images]) -> list[Images]:
 
     Where there are no images, nothing.
     """
-    encodings = [each.encoding for each in batches if each.encoding is not None]
-    if not encodings:
+    kept = [each.kept for each in batches if each.kept is not None]
+    if not kept:
         return []
     _, names, *labels = zip(*batches, strict=True)
     pids, camids = (None if None in each else list(chain(*each)) for each in labels)
-    return [Images(Encoding.cat(encodings), list(chain(*names)), pids, camids)]
+    return [Images(Kept.cat(kept), list(chain(*names)), pids, camids)]
 
 
 def share(

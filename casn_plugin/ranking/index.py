@@ -1,6 +1,5 @@
 """A gallery on disk: encoded once, searched by image, read block by block while it is ranked."""
 
-import hashlib
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -11,14 +10,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from casn_plugin.doors import check_choice, check_count, check_kind
-from casn_plugin.encoding import Encoding
-from casn_plugin.evidence import Similarity, evidence_of
-from casn_plugin.hooks import unwrapped
+from casn_plugin.encoding import Encoding, Encodings
+from casn_plugin.evidence import evidence_of
 from casn_plugin.identities import Ids
 from casn_plugin.loading import encode_images
 from casn_plugin.model import CASN
@@ -27,7 +25,9 @@ from casn_plugin.ranking.company import aside, locked
 from casn_plugin.ranking.contents import Rows
 from casn_plugin.ranking.distances import pair_attention
 from casn_plugin.ranking.filling import encoded, in_shards, share
-from casn_plugin.ranking.manifest import DTYPES, MANIFEST, Manifest, dtype_name
+from casn_plugin.ranking.fingerprint import fingerprint
+from casn_plugin.ranking.kept import Kept
+from casn_plugin.ranking.manifest import DTYPES, EIGHT_BITS, MANIFEST, Manifest, dtype_name
 from casn_plugin.ranking.pairs import pair_classifier_of
 from casn_plugin.ranking.search import Ranking, rank_gallery
 from casn_plugin.ranking.shards import Writer
@@ -83,13 +83,18 @@ class GalleryIndex:
     ``index[10:20]`` is the encoding of ten images, ``index[index.pids == 5]`` that of one person;
     an index goes wherever ranking takes a gallery.
 
+    Nothing is used before its checksum has been compared: names and labels, and the sizes of all
+    files, when the index is opened; the features and the maps of an image when they are first asked
+    for. So opening reads some hundred bytes an image, and :meth:`verify` all of them.
+
     Several processes may change an index: one at a time, behind a lock. What one has opened stays
     as it is while others change the folder; adding takes their changes in, and adds to them.
     Removing is refused then, as rows may have other numbers. Reading needs no lock.
 
     Args:
         folder: where :meth:`create` made it.
-        verify: compare every byte with the checksums, which reads the whole index once.
+        verify: compare features and maps with their checksums. False: trust the files, where
+            another process has compared them just before.
         timeout: a change waits so many seconds for that of another process, >= 0.
 
     Attributes:
@@ -97,9 +102,11 @@ class GalleryIndex:
 
     Raises:
         FileNotFoundError: no index in that folder, or one of its shards is missing.
-        ValueError: a damaged file, or one that something else has written; a negative timeout.
+        ValueError: a damaged file, or one that something else has written; a negative timeout. All
+            that reads images raises it too, where theirs are damaged.
 
     Example:
+        >>> from torch import nn
         >>> model = CASN(nn.Sequential(nn.Conv2d(3, 8, 3, stride=4)), input_size=(32, 16),
         ...              forward=lambda net, imgs: (None, net(imgs).mean((2, 3))))
         >>> from tempfile import TemporaryDirectory
@@ -120,7 +127,12 @@ class GalleryIndex:
 
     @classmethod
     def create(
-        cls, folder: str | os.PathLike[str], model: CASN, *, dtype: torch.dtype | None = None
+        cls,
+        folder: str | os.PathLike[str],
+        model: CASN,
+        *,
+        dtype: torch.dtype | None = None,
+        maps: bool = True,
     ) -> "GalleryIndex":
         """Returns a new, empty index for the images of one model.
 
@@ -128,18 +140,25 @@ class GalleryIndex:
             folder: made if need be.
             model: the index is bound to its weights, and to its evidence, pair classifier or
                 similarity: maps of another model mean nothing here.
-            dtype: maps are kept in it: torch.float16 halves the size, and rounds. By default
+            dtype: maps are kept in it, rounded: torch.float16 halves the size of float32, and
+                torch.int8, with a scale for each channel of each image, quarters it. By default
                 that of the encodings.
+            maps: False: only features are kept, 8 KB for 2,048 of them in place of a megabyte. An
+                :class:`EncodedAgain` encodes pictures again where their maps are needed.
 
         Raises:
             FileExistsError: there is an index in that folder already.
             TimeoutError: another process is making one.
-            TypeError: a dtype that is no float, or one of 8 bits.
+            TypeError: a dtype that is neither a float of 16 bits or more nor torch.int8.
+            ValueError: a dtype of maps that are not kept.
         """
+        check_kind("maps", maps, bool)
         name = None if dtype is None else dtype_name(dtype)
-        if name not in (None, *DTYPES):
-            raise TypeError(f"dtype must be a float dtype, got {dtype}")
-        path, manifest = Path(folder) / MANIFEST, Manifest(_fingerprint(model), name)
+        if name not in (None, *DTYPES, EIGHT_BITS):
+            raise TypeError(f"dtype must be a float dtype or torch.int8, got {dtype}")
+        if name is not None and not maps:
+            raise ValueError(f"dtype is that of maps, and maps=False keeps none, got {dtype}")
+        path, manifest = Path(folder) / MANIFEST, Manifest(fingerprint(model), name, maps)
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.parent, timeout=60.0):
             if path.exists():
@@ -174,7 +193,8 @@ class GalleryIndex:
         Raises:
             IndexError: no such row.
             TypeError: a single number, or anything else that is no list of rows.
-            ValueError: an index to which nothing has been added yet: its maps have no size.
+            ValueError: an index to which nothing has been added yet: its maps have no size; one of
+                features alone; or damaged images.
         """
         return self._store.contents.encoding(rows)
 
@@ -184,9 +204,17 @@ class GalleryIndex:
         Raises:
             IndexError: no such row.
             TypeError: a single number, or anything else that is no list of rows.
-            ValueError: as for ``index[rows]``.
+            ValueError: an index to which nothing has been added yet, or damaged images.
         """
         return self._store.contents.features(rows)
+
+    def verify(self) -> None:
+        """Reads all images and compares them with their checksums; opening reads but a part.
+
+        Raises:
+            ValueError: damaged images; it names the file and the first of them.
+        """
+        self._store.contents.verify()
 
     def add(
         self,
@@ -221,7 +249,8 @@ class GalleryIndex:
             added = self._store.contents.manifest.added
             given = range(added, added + len(encoding)) if names is None else map(str, names)
             writer = Writer(place, self._store.contents.manifest)
-            writer.write(encoding, [*given], pids, camids)
+            kept = Kept.of(encoding, self._store.contents.manifest)
+            writer.write(kept, [*given], pids, camids)
             store.take(writer.written, skip=duplicates == "skip")
 
     def extend(
@@ -260,7 +289,7 @@ class GalleryIndex:
         check_choice("duplicates", duplicates, ("refuse", "skip"))
         processes, skip = Processes(distributed), duplicates == "skip"
         with ExitStack() as stack, processes.together():
-            self._check_model(model)
+            self.check_model(model)
             with self._store.locked() as store:  # not while images are encoded
                 if not distributed:  # else all have to have opened the same
                     store.refresh()
@@ -269,11 +298,11 @@ class GalleryIndex:
             per_shard = -(-shard_size // (loader.batch_size or 1))
             part, first = share(loader, per_shard, processes) if distributed else (loader, None)
             batches = tqdm(part, desc="Encoding", leave=False, disable=None if progress else True)
-            images = encoded(model, batches, first, added=before.added, taken=taken, skip=skip)
+            images = encoded(model, batches, first, manifest=before, taken=taken, skip=skip)
             writer = Writer(place, before)
             for shard in in_shards(images, shard_size, per_shard):
-                assert shard.encoding is not None  # for the type checker: in_shards saw to it
-                writer.write(shard.encoding, *shard[1:])
+                assert shard.kept is not None  # for the type checker: in_shards saw to it
+                writer.write(shard.kept, *shard[1:])
             every = processes.gather((before, writer.written))
             if any(other != before for other, _ in every):
                 raise ValueError(f"not all processes have opened the same {self.folder}")
@@ -308,6 +337,7 @@ class GalleryIndex:
         query: Float[Tensor, "queries 3 rows columns"] | Encoding,
         *,
         topk: int = 10,
+        maps: Encodings | None = None,
         **options: Any,
     ) -> SearchResult:
         """Returns the topk nearest images of each query by fused distance, with attention maps.
@@ -316,41 +346,45 @@ class GalleryIndex:
             model: the model that the index was created for.
             query: normalised images, or their encoding.
             topk: images to find for each query.
+            maps: where the maps of this index's images come from, row by row: an
+                :class:`EncodedAgain` of it. By default the index itself.
             **options: those of :func:`~casn_plugin.ranking.rank_gallery`.
 
         Raises:
-            ValueError: another model, an empty index, or what ``rank_gallery`` rejects.
+            TypeError: maps of no gallery.
+            ValueError: another model, an empty index, one of features alone without `maps`, `maps`
+                of another number of images, or what ``rank_gallery`` rejects.
         """
-        self._check_model(model)
+        self.check_model(model)
+        gallery = self if maps is None else check_kind("maps", maps, Encodings)
+        if len(gallery) != len(self):
+            raise ValueError(f"maps must be of the index's {len(self)} images, got {len(gallery)}")
         if isinstance(query, Tensor):
             query = encode_images(model, query)
-        ranking = rank_gallery(model, query, self, topk=topk, **options)
+        ranking = rank_gallery(model, query, gallery, topk=topk, **options)
         rows = ranking.indices.cpu().numpy()
-        maps = torch.empty(2, *rows.shape, *query.maps.shape[2:], dtype=query.features.dtype)
+        found = torch.empty(2, *rows.shape, *query.maps.shape[2:], dtype=query.features.dtype)
         for i, some in enumerate(rows):
             same = query[torch.full((len(some),), i)]
-            maps[:, i] = torch.stack(pair_attention(model, same, self[some]))
+            found[:, i] = torch.stack(pair_attention(model, same, gallery[torch.from_numpy(some)]))
         names = [[self.names[row] for row in some] for some in rows]
-        return SearchResult(ranking, names, self.pids[rows], self.camids[rows], maps[0], maps[1])
+        return SearchResult(ranking, names, self.pids[rows], self.camids[rows], found[0], found[1])
 
-    def _check_model(self, model: CASN) -> None:
-        if _fingerprint(model) != self._store.contents.manifest.model:
+    def check_model(self, model: CASN) -> str:
+        """Returns the fingerprint of the model that the index was created for.
+
+        Weights are hashed once, and again where they may have changed:
+        :func:`casn_plugin.ranking.fingerprint.fingerprint` says what goes unnoticed.
+
+        Raises:
+            TypeError: no module.
+            ValueError: another model.
+        """
+        found = fingerprint(model)
+        if found != self._store.contents.manifest.model:
             raise ValueError(
                 f"the index in {self.folder} was created for a model with other weights, other "
                 "evidence or another `flip`: its maps mean nothing to this one, whose evidence is "
                 f"the {evidence_of(pair_classifier_of(model))}"
             )
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """Returns a checksum of all weights of a model, of its kind of evidence and of `flip`."""
-    network = unwrapped(check_kind("model", model, nn.Module))
-    digest = hashlib.sha256(b"flip" if getattr(network, "flip", False) else b"")
-    if isinstance(getattr(network, "pair_classifier", None), Similarity):
-        digest.update(b"similarity")
-    for name, value in network.state_dict().items():
-        digest.update(name.encode())
-        if isinstance(value, Tensor):
-            values = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(values.numpy().data)
-    return digest.hexdigest()
+        return found

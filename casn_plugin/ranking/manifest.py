@@ -17,12 +17,18 @@ from casn_plugin.ranking.company import SHARD
 
 MANIFEST = "index.json"
 FORMAT = "casn-plugin gallery index"
-VERSION = 1
+VERSION = 2
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 """The dtypes that features and maps are kept in."""
 
+EIGHT_BITS = "int8"
+"""What else maps are kept in: 8 bits, times a scale for each channel of each image."""
+
 Common = dict[str, Any]
-"""What the images of an index have in common: their "kind", dtype and size of features and maps."""
+"""What the images of an index have in common: their "kind", dtype and size of features and maps.
+
+The latter are None where only features are kept.
+"""
 
 _MOST = 2**40  # rows, or values of an image: more is nonsense, and overflows somewhere
 
@@ -33,7 +39,7 @@ class Entry:
 
     Attributes:
         file: its name.
-        sha256: the checksum of its content.
+        sha256: the checksum of its head, in which the checksums of all else are.
         rows: how many images it holds.
         images: what they have in common.
         removed: the rows that are removed.
@@ -64,6 +70,7 @@ class Manifest:
     Attributes:
         model: checksum of the model that the index is for.
         dtype: name of the dtype that maps are kept in; None: that of the encodings.
+        maps: whether maps are kept, or features alone.
         images: what all images have in common; None before the first.
         added: how many images have ever been added.
         shards: those that count, in order.
@@ -78,6 +85,7 @@ class Manifest:
 
     model: str
     dtype: str | None
+    maps: bool = True
     images: Common | None = None
     added: int = 0
     shards: tuple[Entry, ...] = ()
@@ -119,11 +127,15 @@ class Manifest:
     def check(self) -> None:
         """Raises ValueError where something is not what a writer would have written."""
         _expect(_is_text(self.model, "[0-9a-f]{64}"), "model", self.model, "a checksum")
-        _expect(self.dtype is None or self.dtype in DTYPES, "dtype", self.dtype, "a float dtype")
+        _expect(type(self.maps) is bool, "maps", self.maps, "true or false")
+        allowed = (None, *DTYPES, EIGHT_BITS) if self.maps else (None,)
+        _expect(self.dtype in allowed, "dtype", self.dtype, "that of maps")
         if self.images is not None:
             check_images(self.images)
-            own = self.images["maps"][0]
-            _expect(self.dtype in (None, own), "dtype", self.dtype, f"{own}, as its maps are")
+            maps = self.images["maps"]
+            _expect((maps is not None) == self.maps, "maps", self.maps, f"as these are: {maps}")
+            fits = maps is None or self.dtype == maps[0] or (not self.dtype and maps[0] in DTYPES)
+            _expect(fits, "dtype", self.dtype, f"as its maps are: {maps}")
         seen: dict[str, tuple[Any, ...]] = {}
         gone: dict[str, set[int]] = {}
         for entry in self.shards:
@@ -162,6 +174,11 @@ class Manifest:
         return replace(self, images=images, added=added, shards=(*kept, *new))
 
     @property
+    def made(self) -> tuple[Any, ...]:
+        """As what the index was made, which no change of it touches."""
+        return self.model, self.dtype, self.maps
+
+    @property
     def files(self) -> set[str]:
         """Names of the shards."""
         return {entry.file for entry in self.shards}
@@ -187,17 +204,20 @@ def check_images(images: Any) -> None:
     Example:
         >>> check_images({"kind": "basis", "features": ["float32", 4], "maps": ["float16", 4, 6]})
         Traceback (most recent call last):
-        ValueError: maps is ['float16', 4, 6], but must be a float dtype and 3 sizes
+        ValueError: maps is ['float16', 4, 6], but must be a dtype and 3 sizes
     """
     fits = isinstance(images, dict) and set(images) == {"kind", "features", "maps"}
     _expect(fits, "images", images, "a kind, features and maps")
-    for name, dims in (("features", 1), ("maps", 3)):
+    for name, dims, dtypes in (("features", 1, DTYPES), ("maps", 3, (*DTYPES, EIGHT_BITS))):
         size = images[name]
-        fits = isinstance(size, list) and len(size) == 1 + dims and size[0] in DTYPES
+        if name == "maps" and size is None:
+            continue
+        fits = isinstance(size, list) and len(size) == 1 + dims and size[0] in dtypes
         fits = fits and all(_is_count(each) and each for each in size[1:])
         fits = fits and math.prod(size[1:]) < _MOST
-        _expect(fits, name, size, f"a float dtype and {dims} size{'s' * (dims > 1)}")
-    kind, dim, channels = images["kind"], images["features"][1], images["maps"][1]
+        _expect(fits, name, size, f"a dtype and {dims} size{'s' * (dims > 1)}")
+    kind, dim = images["kind"], images["features"][1]
+    channels = dim if images["maps"] is None else images["maps"][1]
     fits = dim == channels if kind == "basis" else kind == "activations" and dim % channels == 0
     _expect(fits, "images", images, "a basis of as many channels as features, or activations")
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from casn_plugin.attention import ROW_THRESHOLD
-from casn_plugin.encoding import Encoding, Encodings
+from casn_plugin.encoding import Ahead, Encoding, Encodings
 from casn_plugin.ranking.candidates import compare
 from casn_plugin.ranking.fused import FeatureDistances, RankingOptions
 from casn_plugin.ranking.neighbourhoods import BLOCK, Neighbourhood, normalised
@@ -26,7 +26,7 @@ QUERIES = 2048
 
 
 class Together:
-    """Queries and gallery as one gallery, the queries first.
+    """Queries and gallery as one gallery, the queries first. Listed rows of it ascend.
 
     Args:
         query: the queries.
@@ -46,19 +46,32 @@ class Together:
         """Returns the number of images."""
         return self._queries + len(self._parts[1])
 
-    def __getitem__(self, rows: slice) -> Encoding:
+    def __getitem__(self, rows: slice | Tensor) -> Encoding:
         """Returns the encoding of some of the images."""
         some = [part[own] for part, own in self._of(rows)]
         return Encoding.cat([each.to(some[0].features.dtype) for each in some])
 
-    def features_of(self, rows: slice) -> Tensor:
+    def features_of(self, rows: slice | Tensor) -> Tensor:
         """Returns their features alone."""
         return torch.cat([part.features_of(own) for part, own in self._of(rows)])
 
-    def _of(self, rows: slice) -> Iterator[tuple[Encodings, slice]]:
+    def expect(self, rows: Tensor) -> None:
+        """Says which images will be asked for next, in their order."""
+        for part, own in self._of(rows):
+            if isinstance(part, Ahead) and isinstance(own, Tensor):
+                part.expect(own)
+
+    def _of(self, rows: slice | Tensor) -> Iterator[tuple[Encodings, slice | Tensor]]:
         """Yields the part or parts that rows are of, and which rows of it."""
-        start, stop, _ = rows.indices(len(self))
         first = self._queries
+        if isinstance(rows, Tensor):
+            queries = int((rows < first).sum())
+            if queries or not len(rows):
+                yield self._parts[0], rows[:queries]
+            if queries < len(rows):
+                yield self._parts[1], rows[queries:] - first
+            return
+        start, stop, _ = rows.indices(len(self))
         if start < first or start == stop:
             yield self._parts[0], slice(start, max(start, min(stop, first)))
         if stop > first:

@@ -250,6 +250,8 @@ class Pairs:
         rows, columns = rows[order], columns[order]
         edges = [*(block.start for block in self._blocks), *(b.stop for b in self._blocks[-1:])]
         cuts = torch.searchsorted(columns, columns.new_tensor(edges)).tolist()
+        own = slice(cuts[0], cuts[-1]) if cuts else slice(0)
+        self._galleries.expect(columns[own].unique_consecutive())
         with self._compute.bar(len(rows), desc) as bar:
             for block, (start, stop) in zip(self._blocks, pairwise(cuts), strict=True):
                 if start < stop:
@@ -260,7 +262,11 @@ class Pairs:
         self, block: slice, rows: Tensor, columns: Tensor, unit: bool
     ) -> Iterator[ListedPairs]:
         """Yields listed pairs of one block, sorted by gallery image: its maps are one product."""
-        second = self._galleries.side(block)
+        needed, places = columns.unique_consecutive(return_inverse=True)
+        if self._galleries.resident or len(needed) == block.stop - block.start:
+            second, places = self._galleries.side(block), columns - block.start
+        else:  # no others are read, or encoded
+            second = self._galleries.side(needed.cpu())
         for panel in self._grid.panels():
             inside = (rows >= panel.start) & (rows < panel.stop)
             if not inside.any():
@@ -268,12 +274,9 @@ class Pairs:
             first = self._queries.side(panel)
             directions = self._form.directions(first.keys, second.keys)
             qf, gf = (as_compared(each.features, unit=unit) for each in (first, second))
-            for i, j in zip(
-                rows[inside].split(self._grid.listed),
-                columns[inside].split(self._grid.listed),
-                strict=True,
-            ):
-                mine, its = i - panel.start, j - block.start
+            listed = (each[inside].split(self._grid.listed) for each in (rows, columns, places))
+            for i, j, its in zip(*listed, strict=True):
+                mine = i - panel.start
                 towards_first, towards_second = directions.of_listed(
                     first.keys.index_select(0, mine), second.keys.index_select(0, its)
                 )
@@ -330,7 +333,7 @@ def device_of(model: nn.Module, features: Tensor) -> torch.device:
 
 def check_alike(query: Encoding, gallery: Encodings) -> None:
     """Raises TypeError or ValueError for images that no one model has encoded."""
-    some = gallery[:1]
+    some = gallery[:0]
     if not isinstance(query, Encoding) or not isinstance(some, Encoding):
         raise TypeError(
             "query and gallery must be what model.encode gives, got "

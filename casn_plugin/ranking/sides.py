@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from casn_plugin.attention import scale_maps
-from casn_plugin.encoding import Encoding, Encodings, part_scales
+from casn_plugin.encoding import Ahead, Encoding, Encodings, part_scales
 from casn_plugin.ranking.closed_form import Direction, PairForm
 from casn_plugin.ranking.compute import Arithmetic
 
@@ -217,8 +217,13 @@ class Images:
             and self._arithmetic.precision is None
         )
 
-    def side(self, rows: slice) -> Side:
-        """Returns some of the images on the device.
+    def expect(self, rows: Int[Tensor, " images"]) -> None:
+        """Says which images come to the device next, in their order."""
+        if isinstance(self._encodings, Ahead):
+            self._encodings.expect(rows)
+
+    def side(self, rows: slice | Tensor) -> Side:
+        """Returns some of the images on the device; queries by a slice.
 
         Raises:
             ValueError: features that are not finite.
@@ -229,7 +234,7 @@ class Images:
         images = self._encodings[rows].to(self._arithmetic.device)
         keys = self._form.keys(_finite(images.features), is_query=self._is_query)
         side = Side.of(images, keys, self._arithmetic)
-        if self._is_query:
+        if self._is_query and isinstance(rows, slice):
             self._held = rows, side
         return side
 

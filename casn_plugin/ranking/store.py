@@ -19,7 +19,7 @@ class Store:
 
     Args:
         folder: of the index.
-        verify: compare every byte with the checksums.
+        verify: compare features and maps with their checksums when they are first asked for.
         timeout: so many seconds are waited for the lock, >= 0.
 
     Attributes:
@@ -43,6 +43,7 @@ class Store:
 
     def __init__(self, folder: Path, *, verify: bool, timeout: float) -> None:
         self._folder, self._timeout = folder, float(check_weight("timeout", timeout))
+        self._verify = verify
         manifest = Manifest.read(folder)
         while True:
             try:
@@ -74,7 +75,7 @@ class Store:
             ValueError: into an index of other images.
         """
         before, manifest = self.contents.manifest, Manifest.read(self._folder)
-        if (manifest.model, manifest.dtype) != (before.model, before.dtype):
+        if manifest.made != before.made:
             raise self._changed()
         if manifest != before:
             self.open(manifest)
@@ -120,7 +121,7 @@ class Store:
         tidy(self._folder, manifest.files)
 
     def _opened(self, manifest: Manifest) -> Contents:
-        return Contents(self._folder, manifest, verify=False, opened=self.contents)
+        return Contents(self._folder, manifest, verify=self._verify, opened=self.contents)
 
     def _changed(self) -> ValueError:
         return ValueError(

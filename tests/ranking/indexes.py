@@ -1,5 +1,7 @@
 """Models, images and indexes that the tests of index, contents and shards share."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -65,6 +67,24 @@ def entries(index) -> tuple[Entry, ...]:
 def assert_tidy(index):
     """Nothing lies in the folder but the manifest and the shards that it names."""
     assert files(index.folder) == {"index.json", *(entry.file for entry in entries(index))}
+
+
+def parts_of(path) -> tuple[bytes, dict[str, bytes]]:
+    """Returns a safetensors file's header and the bytes of each of its tensors, read by hand."""
+    content = Path(path).read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    offsets = {name: each["data_offsets"] for name, each in header.items() if name[0] != "_"}
+    return content[:start], {
+        name: content[start + first : start + last] for name, (first, last) in offsets.items()
+    }
+
+
+def head_sha256(path) -> str:
+    """Returns the checksum of a shard that its manifest has: of all but features and maps."""
+    header, tensors = parts_of(path)
+    head = [tensors[name] for name in sorted(set(tensors) - {"features", "maps", "scales"})]
+    return hashlib.sha256(b"".join([header, *head])).hexdigest()
 
 
 class Images(Dataset):

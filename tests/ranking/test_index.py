@@ -198,8 +198,11 @@ def test_a_killed_process_leaves_the_old_index(tmp_path):
 def test_create(index, tmp_path):
     with pytest.raises(FileExistsError, match="open it with GalleryIndex"):
         GalleryIndex.create(index.folder, MODEL)
-    with pytest.raises(TypeError, match="must be a float dtype, got torch.int8"):
-        GalleryIndex.create(tmp_path / "new", MODEL, dtype=torch.int8)
+    for dtype in (torch.int16, torch.uint8, torch.float8_e5m2, torch.bool):
+        with pytest.raises(TypeError, match=f"must be a float dtype or torch.int8, got {dtype}"):
+            GalleryIndex.create(tmp_path / "new", MODEL, dtype=dtype)
+    with pytest.raises(ValueError, match="maps=False keeps none, got torch.float16"):
+        GalleryIndex.create(tmp_path / "new", MODEL, dtype=torch.float16, maps=False)
     assert not (tmp_path / "new").exists()
     deep = GalleryIndex.create(tmp_path / "a" / "b", MODEL)
     assert len(deep) == 0 and deep.names == [] and deep.pids.shape == deep.camids.shape == (0,)

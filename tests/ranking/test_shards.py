@@ -12,17 +12,21 @@ from indexes import (
     MODEL,
     SIZE,
     Images,
+    assert_same,
     assert_tidy,
     encoding,
     entries,
     files,
+    head_sha256,
+    parts_of,
     snapshot,
     three_shards,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from casn_plugin import Encoding, GalleryIndex
+from casn_plugin.ranking.kept import Kept
 from casn_plugin.ranking.manifest import Manifest
 
 
@@ -31,19 +35,97 @@ def index(tmp_path) -> GalleryIndex:
     return three_shards(tmp_path / "index")
 
 
-def test_every_flipped_byte_of_a_shard_is_found(index):
-    path = index.folder / entries(index)[1].file
+KEEPING = {
+    "float32": {}, "int8": {"dtype": torch.int8}, "features alone": {"maps": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("keeping", KEEPING)
+def test_every_flipped_byte_of_a_shard_is_found(tmp_path, keeping):
+    """In the head by opening, in features and maps before they are looked at, and nowhere else."""
+    index = GalleryIndex.create(tmp_path, MODEL, **KEEPING[keeping])
+    for shard in range(2):
+        index.add(encoding("basis", 4, shard), names=[f"{shard}{row}" for row in "abcd"])
+    path = tmp_path / entries(index)[1].file
+    maps = keeping != "features alone"
+    read = index.__class__.__getitem__ if maps else index.__class__.features_of
+    before = index[:4] if maps else None
     content = path.read_bytes()
-    for place in range(0, len(content), 7):
+    head = len(content) - sum(
+        len(data) for name, data in parts_of(path)[1].items()
+        if name in ("features", "maps", "scales")
+    )  # fmt: skip
+    opened = 0
+    for place in range(len(content)):
         path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
-        with pytest.raises(ValueError, match=f"{path.name} is damaged"):
-            GalleryIndex(index.folder)
-        try:  # without its checksum: an error of ours, or nothing
-            GalleryIndex(index.folder, verify=False)
+        message = f"{path.name} is damaged"
+        try:
+            index = GalleryIndex(tmp_path)
+        except ValueError as error:
+            assert message in str(error)
+        else:
+            opened += 1
+            if maps:
+                assert_same(index[:4], before)
+            for rows in (slice(None), [0, 4, 5, 6, 7]):
+                with pytest.raises(ValueError, match=f"{message}: the .* image named '1[abcd]'"):
+                    read(index, rows)
+            with pytest.raises(ValueError, match=message):
+                index.verify()
+            kept = [row for row in range(4, 8) if not fails(read, index, [row])]
+            assert len(kept) == 3  # of the four images one is damaged
+            with pytest.raises(ValueError, match=message):
+                index.verify()
+        try:  # without checksums: an error of ours, or nothing
+            GalleryIndex(tmp_path, verify=False)
         except ValueError as error:
             assert path.name in str(error)
+    assert opened == len(content) - head
     path.write_bytes(content)
-    GalleryIndex(index.folder)
+    read(GalleryIndex(tmp_path), slice(None))
+
+
+def fails(function, *arguments) -> bool:
+    try:
+        function(*arguments)
+    except ValueError:
+        return True
+    return False
+
+
+def test_images_are_compared_once_each_and_no_others(index, monkeypatch):
+    index = GalleryIndex(index.folder)
+    seen, genuine = [], Kept.checksums
+    monkeypatch.setattr(
+        Kept, "checksums",
+        lambda self, part, rows: seen.append((part, [*rows])) or genuine(self, part, rows),
+    )  # fmt: skip
+
+    def compared(*parts):
+        found = [each for each in seen if each[1]]
+        seen.clear()
+        return found == [*parts]
+
+    index.features_of([4, 4, 3])
+    assert compared(("features", [0, 1]))
+    index.features_of(slice(3, 7))
+    assert compared(("features", [2, 3]))
+    assert index[3:4].maps.shape and compared(("maps", [0]))
+    index.features_of(slice(3, 7))
+    index[[3]]
+    assert compared()
+    index.verify()
+    assert compared(*(
+        (part, rows) for rows in ([0, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3])
+        for part in ("features", "maps")
+    ))  # fmt: skip
+    index.add(encoding("basis", 1), names=["new"])
+    compared()
+    index[:]
+    assert compared(("features", [0]), ("maps", [0]))  # what is open stays open
+    trusted = GalleryIndex(index.folder, verify=False)
+    trusted[:]
+    assert compared()
 
 
 @pytest.mark.parametrize("verify", [True, False])
@@ -62,25 +144,53 @@ def test_a_shard_cut_short_missing_or_foreign(index, verify):
         GalleryIndex(index.folder, verify=verify)
 
 
-@pytest.mark.parametrize("tensors", [
-    {"weight": torch.rand(3)},
-    {"features": torch.rand(4, DIM), "maps": torch.rand(4, 3)},
-    {"features": torch.rand(4, DIM), "maps": torch.rand(4, *SIZE, DIM + 1)},
-    {"features": torch.rand(3, DIM), "maps": torch.rand(4, *SIZE, DIM)},
-    {"features": torch.rand(4, DIM).double(), "maps": torch.rand(4, *SIZE, DIM)},
-])  # fmt: skip
-@pytest.mark.parametrize("names", [None, "nonsense", '["a"]', '["a", "b", "c", "d"]', "3"])
-def test_a_foreign_file_of_the_same_size(index, tensors, names):
+def text(value) -> torch.Tensor:
+    return torch.frombuffer(bytearray(value, "utf-8"), dtype=torch.uint8)
+
+
+FOREIGN = {
+    "features": [torch.rand(3, DIM), torch.rand(4, DIM).double(), torch.rand(4, DIM + 1), None],
+    "maps": [
+        torch.rand(4, 3), torch.rand(4, *SIZE, DIM + 1), torch.rand(4, *SIZE, DIM).half(), None,
+    ],
+    "scales": [torch.rand(4, DIM)],
+    "names": [
+        None, *map(text, ("nonsense", '["a"]', "3", '["a", "b", "c", 4]', " ", '["a", "b"')),
+    ],
+    "pids": [torch.zeros(4), torch.zeros(3).long(), torch.full((4,), -2), None],
+    "features_sha256": [torch.zeros(4, 32), torch.zeros(4, 31, dtype=torch.uint8), None],
+    "maps_sha256": [torch.zeros(4, 8).long(), torch.zeros(5, 32, dtype=torch.uint8), None],
+    "more": [torch.zeros(4)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [(n, each) for n, some in FOREIGN.items() for each in some]
+)
+def test_a_foreign_file(index, name, other):
     """Only the content can tell: the manifest is made to fit."""
     path = index.folder / entries(index)[1].file
-    labels = {"pids": torch.zeros(4).long(), "camids": torch.zeros(4).long()}
-    save_file({**tensors, **labels}, path, None if names is None else {"names": names})
+    tensors = {**load_file(path), name: other}
+    save_file({key: value for key, value in tensors.items() if value is not None}, path)
     manifest = Manifest.read(index.folder)
     first, second, third = manifest.shards
-    second = replace(second, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    second = replace(second, sha256=head_sha256(path))
     replace(manifest, shards=(first, second, third)).write(index.folder)
     with pytest.raises(ValueError, match=f"{path.name} is damaged"):
         GalleryIndex(index.folder)
+
+
+@pytest.mark.parametrize("scales", [None, torch.rand(4, DIM + 1), torch.rand(4, DIM).double()])
+def test_maps_in_8_bits_without_their_scales(tmp_path, scales):
+    index = GalleryIndex.create(tmp_path, MODEL, dtype=torch.int8)
+    index.add(encoding("basis", 4))
+    (entry,) = entries(index)
+    tensors = {**load_file(tmp_path / entry.file), "scales": scales}
+    save_file({k: v for k, v in tensors.items() if v is not None}, tmp_path / entry.file)
+    entry = replace(entry, sha256=head_sha256(tmp_path / entry.file))
+    replace(Manifest.read(tmp_path), shards=(entry,)).write(tmp_path)
+    with pytest.raises(ValueError, match=f"{entry.file} is damaged: its scales are not those"):
+        GalleryIndex(tmp_path)
 
 
 def test_every_flipped_byte_of_the_manifest_is_found(index):
@@ -97,7 +207,7 @@ def test_every_flipped_byte_of_the_manifest_is_found(index):
         with pytest.raises(ValueError, match=r"index\.json is (damaged|no manifest)"):
             GalleryIndex(index.folder)
     for change, message in (
-        ({"version": 2}, r"index\.json is of version 2, but .* reads 1"),
+        ({"version": 1}, r"index\.json is of version 1, but .* reads 2"),
         ({"more": 3}, r"index\.json is damaged: .*more"),
         ({"shards": [{"file": "a"}]}, r"index\.json is damaged: .*sha256"),
     ):

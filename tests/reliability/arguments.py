@@ -31,6 +31,7 @@ LOOKUPS = {
         "GalleryIndex[rows]",
         "GalleryIndex.features_of",
         "GalleryIndex.remove",
+        "EncodedAgain[rows]",
         "ranks of queries",
     )
 }

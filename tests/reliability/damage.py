@@ -55,7 +55,9 @@ def flipped(data: bytes, place: int, rng: random.Random) -> bytes:
 def whole_index(path: Path) -> Any:
     """Returns all that is in an index."""
     index = GalleryIndex(path.parent)
-    return index.names, index.pids.tolist(), index[:].maps.tolist(), index[:].features.tolist()
+    maps = index[:].maps.tolist() if "alone" not in path.parent.name else None
+    features = index.features_of(slice(None)).tolist()
+    return index.names, index.pids.tolist(), index.camids.tolist(), features, maps
 
 
 def whole_checkpoint(path: Path) -> Any:
@@ -84,13 +86,15 @@ def subjects_in(folder: Path) -> dict[Path, Callable[[Path], Any]]:
     """Returns the files that are damaged, and what reads one wholly; pictures can't be compared."""
     save_checkpoint({"epoch": 1, "state_dict": {"w": torch.rand(40)}}, folder / "model.pth.tar-1")
     torch.save(nn.Linear(4, 4).state_dict(), folder / "weights.pth")
-    index = folder / "index"
-    GalleryIndex.create(index, tiny_casn())
-    GalleryIndex(index).add(encoding_of(1), names=list("abcdefgh"), pids=range(8))
+    keeping = {"index": {}, "in 8 bits": {"dtype": torch.int8}, "alone": {"maps": False}}
+    for name, options in keeping.items():
+        index = GalleryIndex.create(folder / name, tiny_casn(), **options)  # type: ignore[arg-type]
+        index.add(encoding_of(1), names=list("abcdefgh"), pids=range(8))
+    kept = [path for name in keeping for path in sorted((folder / name).iterdir())]
     pixels = np.random.default_rng(0).integers(0, 255, (16, 8, 3)).astype(np.uint8)
     readers: dict[Path, Callable[[Path], Any]] = {
         folder / "model.pth.tar-1": whole_checkpoint, folder / "weights.pth": whole_weights,
-        **{path: whole_index for path in sorted(index.iterdir()) if path.suffix != ".lock"},
+        **{path: whole_index for path in kept if path.suffix != ".lock"},
     }  # fmt: skip
     for name in ("picture.jpg", "picture.png", "picture.webp"):
         PIL.Image.fromarray(pixels).save(folder / name)

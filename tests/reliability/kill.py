@@ -34,7 +34,8 @@ def newest_step(kind: str, folder: Path) -> int:
         found = re.search(r"step (\d+)\.", page)
         assert found, "a report without its title"
         return int(found[1])
-    opened = GalleryIndex(folder)  # compares every byte with the checksums
+    opened = GalleryIndex(folder)
+    opened.verify()
     steps = sorted({int(pid) for pid in opened.pids})
     for step in steps:
         rows = opened[opened.pids == step]

@@ -17,6 +17,7 @@ import casn_plugin
 from casn_plugin import CASN, Encoding, GalleryIndex, PairSampler, explanation, ranking
 from casn_plugin.checkpoint import Checkpoints, load_checkpoint, load_weights, save_checkpoint
 from casn_plugin.explanation import lists
+from casn_plugin.ranking.fingerprint import fingerprint
 
 
 def in_a_folder(act: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,6 +95,13 @@ def stores() -> dict[str, Case]:
         return opened(folder).search(**given)
 
     @in_a_folder
+    def search_again(folder: Path, **given: Any) -> Any:
+        index = GalleryIndex.create(folder / "index", model, maps=False)
+        index.add(part, names=list("abcde"), **people)
+        again = casn_plugin.EncodedAgain(model, index, [*imgs])
+        return index.search(maps=again, **given)
+
+    @in_a_folder
     def checkpoints(folder: Path, **given: Any) -> Any:
         kept = Checkpoints(folder, given.pop("keep"))
         return load_checkpoint(kept.save(**given))
@@ -110,7 +118,9 @@ def stores() -> dict[str, Case]:
     figures = {"mAP": 0.5, "mINP": 0.25, "cmc": [0.5, 1.0]}
     results = {**dict.fromkeys(("features", "attention", "fused"), figures), "auc": 0.5}
     every: dict[str, Case] = {
-        "GalleryIndex.create": (create, {"model": model, "dtype": torch.float16}),
+        "GalleryIndex.create": (
+            create, {"model": model, "dtype": torch.float16, "maps": True},
+        ),
         "GalleryIndex": (open_, {"verify": True, "timeout": 1.0}),
         "GalleryIndex.add": (
             add, {"encoding": part, "names": list("fghij"), **people, "duplicates": "refuse"},
@@ -128,6 +138,20 @@ def stores() -> dict[str, Case]:
             {"model": model, "query": imgs[:2], "topk": 2, "row_threshold": 0.2,
              "attention_weight": 0.1},
         ),
+        "GalleryIndex.search, again": (
+            search_again, {"model": model, "query": imgs[:2], "topk": 2},
+        ),
+        "EncodedAgain": (
+            lambda **given: len(casn_plugin.EncodedAgain(**given)),
+            {"model": model, "gallery": part.features, "pictures": [*imgs],
+             "preprocessing": casn_plugin.Preprocessing(), "batch_size": 2, "tolerance": 0.01,
+             "max_memory": 2**20},
+        ),
+        "EncodedAgain[rows]": (
+            lambda rows, **given: casn_plugin.EncodedAgain(model, **given)[rows],
+            {"rows": [0, 2], "gallery": part.features, "pictures": [*imgs]},
+        ),
+        "fingerprint": (fingerprint, {"model": model}),
         "Checkpoints.save": (
             checkpoints,
             {"state": {"epoch": 3, "state_dict": {"weight": torch.rand(2)}}, "is_best": True,

@@ -45,6 +45,7 @@ def value_of(rank: int, name: str) -> int:
 def check(index: GalleryIndex) -> None:
     """Raises AssertionError where a row is not what some writer has written under its name."""
     assert len(set(index.names)) == len(index.names), "a name is there twice"
+    index.verify()
     if not len(index):
         return
     rows = index[:]

@@ -1,0 +1,170 @@
+"""How an index keeps images: maps as they are, rounded, in 8 bits, or none; each with checksums."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int8, UInt8
+from torch import Tensor
+
+from casn_plugin.encoding import Encoding
+from casn_plugin.ranking.manifest import (
+    DTYPES,
+    EIGHT_BITS,
+    Common,
+    Manifest,
+    dtype_name,
+    same_images,
+    size_of,
+)
+
+PARTS = {"features": ("features",), "maps": ("maps", "scales")}
+"""What is read, and compared with its checksum, at a time, and the tensors that it is made of."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Images as a shard keeps them. :meth:`of` makes them from an encoding.
+
+    Attributes:
+        kind: what maps are, "basis" or "activations".
+        features: the features.
+        maps: maps, channels last; None where only features are kept.
+        scales: what maps in 8 bits are times; None where they are kept in a float dtype.
+
+    Example:
+        >>> images = Encoding(torch.rand(2, 4), basis=torch.randn(2, 4, 6, 3))
+        >>> kept = Kept.of(images, Manifest(model="0" * 64, dtype="int8"))
+        >>> kept.maps.dtype, kept.scales.shape
+        (torch.int8, torch.Size([2, 4]))
+        >>> bool((kept.encoding(slice(0, 2)).maps - images.maps).abs().max() < 0.02)
+        True
+    """
+
+    kind: str
+    features: Float[Tensor, "images dim"]
+    maps: Tensor | None = None
+    scales: Float[Tensor, "images channels"] | None = None
+
+    @classmethod
+    def of(cls, encoding: Encoding, manifest: Manifest) -> "Kept":
+        """Returns images as an index keeps them.
+
+        Args:
+            encoding: the images.
+            manifest: of the index: says how.
+
+        Raises:
+            TypeError: features or maps of a dtype that no index keeps.
+            ValueError: features or maps that are not finite, or too large for the index's dtype.
+        """
+        for name, values in (("features", encoding.features), ("maps", encoding.maps)):
+            _check_kept(name, values)
+        kind = "basis" if encoding.basis is not None else "activations"
+        features = encoding.features.detach().cpu().contiguous()
+        if not manifest.maps:
+            return cls(kind, features)
+        maps, scales = encoding.maps.detach(), None
+        if manifest.dtype == EIGHT_BITS:
+            maps, scales = _in_eight_bits(maps)
+            finite = scales.isfinite()
+        else:
+            maps = maps if manifest.dtype is None else maps.to(getattr(torch, manifest.dtype))
+            finite = maps.isfinite()
+        if not finite.all():
+            raise ValueError(
+                f"expected finite maps that torch.{manifest.dtype} can hold, got values up to "
+                f"{encoding.maps.abs().max():.3g}"
+            )
+        maps = maps.permute(0, 2, 3, 1).cpu().contiguous()
+        return cls(kind, features, maps, None if scales is None else scales.cpu())
+
+    @classmethod
+    def cat(cls, some: "Sequence[Kept]") -> "Kept":
+        """Returns several, of which at least one is there and all are of one kind, as one.
+
+        Raises:
+            ValueError: images of unlike kinds, sizes or dtypes.
+        """
+        for each in some:
+            same_images(some[0].images, each.images)
+        every = [each.tensors for each in some]
+        joined = {name: torch.cat([each[name] for each in every]) for name in every[0]}
+        return cls(some[0].kind, **joined)
+
+    @classmethod
+    def none(cls, images: Common) -> "Kept":
+        """Returns no images of those that have this in common.
+
+        Example:
+            >>> common = {"kind": "basis", "features": ["float32", 4], "maps": ["int8", 4, 6, 3]}
+            >>> Kept.none(common).encoding(slice(0)).maps.shape
+            torch.Size([0, 4, 6, 3])
+        """
+        features, maps = (
+            size and torch.empty(0, *size[1:], dtype=getattr(torch, size[0]))
+            for size in (images["features"], images["maps"])
+        )
+        if maps is None:
+            return cls(images["kind"], features)
+        scales = torch.empty(0, maps.shape[1]) if maps.dtype == torch.int8 else None
+        return cls(images["kind"], features, maps.permute(0, 2, 3, 1), scales)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        every = {"features": self.features, "maps": self.maps, "scales": self.scales}
+        return {name: each for name, each in every.items() if each is not None}
+
+    @property
+    def images(self) -> Common:
+        """What the images have in common."""
+        maps = None if self.maps is None else size_of(self.maps.permute(0, 3, 1, 2))
+        return {"kind": self.kind, "features": size_of(self.features), "maps": maps}
+
+    def __len__(self) -> int:
+        """Returns the number of images."""
+        return len(self.features)
+
+    def encoding(self, rows: slice | Tensor) -> Encoding:
+        """Returns the encoding of some of the images, of which maps are kept."""
+        assert self.maps is not None  # for the type checker: the caller has seen to it
+        features, maps = self.features[rows], self.maps[rows]
+        if self.scales is not None:
+            maps = (maps * self.scales[rows, None, None]).to(features.dtype)
+        return Encoding(features, **{self.kind: maps.permute(0, 3, 1, 2)})
+
+    def checksums(self, part: str, rows: Iterable[int]) -> UInt8[np.ndarray, "rows 32"]:
+        """Returns a SHA-256 of a part (of :data:`PARTS`) of each of some images."""
+        tensors = [each for name, each in self.tensors.items() if name in PARTS[part]]
+        columns = [each.view(len(each), -1).view(torch.uint8).numpy() for each in tensors]
+        digests = []
+        for row in rows:
+            found = hashlib.sha256()
+            for column in columns:
+                found.update(column[row].data)
+            digests.append(found.digest())
+        return np.frombuffer(bytearray(b"".join(digests)), np.uint8).reshape(-1, 32)
+
+
+def _in_eight_bits(
+    maps: Float[Tensor, "images channels height width"],
+) -> tuple[Int8[Tensor, "images channels height width"], Float[Tensor, "images channels"]]:
+    """Returns maps as multiples of a scale for each channel of each image; zero stays zero."""
+    maps = maps if maps.element_size() >= 4 else maps.float()
+    scales = (maps.abs().amax((2, 3)) / 127).float()
+    steps = maps / torch.where(scales > 0, scales, 1.0)[..., None, None]
+    return steps.round_().clamp_(-127, 127).to(torch.int8), scales
+
+
+def _check_kept(name: str, values: Tensor) -> None:
+    """Raises an error for values that an index does not keep."""
+    if dtype_name(values.dtype) not in DTYPES:
+        raise TypeError(f"{name} must be of one of the dtypes {DTYPES}, got {values.dtype}")
+    finite = values.isfinite()
+    if not finite.all():
+        raise ValueError(
+            f"{name} must be finite, but {int((~finite).sum())} of {values.numel()} values are not"
+        )
