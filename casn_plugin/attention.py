@@ -103,7 +103,8 @@ def indicator(
             inputs = inputs.to(place_of(pair_classifier, inputs).dtype)
             check_width(pair_classifier, inputs.shape[1])
         inputs.requires_grad_()
-        scores = check_tensor("scores of the pair classifier", pair_classifier(inputs), "pairs 2")
+        given = pair_classifier(inputs.view_as(inputs))  # tools that watch modules take no leaf
+        scores = check_tensor("scores of the pair classifier", given, "pairs 2")
         (gradients,) = torch.autograd.grad(scores[:, 1].sum(), inputs)
     return (gradients > 0).to(differences.dtype)
 

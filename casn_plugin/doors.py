@@ -60,6 +60,19 @@ def check_tensor(name: str, value: Any, dims: str, *, floating: bool = True) -> 
     return value
 
 
+def within(numbers: Tensor, length: int) -> bool:
+    """Returns whether all integers lie in [0, length); the device is asked once.
+
+    Example:
+        >>> within(torch.tensor([0, 4]), 5), within(torch.tensor([-1]), 5), within(torch.ones(0), 5)
+        (True, False, True)
+    """
+    if not numbers.numel():
+        return True
+    least, most = torch.stack(numbers.aminmax()).tolist()
+    return 0 <= least and most < length
+
+
 def check_same(name: str, value: Any, shape: torch.Size) -> Tensor:
     """Returns whether each pair shows one identity: a bool tensor of the shape of the pairs.
 

@@ -270,8 +270,8 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         Raises:
             DivergedError: several such steps in a row.
         """
-        imgs, pids = self.parse_data_for_train(data)
-        imgs, pids = imgs.to(self._device), pids.to(self._device)
+        imgs, pids = self.parse_data_for_train(data)  # pids are read, so they stay on the CPU
+        imgs = imgs.to(self._device)
         where = f"epoch {self.epoch + 1}, step {self.batch_idx + 1}, "
         with self._steps.watched():
             summary = self._steps.take(
@@ -304,7 +304,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
                 output, pids, loss_ide, lambda_ia=self.lambda_ia, lambda_sa=self.lambda_sa,
                 siamese=self.siamese, metric=self.metric,
             )  # fmt: skip
-        terms["acc"] = torchreid.metrics.accuracy(output.logits, pids)[0][0]
+        terms["acc"] = torchreid.metrics.accuracy(output.logits, pids.to(imgs.device))[0][0]
         return loss, terms
 
     def test(self, *args: Any, **kwargs: Any) -> float:

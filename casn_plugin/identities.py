@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Int, Int64, Integer
 from torch import Tensor
 
-from casn_plugin.doors import check_tensor
+from casn_plugin.doors import check_tensor, within
 
 Ids = Sequence[int | None] | Integer[np.ndarray, "_"] | Integer[Tensor, "_"]
 """Identities or cameras, one an image, >= 0; -1 or None where it is unknown."""
@@ -111,7 +111,8 @@ def split_pairs(rows: Tensor, pairs: Int[Tensor, "pairs 2"] | None = None) -> tu
 
     Args:
         rows: one an image.
-        pairs: the two rows of each pair, where they are others.
+        pairs: the two rows of each pair, where they are others. They are read, so they are best
+            on the CPU, wherever the rows are.
 
     Raises:
         TypeError: no tensor, or one without rows; pairs that are no integers.
@@ -128,7 +129,7 @@ def split_pairs(rows: Tensor, pairs: Int[Tensor, "pairs 2"] | None = None) -> tu
         raise TypeError(f"rows must be a dense tensor with a row an image, got {came}")
     if pairs is not None:
         check_tensor("pairs", pairs, "pairs 2", floating=False)
-        if pairs.numel() and not 0 <= int(pairs.min()) <= int(pairs.max()) < len(rows):
+        if not within(pairs.long(), len(rows)):
             raise ValueError(
                 f"pairs must name rows of a batch of {len(rows)}, got {int(pairs.min())} to "
                 f"{int(pairs.max())}"

@@ -47,7 +47,8 @@ def identification_loss(
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
     try:
         losses = [
-            F.cross_entropy(part, pids.long(), label_smoothing=label_smoothing) for part in parts
+            F.cross_entropy(part, pids.to(part.device).long(), label_smoothing=label_smoothing)
+            for part in parts
         ]
     except IndexError as error:  # found by PyTorch, so that nothing is read here
         raise ValueError(
@@ -249,6 +250,7 @@ class IdentificationAttentionLoss(nn.Module):
         network: nn.Module | None = None,
     ) -> Float[Tensor, " batch"]:
         """Returns y_c of each masked image; the arguments are those of the loss."""
+        pids = check_tensor("pids", pids, "batch", floating=False).cpu()  # read once
         if isinstance(classify, nn.Module) and network in (None, classify):
             return self.scores_of(
                 lambda net, masked: net(masked), classify, imgs, pids, logits, activations

@@ -9,7 +9,11 @@ from torch import Tensor, nn
 
 from casn_plugin.backbones import Reader, preprocessing_of
 from casn_plugin.basis import encode_head
+<<<<<<< HEAD
 from casn_plugin.doors import check_images, check_kind, check_lengths
+=======
+from casn_plugin.doors import check_images, check_lengths, check_tensor
+>>>>>>> cost
 from casn_plugin.encoding import Encoding, with_mirrored
 from casn_plugin.evidence import PairClassifier
 from casn_plugin.heads import Forward
@@ -185,7 +189,8 @@ class CASN(nn.Module):
         Args:
             imgs: a batch of images, normalised.
             pids: their identities, which the identification loss needs, and pairs that are chosen
-                inside of the batch.
+                inside of the batch. They are read, as cameras are, so they are best on the CPU,
+                wherever the images are.
             identification: the settings of L_ia; None skips the masked pass.
             siamese: the settings of L_sa, which say what pairs are; None skips the pairs.
             camids: their cameras, where pairs are chosen inside of the batch.
@@ -201,6 +206,8 @@ class CASN(nn.Module):
         if not self.training:
             return self.reader.features(self.backbone, imgs)
         check_lengths(imgs=imgs, pids=pids, camids=camids)
+        if pids is not None:  # read once for all that looks at them
+            pids = check_tensor("pids", pids, "batch", floating=False).cpu()
         if identification is not None and pids is None:
             raise ValueError("the identification attention loss needs pids")
         if siamese is not None and siamese.pairs != "rows" and pids is None:
@@ -220,7 +227,7 @@ class CASN(nn.Module):
             pair_scores, distances = siamese.compare(
                 self.pair_classifier, features, activations, pairs
             )
-            same = None if pids is None else same_identity(pids, pairs)
+            same = None if pids is None else same_identity(pids, pairs).to(imgs.device)
         return CASNOutput(
             logits, features, activations, masked_scores, pair_scores, distances, same
         )

@@ -126,7 +126,7 @@ class MetricOptions:
         check_tensor("pids", pids, "batch", floating=False)
         check_lengths(features=features, pids=pids)
         with torch.autocast(features.device.type, enabled=False):
-            given: tuple[Any, ...] = (at_least_float32(features), pids)
+            given: tuple[Any, ...] = (at_least_float32(features), pids.to(features.device))
             if self.miner is not None:
                 given += (self.miner(*given),)
             return check_tensor("what metric_loss gives", self.metric_loss(*given), "")
@@ -185,6 +185,7 @@ def loss_terms(
     if output.pair_scores is not None and output.distances is not None:
         consistency_weight = (siamese or SiameseAttentionLoss()).consistency_weight
         same = same_identity(pids) if output.same is None else output.same
+        same = same.to(output.distances.device)
         loss_sa = terms["loss_sa"] = siamese_attention_loss(
             output.pair_scores, output.distances, same, consistency_weight=consistency_weight
         )

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from casn_plugin.doors import check_choice, check_lengths, check_tensor
+from casn_plugin.doors import check_choice, check_lengths, check_tensor, within
 
 SCORES = ("logit", "probability")
 """What y_c may be: a class score itself, or its softmax probability."""
@@ -26,7 +26,8 @@ def identity_scores(
     Args:
         logits: scores y of all identities; of several part classifiers, the scores are summed
             ("logit", unbounded) or averaged ("probability", in [0, 1]).
-        pids: the true identities c, in [0, classes).
+        pids: the true identities c, in [0, classes). They are read, so they are best on the CPU,
+            wherever the logits are.
         score: the class score itself (the paper's y_c), or its softmax probability.
 
     Raises:
@@ -39,14 +40,15 @@ def identity_scores(
         tensor([5.])
     """
     parts = parts_of(logits, pids)
-    pids = pids.long()  # uint8 would be a mask
     check_choice("score", score, SCORES)
+    pids = pids.long()  # uint8 would be a mask
     classes = parts[0].shape[1]
-    if len(pids) and not 0 <= int(pids.min()) <= int(pids.max()) < classes:
+    if not within(pids, classes):
         raise ValueError(
             f"pids must lie in [0, {classes}), the classes of the logits, but they go from "
             f"{int(pids.min())} to {int(pids.max())}"
         )
+    pids = pids.to(parts[0].device)
     stacked = torch.stack([at_least_float32(part) for part in parts])
     if score == "probability":
         stacked = stacked.softmax(-1)

@@ -131,7 +131,7 @@ class SiameseAttentionLoss(nn.Module):
         """
         pairs = self.choose(pids, camids)
         pair_scores, distances = self.compare(pair_classifier, features, activations, pairs)
-        same = same_identity(pids, pairs)
+        same = same_identity(pids, pairs).to(distances.device)
         return siamese_attention_loss(
             pair_scores, distances, same, consistency_weight=self.consistency_weight
         )
