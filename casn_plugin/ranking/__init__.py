@@ -5,6 +5,7 @@ classifier; the attention map of each image of each pair is ReLU(Bᵀα), a seco
 that :mod:`casn_plugin.encoding` computes once per image.
 """
 
+from casn_plugin.ranking.candidates import feature_candidates
 from casn_plugin.ranking.compute import Compute
 from casn_plugin.ranking.distances import (
     attention_distmat,
@@ -45,6 +46,7 @@ __all__ = [
     "Reranked",
     "SearchResult",
     "attention_distmat",
+    "feature_candidates",
     "feature_neighbourhood",
     "fuse_distmats",
     "fused_distmats",
