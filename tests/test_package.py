@@ -23,7 +23,7 @@ ROOMS = (
     *(f"ranking.{name}" for name in (
         "neighbourhoods", "reranking", "compute", "tiles", "closed_form", "sides", "pairs",
         "candidates", "distances", "fused", "mutual", "search", "company", "manifest", "shards",
-        "filling", "contents", "store", "index",
+        "filling", "contents", "store", "index", "milvus",
     )),
     "ranking", "tables", "retrieval",
     *(f"explanation.{name}" for name in (

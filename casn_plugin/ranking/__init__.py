@@ -23,6 +23,7 @@ from casn_plugin.ranking.fused import (
     fused_distmats,
 )
 from casn_plugin.ranking.index import GalleryIndex, SearchResult
+from casn_plugin.ranking.milvus import MilvusFeatures, other_cameras
 from casn_plugin.ranking.mutual import feature_neighbourhood, fused_neighbourhood
 from casn_plugin.ranking.pairs import pair_classifier_of
 from casn_plugin.ranking.reranking import (
@@ -39,6 +40,7 @@ __all__ = [
     "Distmats",
     "FeatureDistances",
     "GalleryIndex",
+    "MilvusFeatures",
     "Normalization",
     "Ranking",
     "RankingOptions",
@@ -52,6 +54,7 @@ __all__ = [
     "fused_distmats",
     "fused_neighbourhood",
     "indicator_flips",
+    "other_cameras",
     "pair_attention",
     "pair_classifier_of",
     "pair_scores",
