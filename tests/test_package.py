@@ -27,7 +27,8 @@ ROOMS = (
     )),
     "ranking", "tables", "retrieval",
     *(f"explanation.{name}" for name in (
-        "pictures", "figures", "curves", "pair", "lists", "fixed_pairs", "board", "report",
+        "pictures", "figures", "curves", "pair", "lists", "fixed_pairs", "board", "pages", "report",
+        "search_page",
     )),
     "explanation", "batchnorm", "checkpoint", "checks", "training", "parallel",
     *(f"pedestrians.{name}" for name in (
@@ -43,6 +44,7 @@ WITHOUT_EXAMPLES = {
     "pedestrians",
     "explanation.report",
     "explanation.board",
+    "explanation.search_page",
     "ranking.filling",
 }
 
