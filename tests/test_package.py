@@ -25,7 +25,7 @@ ROOMS = (
         "candidates", "distances", "fused", "mutual", "search", "company", "manifest", "shards",
         "filling", "contents", "store", "index", "milvus",
     )),
-    "ranking", "tables", "retrieval",
+    "ranking", "folders", "tables", "retrieval",
     *(f"explanation.{name}" for name in (
         "pictures", "figures", "curves", "pair", "lists", "fixed_pairs", "board", "pages", "report",
         "search_page",
