@@ -13,6 +13,7 @@ found is calibrated on labelled pictures of other people, once: --calibrate FOLD
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,8 @@ def trained_model(path: Path) -> tuple[CASN, Preprocessing]:
     said = json.loads(told.read_text())["args"] if told.is_file() else PRESETS["embedded"]
     options = {**vars(make_parser().parse_args([])), **said, "weights": "none", "device": "cpu"}
     args, state = argparse.Namespace(**options), load_checkpoint(path)["state_dict"]
-    heads = [
-        state[name] for name in state if name.startswith("classifier") and state[name].ndim > 1
-    ]
-    backbone = build_backbone(args, num_classes=len(heads[-1]))
+    heads = [each for name, each in state.items() if name.startswith("classifier.")]
+    backbone = build_backbone(args, num_classes=len(heads[-1]))  # of the last layer's bias
     model = CASN(backbone, input_size=(args.height, args.width))
     load_weights(model, path)
     return model, Preprocessing()
@@ -52,9 +51,8 @@ def trained_model(path: Path) -> tuple[CASN, Preprocessing]:
 def candidates(args: argparse.Namespace, index: GalleryIndex, features: torch.Tensor) -> Any:
     """Returns rows of the index for each query: not itself and, if asked for, other cameras'."""
     own = [folders.name_in(args.gallery, path) for path in args.query]
-    camids = [
-        folders.read_name(name, args.pattern).camid if args.other_cameras else -1 for name in own
-    ]
+    camids = [folders.read_name(name, args.pattern).camid for name in own]
+    camids = camids if args.other_cameras else [-1] * len(own)
     if args.milvus:
         asked = f" and ({args.filter})" if args.filter else ""
         filters = [f"name != {json.dumps(name, ensure_ascii=False)}{asked}"
@@ -88,16 +86,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--candidates", type=int, default=100, help="so many nearest by features are compared")
     add("--other-cameras", action="store_true", help="leave out the query's own camera")
     add(
-        "--pattern",
-        default=folders.MARKET1501,
-        help="regular expression of names: pid, camid, time, ...",
+        "--pattern", default=folders.MARKET1501, help="what names say: groups pid, camid, time, ..."
     )
     add("--milvus", help="let Milvus find candidates: a path that ends in .db, or an address")
     add("--filter", help="whom Milvus may find, such as 'camid != 3 and time > 100'")
     add("--calibrate", metavar="FOLDER", help="labelled pictures of people in no training set")
-    add(
-        "--false-alarm-rate", type=float, default=0.001, help="of pairs of two people, to calibrate"
-    )
+    add("--false-alarm-rate", type=float, default=0.001, help="to calibrate for")
     add("--threshold", type=float, help="distance from which on nobody is found, uncalibrated")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--workers", type=int, default=0, help="processes that read pictures")
@@ -113,17 +107,14 @@ def main(argv: list[str] | None = None) -> None:
         else trained_model(args.checkpoint)
     )  # fmt: skip
     model, prepared = model.to(args.device).eval(), prepared.for_model(model)
-    options = {"pattern": args.pattern, "preprocessing": prepared, "workers": args.workers}
-    gallery = folders.index_folder(
-        args.index / "gallery", model, args.gallery, progress=True, **options
-    )
+    index_folder = partial(folders.index_folder, model=model, preprocessing=prepared,
+                           pattern=args.pattern, workers=args.workers, progress=True)  # fmt: skip
+    gallery = index_folder(args.index / "gallery", folder=args.gallery)
     index, calibration, threshold = gallery.index, args.index / "calibration.json", args.threshold
     print(gallery.describe())
     if args.calibrate:
-        people = folders.index_folder(
-            args.index / "others", model, args.calibrate, progress=True, **options
-        )
-        labelled = LabelledEncodings(people.index, people.index.pids, people.index.camids)
+        people = index_folder(args.index / "others", folder=args.calibrate).index
+        labelled = LabelledEncodings(people, people.pids, people.camids)
         found = calibrate_gallery(model, labelled, args.false_alarm_rate)
         print(f"Saved {save_calibration(calibration, found, of=index.manifest.model)}: {found}")
     if threshold is None and calibration.is_file():
