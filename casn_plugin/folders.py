@@ -24,9 +24,9 @@ from tqdm import tqdm
 from casn_plugin.doors import check_count, check_kind
 from casn_plugin.files import replacing
 from casn_plugin.identities import UNKNOWN
-from casn_plugin.loading import Preprocessing
 from casn_plugin.model import CASN, as_casn
 from casn_plugin.picturefiles import FORMATS
+from casn_plugin.preprocessing import Preprocessing
 from casn_plugin.ranking import GalleryIndex
 from casn_plugin.ranking.manifest import MANIFEST
 
@@ -209,18 +209,13 @@ def load_pictures(paths: Iterable[str], preprocessing: Preprocessing) -> Loaded:
 
     Args:
         paths: of the pictures.
-        preprocessing: with a size.
-
-    Raises:
-        ValueError: no size.
+        preprocessing: such as ``model.preprocessing``.
 
     Example:
         >>> found = load_pictures(["nowhere.jpg"], Preprocessing((4, 2)))
         >>> found.imgs.shape, list(found.damaged)
         (torch.Size([0, 3, 4, 2]), ['nowhere.jpg'])
     """
-    if preprocessing.size is None:
-        raise ValueError("pictures need a size (rows, columns) that they are brought to")
     read = {path: _read(path, preprocessing) for path in dict.fromkeys(paths)}
     imgs = {path: img for path, img in read.items() if isinstance(img, Tensor)}
     nothing = torch.empty(0, 3, *preprocessing.size)
@@ -239,14 +234,12 @@ def _read(path: str, preprocessing: Preprocessing) -> Tensor | str:
         return str(error).removeprefix(f"{path} ")
 
 
-# what encodes what to where, and how pictures are read
 def index_folder(
     place: str | os.PathLike[str],
     model: CASN,
     folder: str | os.PathLike[str],
     *,
     pattern: str = MARKET1501,
-    preprocessing: Preprocessing | None = None,
     batch_size: int = 32,
     workers: int = 0,
     progress: bool = False,
@@ -254,17 +247,17 @@ def index_folder(
     """Returns an index that is up to date with a folder of pictures: only what is new is encoded.
 
     A picture is named after its path in the folder; that it has changed is told by its size and
-    time of modification. Pictures that are no longer in the folder are removed from the index,
-    unless none is left at all. Damaged ones are left out and listed, each time. What was encoded
-    before an interruption is kept.
+    time of modification. Where the model's `preprocessing` has changed, all are encoded again.
+    Pictures that are no longer in the folder are removed from the index, unless none is left at
+    all. Damaged ones are left out and listed, each time. What was encoded before an interruption
+    is kept.
 
     Args:
         place: folder of the index, this folder of pictures' alone; it is made where there is none
             (``GalleryIndex.create`` before, for options of its own).
-        model: the model that the index is for.
+        model: the model that the index is for; pictures are prepared by its `preprocessing`.
         folder: searched as :func:`find_pictures` does.
         pattern: how names say pids and camids, as :func:`read_name` takes it.
-        preprocessing: size, mean and std, by default the model's `input_size` and ImageNet's.
         batch_size: pictures in a batch.
         workers: processes that read pictures; 0: this one.
         progress: show a progress bar on a terminal.
@@ -278,14 +271,16 @@ def index_folder(
     """
     check_count("batch_size", batch_size)
     check_count("workers", workers, least=0)
-    prepared = (preprocessing or Preprocessing()).for_model(as_casn(model))
+    prepared = as_casn(model).preprocessing
     names = find_pictures(folder)
     if not names:
         raise ValueError(f"there is no picture in {os.fspath(folder)}")
     said = {name: read_name(name, pattern) for name in names}
     there = (Path(place) / MANIFEST).exists()
     index = GalleryIndex(place) if there else GalleryIndex.create(place, model)
-    record = _Record.read(index.folder)
+    index.check_model(model)
+    how = [[*each] for each in (prepared.size, prepared.mean, prepared.std)]
+    record = _Record.read(index.folder, how)
     stamps = {name: _stamp(Path(folder, name)) for name in names}
 
     wanted, here = set(names), set(index.names)
@@ -306,7 +301,7 @@ def index_folder(
     known = {name: why for name, why in record.damaged.items() if why[0] == stamps.get(name)}
     new = [name for name in names if name not in kept and name not in known]
     # before anything is encoded: a picture that changes meanwhile is encoded again next time
-    record = _Record(stamps, known)
+    record = _Record(stamps, known, how)
     record.write(index.folder)
     with tqdm(
         total=len(new), desc="Encoding", unit="img", leave=False, disable=None if progress else True
@@ -367,18 +362,22 @@ class _Record(NamedTuple):
 
     pictures: dict[str, Stamp]
     damaged: dict[str, tuple[Stamp, str]]
+    how: list[list[float]]  # they were prepared: size, mean, std
 
     @classmethod
-    def read(cls, folder: Path) -> "_Record":
-        """Returns what a folder says; nothing where there is no record, or none that we wrote."""
+    def read(cls, folder: Path, how: list[list[float]]) -> "_Record":
+        """Returns what a folder says of pictures that were prepared so.
+
+        Nothing where there is no record, or none that we wrote: then all is encoded again.
+        """
         try:
             content = json.loads((folder / _RECORD).read_bytes())
-            if content["format"] != _FORMAT or content["version"] != 1:
-                return cls({}, {})
+            if (content["format"], content["version"], content["how"]) != (_FORMAT, 1, how):
+                return cls({}, {}, how)
             damaged = {name: (stamp, str(why)) for name, (stamp, why) in content["damaged"].items()}
-            return cls(dict(content["pictures"]), damaged)
+            return cls(dict(content["pictures"]), damaged, how)
         except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError):
-            return cls({}, {})  # then all is encoded again
+            return cls({}, {}, how)
 
     def write(self, folder: Path) -> None:
         """Puts the record into its place."""

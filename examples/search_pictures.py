@@ -22,7 +22,7 @@ import torch
 from explain_any_network import load_model
 from train_casn_pcb import PRESETS, build_backbone, make_parser
 
-from casn_plugin import CASN, GalleryIndex, Preprocessing, folders, ranking_table
+from casn_plugin import CASN, GalleryIndex, folders, ranking_table
 from casn_plugin.calibration import load_calibration, save_calibration
 from casn_plugin.checkpoint import load_checkpoint, load_weights
 from casn_plugin.explanation import save_search_page
@@ -33,8 +33,8 @@ from casn_plugin.retrieval import LabelledEncodings, calibrate_gallery
 from casn_plugin.tables import Labels
 
 
-def trained_model(path: Path) -> tuple[CASN, Preprocessing]:
-    """Returns the model of a checkpoint or a folder, and how its pictures are prepared."""
+def trained_model(path: Path) -> CASN:
+    """Returns the model of a checkpoint of train_casn_pcb.py, or of a folder."""
     if path.is_dir():
         return from_pretrained(path)
     told = path.parent.parent / "results.json"  # says with which options it was trained
@@ -45,7 +45,7 @@ def trained_model(path: Path) -> tuple[CASN, Preprocessing]:
     backbone = build_backbone(args, num_classes=len(heads[-1]))  # of the last layer's bias
     model = CASN(backbone, input_size=(args.height, args.width))
     load_weights(model, path)
-    return model, Preprocessing()
+    return model
 
 
 def candidates(args: argparse.Namespace, index: GalleryIndex, features: torch.Tensor) -> Any:
@@ -102,13 +102,10 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--checkpoint: there is no file {args.checkpoint}")
     if args.filter and not args.milvus:
         parser.error("--filter is an expression of Milvus: it needs --milvus")
-    model, prepared = (
-        (load_model(args.network, args.weights), Preprocessing()) if args.network
-        else trained_model(args.checkpoint)
-    )  # fmt: skip
-    model, prepared = model.to(args.device).eval(), prepared.for_model(model)
-    index_folder = partial(folders.index_folder, model=model, preprocessing=prepared,
-                           pattern=args.pattern, workers=args.workers, progress=True)  # fmt: skip
+    named = load_model(args.network, args.weights) if args.network else None
+    model = (named or trained_model(args.checkpoint)).to(args.device).eval()
+    index_folder = partial(folders.index_folder, model=model, pattern=args.pattern,
+                           workers=args.workers, progress=True)  # fmt: skip
     gallery = index_folder(args.index / "gallery", folder=args.gallery)
     index, calibration, threshold = gallery.index, args.index / "calibration.json", args.threshold
     print(gallery.describe())
@@ -121,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
         threshold = load_calibration(calibration, of=index.manifest.model)
     if not args.query:
         return
-    args.query, imgs, damaged = folders.load_pictures(args.query, prepared)
+    args.query, imgs, damaged = folders.load_pictures(args.query, model.preprocessing)
     if not args.query:
         parser.error(f"--query: {damaged}")
     start = time.time()

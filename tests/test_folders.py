@@ -127,6 +127,18 @@ def test_only_what_is_new_or_has_changed_is_encoded(folder, tmp_path, encoded):
     assert index_folder(place, MODEL, folder).encoded == [] and encoded == []
 
 
+def test_pictures_that_are_prepared_otherwise_are_encoded_again(folder, tmp_path, encoded):
+    model, place = tiny(), tmp_path / "index"
+    index_folder(place, model, folder)
+    model.preprocessing = Preprocessing(SIZE, mean=(0.5, 0.5, 0.5))
+    encoded.clear()
+    done = index_folder(place, model, folder)
+    assert sum(encoded) == 5 and done.kept == 0 and len(done.index) == 5
+    img = model.preprocessing.load(folder / done.index.names[2])[None]
+    expected = encode_images(model, img).features
+    torch.testing.assert_close(done.index.features_of([2]), expected)
+
+
 def test_what_was_encoded_before_an_interruption_is_kept(folder, tmp_path, encoded, monkeypatch):
     monkeypatch.setattr(rooms, "_CHUNK", 3)
     extend, calls = GalleryIndex.extend, []
@@ -256,5 +268,3 @@ def test_pictures_are_found_and_named_as_they_are_sought(folder, tmp_path, monke
     found = load_pictures([WHOLE[0], "cut.png", WHOLE[4], WHOLE[0]], Preprocessing(SIZE))
     assert found.paths == [WHOLE[0], WHOLE[4]] and list(found.damaged) == ["cut.png"]
     assert torch.equal(found.imgs[1], Preprocessing(SIZE).load(WHOLE[4]))
-    with pytest.raises(ValueError, match="pictures need a size"):
-        load_pictures([WHOLE[0]], Preprocessing())

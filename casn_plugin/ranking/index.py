@@ -274,7 +274,7 @@ class GalleryIndex:
         check_choice("duplicates", duplicates, ("refuse", "skip"))
         processes, skip = Processes(distributed), duplicates == "skip"
         with ExitStack() as stack, processes.together():
-            self._check_model(model)
+            self.check_model(model)
             with self._store.locked() as store:  # not while images are encoded
                 if not distributed:  # else all have to have opened the same
                     store.refresh()
@@ -335,7 +335,7 @@ class GalleryIndex:
         Raises:
             ValueError: another model, an empty index, or what ``rank_gallery`` rejects.
         """
-        self._check_model(model)
+        self.check_model(model)
         if isinstance(query, Tensor):
             query = encode_images(model, query)
         ranking = rank_gallery(model, query, self, topk=topk, **options)
@@ -352,7 +352,13 @@ class GalleryIndex:
         pids, camids = (np.where(rows < 0, -1, ids[rows]) for ids in (self.pids, self.camids))
         return SearchResult(ranking, names, pids, camids, maps[0], maps[1], scores)
 
-    def _check_model(self, model: CASN) -> None:
+    def check_model(self, model: CASN) -> None:
+        """Finds out whether this is the model that the index was created for.
+
+        Raises:
+            TypeError: no module.
+            ValueError: another model.
+        """
         if _fingerprint(model) != self._store.contents.manifest.model:
             raise ValueError(
                 f"the index in {self.folder} was created for a model with other weights, other "
