@@ -1,13 +1,19 @@
 """From which distance on nobody is found: a threshold for a rate of false alarms."""
 
+import json
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from casn_plugin.doors import check_finite, check_fraction, check_same, check_tensor
+from casn_plugin.doors import check_finite, check_fraction, check_kind, check_same, check_tensor
+from casn_plugin.files import replacing
+
+_FORMAT = "casn-plugin calibration"
 
 FALSE_ALARM_RATES = (0.01, 0.001)
 """At these rates of false alarms an evaluation says how many matches are accepted."""
@@ -112,6 +118,97 @@ def calibrate(
         positives=len(positives),
         confidence=float(confidence),
     )
+
+
+def save_calibration(path: str | os.PathLike[str], found: Calibration, *, of: str) -> Path:
+    """Returns the path of a calibration saved as JSON; the file is whole or not there.
+
+    Args:
+        path: of the file, an existing one is replaced.
+        found: the calibration.
+        of: what gave the distances, such as the model's checksum, ``index.manifest.model``: for
+            other distances the threshold means nothing.
+
+    Raises:
+        OSError: a folder that can't be made or written.
+        TypeError: no calibration, or an `of` that is no text.
+    """
+    about = asdict(check_kind("found", found, Calibration))
+    content = {"format": _FORMAT, "version": 1, "of": check_kind("of", of, str), **_no_nan(about)}
+    with replacing(path) as place:
+        place.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return Path(path)
+
+
+def load_calibration(path: str | os.PathLike[str], *, of: str) -> Calibration:
+    """Returns the calibration that :func:`save_calibration` saved.
+
+    Args:
+        path: of the file.
+        of: what gives the distances that are compared with its threshold.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: something else than a calibration, or one of other distances.
+
+    Example:
+        >>> import torch
+        >>> from tempfile import TemporaryDirectory
+        >>> found = calibrate(torch.arange(9.0), torch.arange(9) < 4, 0.2)
+        >>> with TemporaryDirectory() as folder:
+        ...     path = save_calibration(f"{folder}/calibration.json", found, of="my model")
+        ...     load_calibration(path, of="my model") == found
+        True
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_bytes())
+        sound = isinstance(content, dict) and content.get("format") == _FORMAT
+        if not sound or content.get("version") != 1:
+            raise ValueError("it is none, or of a later version")
+        found = _calibration({each.name: content[each.name] for each in fields(Calibration)})
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no calibration that was saved here: {error}") from error
+    if content.get("of") != of:
+        raise ValueError(
+            f"{path} was calibrated on distances of {content.get('of')!r:.80}, not of {of!r:.80}: "
+            "its threshold means nothing here"
+        )
+    return found
+
+
+def _calibration(content: dict[str, Any]) -> Calibration:
+    """Returns a calibration of what a file says, of which nothing is believed."""
+
+    def share(value: Any) -> float:
+        return math.nan if value is None else float(check_fraction("a share", value))
+
+    negatives, positives = content["negatives"], content["positives"]
+    threshold = content["threshold"]
+    for count in (negatives, positives):
+        if type(count) is not int or count < 0:
+            raise ValueError(f"a number of pairs must be >= 0, got {count!r:.80}")
+    if type(threshold) not in (int, float) or not 0 <= threshold < math.inf:
+        raise ValueError(f"threshold must be >= 0 and finite, got {threshold!r:.80}")
+    return Calibration(
+        threshold=float(threshold),
+        false_alarm_rate=share(content["false_alarm_rate"]),
+        false_alarm_interval=Interval(*map(share, content["false_alarm_interval"])),
+        true_accept_rate=share(content["true_accept_rate"]),
+        true_accept_interval=Interval(*map(share, content["true_accept_interval"])),
+        negatives=negatives,
+        positives=positives,
+        confidence=share(content["confidence"]),
+    )
+
+
+def _no_nan(value: Any) -> Any:
+    """Returns plain values with None for NaN, which JSON lacks."""
+    if isinstance(value, dict):
+        return {name: _no_nan(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_no_nan(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def true_accept_rates(

@@ -9,11 +9,7 @@ from torch import Tensor, nn
 
 from casn_plugin.backbones import Reader, preprocessing_of
 from casn_plugin.basis import encode_head
-<<<<<<< HEAD
-from casn_plugin.doors import check_images, check_kind, check_lengths
-=======
-from casn_plugin.doors import check_images, check_lengths, check_tensor
->>>>>>> cost
+from casn_plugin.doors import check_images, check_kind, check_lengths, check_tensor
 from casn_plugin.encoding import Encoding, with_mirrored
 from casn_plugin.evidence import PairClassifier
 from casn_plugin.heads import Forward

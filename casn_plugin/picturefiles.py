@@ -14,9 +14,10 @@ from tqdm import tqdm
 _ORIENTATION, _BITS, _PHOTOMETRIC, _BLACK_IS_ZERO = 0x0112, 258, 262, 1
 _DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # what torchreid's reader makes white
 # Pillow's others run a program, have no known range of values, or do not tell that they are cut
-_FORMATS = (
+FORMATS = (
     "AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP",
 )  # fmt: skip
+"""The formats that are read, as Pillow names them."""
 
 
 def read_picture(image: PIL.Image.Image | str | os.PathLike[str]) -> PIL.Image.Image:
@@ -99,8 +100,8 @@ def _opened(path: str) -> Iterator[PIL.Image.Image]:
     """Yields a picture file, not read yet."""
     # not by its path: Pillow would map some TIFF files into memory, and not turn them upright
     with open(path, "rb") as file, PIL.Image.open(file) as picture:
-        if picture.format not in _FORMATS:
-            raise OSError(f"expected one of {', '.join(_FORMATS)}, got {picture.format}")
+        if picture.format not in FORMATS:
+            raise OSError(f"expected one of {', '.join(FORMATS)}, got {picture.format}")
         yield picture
 
 

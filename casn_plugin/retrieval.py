@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from casn_plugin.attention import ROW_THRESHOLD
-from casn_plugin.calibration import true_accept_rates
+from casn_plugin.calibration import Calibration, calibrate, true_accept_rates
 from casn_plugin.doors import check_count, check_kind, check_weight
 from casn_plugin.encoding import Encoding, Encodings
 from casn_plugin.evaluation import (
@@ -21,7 +21,7 @@ from casn_plugin.evaluation import (
     verification_auc,
 )
 from casn_plugin.evidence import evidence_of
-from casn_plugin.identities import Ids, pairs_by_identity
+from casn_plugin.identities import Ids, as_ids, pairs_by_identity
 from casn_plugin.ranking import (
     FeatureDistances,
     RankingOptions,
@@ -195,6 +195,64 @@ def retrieve(
     results["evidence"] = evidence_of(pair_classifier_of(model)).value
     ranked = ranked_lists(distmats["features"], distmats["fused"], *ids, **options.counting)
     return Retrieval(results, ranked, distmats)
+
+
+def calibrate_gallery(
+    model: nn.Module,
+    gallery: LabelledEncodings,
+    false_alarm_rate: float = 0.001,
+    *,
+    confidence: float = 0.95,
+    images: int = 1000,
+    seed: int = 0,
+    options: RankingOptions | None = None,
+) -> Calibration:
+    """Returns from which fused distance on nobody is found, by the pairs of a labelled gallery.
+
+    Each two images are a pair once. Where cameras are known, two of one person in one camera do
+    not count: they are alike for other reasons. The threshold holds for
+    :func:`casn_plugin.rank_gallery` and ``GalleryIndex.search``.
+
+    Args:
+        model: the CASN whose `pair_classifier` looks at the pairs.
+        gallery: images of people who are in no training set.
+        false_alarm_rate: share of the pairs of two people that may pass.
+        confidence: of the intervals.
+        images: so many images, drawn at random where there are more, are compared with each
+            other: n images are n (n − 1) / 2 pairs.
+        seed: of the draw.
+        options: how distances become one ranking, normalization "unit".
+
+    Raises:
+        TypeError: no labelled encodings; as :func:`casn_plugin.rank_gallery`.
+        ValueError: as :func:`casn_plugin.calibrate`; `images` below 2; another normalization, by
+            which a distance depends on the other pairs.
+
+    Example:
+        >>> model = nn.Module()
+        >>> model.pair_classifier = nn.Linear(4, 2)
+        >>> images = Encoding(torch.rand(6, 4), basis=torch.rand(6, 4, 6, 2))
+        >>> people = LabelledEncodings(images, [0, 0, 1, 1, 2, 2], [0, 1] * 3)
+        >>> found = calibrate_gallery(model, people, 0.1)
+        >>> found.positives, found.negatives
+        (3, 12)
+    """
+    if not isinstance(gallery, LabelledEncodings):
+        raise TypeError(f"gallery must be LabelledEncodings, got {type(gallery).__name__}")
+    options = RankingOptions() if options is None else options
+    if options.normalization != "unit":
+        raise ValueError(f"normalization must be 'unit', got {options.normalization!r}")
+    check_count("images", images, least=2)
+    encoding, length = gallery.encoding, len(gallery.encoding)
+    pids, camids = as_ids("pids", gallery.pids, length), as_ids("camids", gallery.camids, length)
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(seed))
+    rows = order[:images].sort().values
+    some: Encoding = encoding[:length] if len(rows) == length else encoding[rows]
+    pids, camids = pids[rows.numpy()], camids[rows.numpy()]
+    same, counted = pairs_by_identity(pids, pids, camids, camids)
+    fused = fused_distmats(model, some, some, options=options).fused.cpu()
+    counted = counted.triu(1)
+    return calibrate(fused[counted], same[counted], false_alarm_rate, confidence=confidence)
 
 
 def _distmats(

@@ -1,12 +1,13 @@
-"""Rankings and features as tables, for pandas, JSON lines and Parquet; columns keep their names."""
+"""Rankings and features as tables, for pandas, CSV, JSON and Parquet; columns keep their names."""
 
+import csv
 import importlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ from casn_plugin.ranking import GalleryIndex, Ranking, Reranked, SearchResult
 
 RANKING_COLUMNS = (
     "query", "query_name", "query_pid", "query_camid", "rank", "gallery", "name", "pid", "camid",
-    "distance", "feature_distance", "attention_distance", "passes", "right", "feature_rank",
+    "distance", "feature_distance", "attention_distance", "probability", "similarity", "passes",
+    "right", "feature_rank",
 )  # fmt: skip
 """The columns of rankings in their order; those of which nothing is known are left out."""
 
@@ -86,19 +88,22 @@ class Table:
         """Writes a file, whole or not at all; one that is there is replaced.
 
         Args:
-            path: ends in ".jsonl" (JSON lines, UTF-8: an object a row) or ".parquet" (vectors are
-                lists of a fixed size).
+            path: ends in ".jsonl" (JSON lines: an object a row), ".json" (an array of them),
+                ".csv" (with a header) or ".parquet" (vectors are lists of a fixed size). Text is
+                UTF-8; of a file name that is none, the bytes are written with backslashes.
 
         Raises:
             ImportError: a Parquet file, and pyarrow is not installed.
             OSError: a file that can't be written.
-            ValueError: another ending.
+            ValueError: another ending, or vectors in CSV.
         """
         suffix = Path(path).suffix
-        if suffix == ".jsonl":
-            with replacing(path) as place, place.open("w", encoding="utf-8", newline="\n") as file:
-                for row in self.rows():
-                    file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        if suffix in _TEXT:
+            if suffix == ".csv" and any(values.ndim > 1 for values in self.columns.values()):
+                raise ValueError("CSV has no vectors: write them as .jsonl or .parquet")
+            how: Any = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+            with replacing(path) as place, place.open("w", **how) as file:
+                _TEXT[suffix](file, self)
         elif suffix == ".parquet":
             arrow, parquet = _optional("pyarrow"), _optional("pyarrow.parquet")
             table = arrow.table({
@@ -110,7 +115,32 @@ class Table:
             with replacing(path) as place:
                 parquet.write_table(table, place)
         else:
-            raise ValueError(f"path must end in .jsonl or .parquet, got {os.fspath(path)!r}")
+            endings = f"{', '.join(_TEXT)} or .parquet"
+            raise ValueError(f"path must end in {endings}, got {os.fspath(path)!r}")
+
+
+def _write_jsonl(file: TextIO, table: Table) -> None:
+    """Writes an object a row."""
+    for row in table.rows():
+        file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _write_json(file: TextIO, table: Table) -> None:
+    """Writes an array of objects, one a line."""
+    lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in table.rows())
+    file.write("[" + ",\n".join(lines) + "]\n")
+
+
+def _write_csv(file: TextIO, table: Table) -> None:
+    """Writes a header and the rows."""
+    writer = csv.DictWriter(file, list(table.columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table.rows())
+
+
+_TEXT: dict[str, Callable[[TextIO, Table], None]] = {
+    ".jsonl": _write_jsonl, ".json": _write_json, ".csv": _write_csv,
+}  # fmt: skip
 
 
 def ranking_table(
@@ -146,8 +176,16 @@ def ranking_table(
     """
     cells: dict[str, Any] = {}  # of (query, rank)
     if isinstance(found, SearchResult):
-        names = np.array(found.names, dtype=str).reshape(found.pids.shape)
-        cells |= {"name": names, "pid": found.pids, "camid": found.camids}
+        topk, said = found.pids.shape[1], found.probabilities
+        names = [[*some, *[""] * (topk - len(some))] for some in found.names]
+        cells |= {
+            "name": np.array(names, dtype=str).reshape(found.pids.shape),
+            "pid": found.pids,
+            "camid": found.camids,
+            "similarity" if said is None else "probability": _array(
+                found.scores if said is None else said
+            ),
+        }
         found = found.ranking
     if isinstance(found, RankedLists):
         if threshold is not None:

@@ -24,11 +24,12 @@ ROOMS = (
     *(f"ranking.{name}" for name in (
         "neighbourhoods", "reranking", "compute", "tiles", "closed_form", "sides", "pairs",
         "candidates", "distances", "fused", "mutual", "search", "company", "manifest", "kept",
-        "shards", "filling", "contents", "store", "fingerprint", "index", "again",
+        "shards", "filling", "contents", "store", "fingerprint", "index", "milvus", "again",
     )),
-    "ranking", "tables", "retrieval",
+    "ranking", "folders", "tables", "retrieval",
     *(f"explanation.{name}" for name in (
-        "pictures", "figures", "curves", "pair", "lists", "fixed_pairs", "board", "report",
+        "pictures", "figures", "curves", "pair", "lists", "fixed_pairs", "board", "pages", "report",
+        "search_page",
     )),
     "explanation", "batchnorm", "checkpoint", "checks", "training", "parallel",
     *(f"pedestrians.{name}" for name in (
@@ -44,6 +45,7 @@ WITHOUT_EXAMPLES = {
     "pedestrians",
     "explanation.report",
     "explanation.board",
+    "explanation.search_page",
     "ranking.filling",
 }
 

@@ -1,6 +1,8 @@
 """Rankings and features as tables: pandas, JSON lines and Parquet read what was found."""
 
+import csv
 import json
+import os
 import sys
 
 import numpy as np
@@ -15,6 +17,7 @@ from casn_plugin import (
     CASN,
     Encoding,
     GalleryIndex,
+    Similarity,
     feature_table,
     rank_gallery,
     ranking_table,
@@ -59,6 +62,7 @@ def test_a_search_is_a_row_for_each_match(model, index, tmp_path):
             "distance": float(found.ranking.distances[q, r]),
             "feature_distance": float(found.ranking.feature_distances[q, r]),
             "attention_distance": float(found.ranking.attention_distances[q, r]),
+            "probability": float(found.scores[q, r].sigmoid()),
             "passes": float(found.ranking.distances[q, r]) <= threshold,
         }
         for q in range(2) for r in range(3)
@@ -117,6 +121,46 @@ def test_features_are_vectors(model, index, tmp_path):
     assert [*feature_table(index[:2]).columns] == ["image", "features"]
 
 
+def test_csv_and_json_hold_what_json_lines_hold(model, index, tmp_path):
+    found = index.search(model, torch.rand(2, 3, 48, 24), topk=3, candidates=np.array(
+        [[2, 0, 1], [4, -1, -1]]
+    ))  # fmt: skip
+    odd = os.fsdecode(b'\xff,"\n.jpg')  # a file name that is no UTF-8
+    table = ranking_table(found, queries=Labels([odd, "q1"]), threshold=1.0)
+    records, *_ = read(Table({**table.columns, "query_name": np.array(["q"] * 4)}), tmp_path)
+    for record, name in zip(records, [odd] * 3 + ["q1"], strict=True):
+        record["query_name"] = name
+    for suffix in (".json", ".jsonl", ".csv"):
+        table.write(tmp_path / f"table{suffix}")
+    assert [json.loads(line) for line in (tmp_path / "table.jsonl").open()] == records
+    assert json.loads((tmp_path / "table.json").read_text(encoding="utf-8")) == records
+    with (tmp_path / "table.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = [odd.encode("utf-8", "backslashreplace").decode()] * 3 + ["q1"]
+    assert [row.pop("query_name") for row in rows] == names
+    assert [{name: type(record[name])(row[name]) for name in row} for row, record in zip(
+        rows, records, strict=True)] == [
+        {name: record[name] for name in record if name != "query_name"} for record in records
+    ]  # fmt: skip
+    assert [row["rank"] for row in records] == [1, 2, 3, 1] and records[3]["gallery"] == 4
+    with pytest.raises(ValueError, match="CSV has no vectors"):
+        feature_table(index).write(tmp_path / "features.csv")
+    assert not (tmp_path / "features.csv").exists()
+
+
+def test_of_a_similarity_the_cosine_is_said(tmp_path):
+    model = CASN(TinyBackbone(3), forward=tiny_forward, input_size=(48, 24),
+                 pair_classifier=Similarity())  # fmt: skip
+    index = GalleryIndex.create(tmp_path / "index", model)
+    index.add(model.encode(torch.rand(4, 3, 48, 24)))
+    query = model.encode(torch.rand(1, 3, 48, 24))
+    table = ranking_table(index.search(model, query))
+    assert "probability" not in table.columns
+    rows = index.features_of(table.columns["gallery"])
+    expected = torch.nn.functional.cosine_similarity(query.features, rows).numpy()
+    np.testing.assert_allclose(table.columns["similarity"], expected, atol=1e-6)
+
+
 def test_without_pandas_and_pyarrow_the_hint_is_clear(index, tmp_path, monkeypatch):
     table = feature_table(index)
     monkeypatch.setitem(sys.modules, "pandas", None)
@@ -149,7 +193,7 @@ def test_bad_input_says_what_was_expected(model, index, tmp_path, unchecked):
     broken = Encoding(torch.full((1, 2), torch.nan), basis=torch.rand(1, 2, 3, 3))
     with pytest.raises(ValueError, match="features must be finite"):
         feature_table(broken)
-    with pytest.raises(ValueError, match=r"must end in .jsonl or .parquet, got '.*table.csv'"):
-        feature_table(index).write(tmp_path / "table.csv")
+    with pytest.raises(ValueError, match=r"in .jsonl, .json, .csv or .parquet, got '.*table.txt'"):
+        feature_table(index).write(tmp_path / "table.txt")
     with pytest.raises(ValueError, match="of one length"):
         Table({"a": np.arange(2), "b": np.arange(3)})

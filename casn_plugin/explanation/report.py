@@ -6,30 +6,22 @@ What the page says and how it looks stands in its template, report.html.jinja.
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
+from casn_plugin.calibration import FALSE_ALARM_RATES
 from casn_plugin.doors import check_count
 from casn_plugin.evidence import Evidence
 from casn_plugin.explanation.curves import plot_cmc
 from casn_plugin.explanation.lists import ExplainedRankings, RankingExplanation
-from casn_plugin.explanation.pictures import (
-    RIGHT,
-    WRONG,
-    colour_key,
-    jpeg_uri,
-    png_uri,
-    verdict,
-)
-from casn_plugin.files import replacing
+from casn_plugin.explanation.pages import page_template, save_page
 from casn_plugin.retrieval import RANKINGS, check_results
-
-if TYPE_CHECKING:
-    from jinja2 import Template
 
 _CURVES = ("features", "fused")
 _RANKS = (1, 5, 10, 20)
+_RATES = tuple(f"TAR@{100 * rate:g}%" for rate in FALSE_ALARM_RATES)
+_OTHERS = ("mAP", "mINP", *_RATES)
 
 
 def html_report(
@@ -76,12 +68,13 @@ def html_report(
 
     curves = {name: results[name] for name in _CURVES}
     with bar:
-        return _template().render(
+        return page_template("report").render(
             title=title,
             facts=facts or {},
             queries=len(valid),
             failures=len(explained.ranked.failures()),
             table=_table(results),
+            rates=[name for name in _RATES if name in results["fused"]],
             auc=results.get("auc"),
             evidence=explained.evidence,
             by_similarity=explained.evidence is Evidence.SIMILARITY,
@@ -112,10 +105,7 @@ def save_report(
         ValueError: as there.
         OSError: a folder that can't be made or written.
     """
-    page = html_report(explained, results, **options)
-    with replacing(path) as partial:
-        partial.write_text(page, encoding="utf-8", errors="replace")
-    return Path(path)
+    return save_page(path, html_report(explained, results, **options))
 
 
 def _table(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -124,30 +114,7 @@ def _table(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return {
         name: {
             **{f"Rank-{rank}": results[name]["cmc"][rank - 1] for rank in _RANKS if rank <= length},
-            **{mean: results[name][mean] for mean in ("mAP", "mINP") if mean in results[name]},
+            **{each: results[name][each] for each in _OTHERS if each in results[name]},
         }
         for name in RANKINGS
     }
-
-
-def _template() -> "Template":
-    """Returns the page with blanks, which escapes all that is put into them."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("casn_plugin.explanation", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.globals |= {
-        "RIGHT": RIGHT,
-        "WRONG": WRONG,
-        "colour_key": colour_key,
-        "jpeg_uri": jpeg_uri,
-        "png_uri": png_uri,
-        "verdict": verdict,
-    }
-    return environment.get_template("report.html.jinja")

@@ -6,6 +6,7 @@ that :mod:`casn_plugin.encoding` computes once per image.
 """
 
 from casn_plugin.ranking.again import EncodedAgain
+from casn_plugin.ranking.candidates import feature_candidates
 from casn_plugin.ranking.compute import Compute
 from casn_plugin.ranking.distances import (
     attention_distmat,
@@ -23,6 +24,7 @@ from casn_plugin.ranking.fused import (
     fused_distmats,
 )
 from casn_plugin.ranking.index import GalleryIndex, SearchResult
+from casn_plugin.ranking.milvus import MilvusFeatures, other_cameras
 from casn_plugin.ranking.mutual import feature_neighbourhood, fused_neighbourhood
 from casn_plugin.ranking.pairs import pair_classifier_of
 from casn_plugin.ranking.reranking import (
@@ -40,6 +42,7 @@ __all__ = [
     "EncodedAgain",
     "FeatureDistances",
     "GalleryIndex",
+    "MilvusFeatures",
     "Normalization",
     "Ranking",
     "RankingOptions",
@@ -47,11 +50,13 @@ __all__ = [
     "Reranked",
     "SearchResult",
     "attention_distmat",
+    "feature_candidates",
     "feature_neighbourhood",
     "fuse_distmats",
     "fused_distmats",
     "fused_neighbourhood",
     "indicator_flips",
+    "other_cameras",
     "pair_attention",
     "pair_classifier_of",
     "pair_scores",

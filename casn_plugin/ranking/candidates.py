@@ -1,14 +1,27 @@
 """Listed pairs: each query's nearest gallery images by features, and the distances of a list."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F  # noqa: N812
+from jaxtyping import Bool, Float, Int, Int64, Integer
 from torch import Tensor
 
 from casn_plugin.attention import attention_distance
-from casn_plugin.doors import check_finite
+from casn_plugin.doors import check_count, check_finite, check_tensor
+from casn_plugin.encoding import Ahead, Encoding, Encodings
 from casn_plugin.ranking.pairs import Pairs
+
+Candidates = Integer[Tensor, "queries listed"] | Integer[np.ndarray, "queries listed"]
+"""Rows of a gallery, some for each query, -1 where there are fewer: what an engine has found."""
+
+Allowed = Bool[Tensor, "queries galleries"] | Bool[np.ndarray, "queries galleries"]
+"""Which gallery images each query may find."""
+
+_BLOCK = 2**24  # similarities held at a time
 
 
 class Compared(NamedTuple):
@@ -120,11 +133,199 @@ def _least(distances: Tensor, columns: Tensor, topk: int) -> tuple[Tensor, Tenso
 
 def _nearest_by_faiss(qf: Tensor, gf: Tensor, topk: int) -> Tensor | None:
     """Returns the nearest rows of gf of each row of qf by FAISS; None where it cannot be used."""
-    if qf.device.type != "cpu" or qf.dtype != torch.float32:
+    faiss = _faiss_for(qf)
+    if faiss is None:
+        return None
+    _, nearest = faiss.knn(qf.contiguous().numpy(), gf.contiguous().numpy(), topk)
+    return torch.from_numpy(nearest)
+
+
+def _faiss_for(features: Tensor) -> Any:
+    """Returns FAISS, where it is installed and takes such features; else None."""
+    if features.device.type != "cpu" or features.dtype != torch.float32:
         return None
     try:
         import faiss
     except ImportError:
         return None
-    _, nearest = faiss.knn(qf.contiguous().numpy(), gf.contiguous().numpy(), topk)
-    return torch.from_numpy(nearest)
+    return faiss
+
+
+def feature_candidates(
+    qf: Float[Tensor, "queries dim"],
+    gf: Float[Tensor, "galleries dim"],
+    number: int,
+    *,
+    allowed: Bool[Tensor, "queries galleries"]
+    | Bool[np.ndarray, "queries galleries"]
+    | None = None,
+) -> Int64[Tensor, "queries listed"]:
+    """Returns each query's nearest gallery images by the cosine of features, nearest first.
+
+    By FAISS where it is installed and features are float32 on the CPU; exact in either case. For
+    ``rank_gallery(candidates=)``.
+
+    Args:
+        qf: features of the queries.
+        gf: those of the gallery, such as ``index.features_of(slice(0, len(index)))``.
+        number: how many, at most as many as the gallery has.
+        allowed: which gallery images each query may find, such as those of other cameras,
+            ``q_camids[:, None] != g_camids``. By default all.
+
+    Returns:
+        Rows of the gallery, -1 where fewer are allowed.
+
+    Raises:
+        TypeError: features that are no float tensors, `allowed` that is none of bool.
+        ValueError: features of unlike sizes or that are NaN, `number` below 1, `allowed` of
+            another shape.
+
+    Example:
+        >>> qf, gf = torch.eye(2), torch.tensor([[1.0, 0.1], [0.0, 2.0], [1.0, 0.0]])
+        >>> feature_candidates(qf, gf, 2).tolist()
+        [[2, 0], [1, 0]]
+        >>> allowed = torch.arange(3) < torch.tensor([[2], [1]])
+        >>> feature_candidates(qf, gf, 2, allowed=allowed).tolist()
+        [[0, 1], [0, -1]]
+    """
+    for name, features in (("qf", qf), ("gf", gf)):
+        check_finite(name, check_tensor(name, features, "images dim"))
+    if qf.shape[1] != gf.shape[1]:
+        raise ValueError(f"qf and gf must be of one size, got {qf.shape[1]} and {gf.shape[1]}")
+    number, shape = min(check_count("number", number), max(1, len(gf))), (len(qf), len(gf))
+    if allowed is not None:
+        allowed = torch.as_tensor(allowed)
+        if allowed.dtype != torch.bool or allowed.shape != shape:
+            raise (TypeError if allowed.dtype != torch.bool else ValueError)(
+                f"allowed must be of bool and of shape {shape}, got {allowed.dtype} of "
+                f"{tuple(allowed.shape)}"
+            )
+    qf, gf = (F.normalize(each.detach(), dim=1) for each in (qf, gf))
+    faiss = _faiss_for(qf) if len(gf) else None
+    if faiss is not None and gf.device.type == "cpu" and gf.dtype == qf.dtype:
+        return _candidates_by_faiss(faiss, qf, gf, number, allowed)
+    found = torch.full((len(qf), number), -1)
+    for rows in torch.arange(len(qf)).split(max(1, _BLOCK // max(1, len(gf)))):
+        similarities = qf[rows] @ gf.to(qf.device, qf.dtype).T
+        if allowed is not None:
+            similarities.masked_fill_(~allowed[rows].to(qf.device), -torch.inf)
+        some = similarities.sort(dim=1, descending=True, stable=True)
+        columns = some.indices[:, :number].masked_fill(some.values[:, :number].isneginf(), -1)
+        found[rows, : columns.shape[1]] = columns.cpu()
+    return found
+
+
+def _candidates_by_faiss(
+    faiss: ModuleType, qf: Tensor, gf: Tensor, number: int, allowed: Tensor | None
+) -> Tensor:
+    """Returns what :func:`feature_candidates` does, of features of unit length."""
+    flat = faiss.IndexFlatIP(qf.shape[1])
+    flat.add(gf.contiguous().numpy())
+    if allowed is None:
+        return torch.from_numpy(flat.search(qf.contiguous().numpy(), number)[1])
+    found = torch.full((len(qf), number), -1)
+    for row, mask in enumerate(allowed.cpu().numpy()):
+        chosen = faiss.SearchParameters(
+            sel=faiss.IDSelectorBitmap(np.packbits(mask, bitorder="little"))
+        )
+        query = qf[row : row + 1].contiguous().numpy()
+        found[row] = torch.from_numpy(flat.search(query, number, params=chosen)[1][0])
+    return found
+
+
+def check_candidates(
+    candidates: Any, queries: int, galleries: int
+) -> Int64[Tensor, "queries listed"]:
+    """Returns candidates that an engine has found, on the CPU.
+
+    Args:
+        candidates: a tensor or an array of integers.
+        queries: so many rows it must have.
+        galleries: so many images the gallery has.
+
+    Raises:
+        TypeError: no tensor or array of integers.
+        ValueError: another number of queries, no candidate, a row that there is not, or the same
+            row twice for one query.
+
+    Example:
+        >>> check_candidates(np.array([[2, 0], [1, -1]]), queries=2, galleries=3).tolist()
+        [[2, 0], [1, -1]]
+    """
+    if isinstance(candidates, np.ndarray) and candidates.dtype.kind in "iu":
+        candidates = torch.from_numpy(candidates.astype(np.int64))
+    check_tensor("candidates", candidates, "queries listed", floating=False)
+    if len(candidates) != queries or not candidates.shape[1]:
+        raise ValueError(
+            f"candidates must be of shape ({queries}, K), some for each query, got "
+            f"{tuple(candidates.shape)}"
+        )
+    listed: Tensor = candidates.detach().cpu().long()
+    if listed.numel() and not -1 <= int(listed.min()) <= int(listed.max()) < galleries:
+        raise ValueError(
+            f"candidates must be rows of a gallery of {galleries}, or -1 where there are fewer, "
+            f"got {int(listed.min())} to {int(listed.max())}"
+        )
+    ordered = listed.sort(dim=1).values
+    twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).nonzero()
+    if len(twice):
+        query, place = twice[0].tolist()
+        raise ValueError(
+            f"candidates must name a row once for a query, but row {int(ordered[query, place])} "
+            f"stands twice among those of query {query}"
+        )
+    return listed
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The images of a gallery that are candidates of some query, as a gallery of their own.
+
+    Attributes:
+        gallery: takes slices, and tensors of row numbers.
+        numbers: the rows of the gallery, ascending.
+        candidates: of each query, among these; -1 where there are fewer.
+
+    Example:
+        >>> images = Encoding(torch.rand(9, 4), basis=torch.rand(9, 4, 6, 2))
+        >>> chosen = Chosen.of(images, torch.tensor([[7, 2], [2, -1]]))
+        >>> chosen.numbers, chosen.listed("cpu")
+        (tensor([2, 7]), (tensor([0, 0, 1]), tensor([1, 0, 0])))
+    """
+
+    gallery: Encodings
+    numbers: Int64[Tensor, " images"]
+    candidates: Int64[Tensor, "queries listed"]
+
+    @classmethod
+    def of(cls, gallery: Encodings, candidates: Int64[Tensor, "queries listed"]) -> "Chosen":
+        """Returns the images that are candidates; where there is none, one that is nobody's."""
+        there = candidates >= 0
+        numbers, places = candidates[there].unique(return_inverse=True)
+        among = torch.full_like(candidates, -1)
+        among[there] = places
+        return cls(gallery, numbers if len(numbers) else torch.tensor([0]), among)
+
+    def __len__(self) -> int:
+        """Returns the number of images."""
+        return len(self.numbers)
+
+    def __getitem__(self, rows: slice | Tensor) -> Encoding:
+        """Returns the encoding of some of the images."""
+        return self.gallery[self.numbers[rows]]
+
+    def features_of(self, rows: slice | Tensor) -> Tensor:
+        """Returns the features of some of the images."""
+        return self.gallery.features_of(self.numbers[rows])
+
+    def expect(self, rows: Tensor) -> None:
+        """Tells the gallery which images will be asked for next, where it works ahead."""
+        if isinstance(self.gallery, Ahead):
+            self.gallery.expect(self.numbers[rows])
+
+    def listed(
+        self, device: torch.device | str
+    ) -> tuple[Int64[Tensor, " pairs"], Int64[Tensor, " pairs"]]:
+        """Returns the pairs of queries and candidates: queries, and as many of the images."""
+        rows, places = (self.candidates >= 0).nonzero(as_tuple=True)
+        return rows.to(device), self.candidates[rows, places].to(device)

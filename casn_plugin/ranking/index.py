@@ -16,14 +16,14 @@ from tqdm import tqdm
 
 from casn_plugin.doors import check_choice, check_count, check_kind
 from casn_plugin.encoding import Encoding, Encodings
-from casn_plugin.evidence import evidence_of
+from casn_plugin.evidence import Evidence, evidence_of
 from casn_plugin.identities import Ids
 from casn_plugin.loading import encode_images
 from casn_plugin.model import CASN
 from casn_plugin.processes import Processes
 from casn_plugin.ranking.company import aside, locked
 from casn_plugin.ranking.contents import Rows
-from casn_plugin.ranking.distances import pair_attention
+from casn_plugin.ranking.distances import pair_attention, pair_scores
 from casn_plugin.ranking.filling import encoded, in_shards, share
 from casn_plugin.ranking.fingerprint import fingerprint
 from casn_plugin.ranking.kept import Kept
@@ -43,11 +43,13 @@ class SearchResult:
 
     Attributes:
         ranking: rows of the index and the distances.
-        names: names of the images found.
-        pids: their identities, -1 where none was given.
-        camids: their cameras, -1 where none was given.
+        names: names of the images found: fewer than topk where there were fewer candidates.
+        pids: their identities, -1 where none was given, or where there is no image.
+        camids: their cameras, likewise.
         query_attention: attention maps of the query in each pair, >= 0, unscaled.
         gallery_attention: attention maps of the image found in each pair.
+        scores: what the evidence says of each pair, NaN where there is no image: z1 − z0 of a
+            pair classifier, of a similarity the cosine.
 
     ``ranking.evidence`` says what attention is evidence of.
     """
@@ -58,6 +60,13 @@ class SearchResult:
     camids: Int64[np.ndarray, "queries topk"]
     query_attention: Float[Tensor, "queries topk height width"]
     gallery_attention: Float[Tensor, "queries topk height width"]
+    scores: Float[Tensor, "queries topk"]
+
+    @property
+    def probabilities(self) -> Float[Tensor, "queries topk"] | None:
+        """The pair classifier's probability of "same identity"; None of a similarity."""
+        by_similarity = self.ranking.evidence is Evidence.SIMILARITY
+        return None if by_similarity else self.scores.sigmoid()
 
     def matches(self, threshold: float) -> list[list[str]]:
         """Returns the names that pass, for each query; an empty list says: nobody.
@@ -165,6 +174,11 @@ class GalleryIndex:
                 raise FileExistsError(f"{path} exists: open it with GalleryIndex({str(folder)!r})")
             manifest.write(path.parent)
         return cls(folder)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What it holds, as its folder keeps it; a change puts another one in its place."""
+        return self._store.contents.manifest
 
     @property
     def names(self) -> list[str]:
@@ -363,12 +377,17 @@ class GalleryIndex:
             query = encode_images(model, query)
         ranking = rank_gallery(model, query, gallery, topk=topk, **options)
         rows = ranking.indices.cpu().numpy()
-        found = torch.empty(2, *rows.shape, *query.maps.shape[2:], dtype=query.features.dtype)
+        seen = torch.zeros(2, *rows.shape, *query.maps.shape[2:], dtype=query.features.dtype)
+        scores = torch.full(rows.shape, torch.nan, dtype=query.features.dtype)
         for i, some in enumerate(rows):
-            same = query[torch.full((len(some),), i)]
-            found[:, i] = torch.stack(pair_attention(model, same, gallery[torch.from_numpy(some)]))
-        names = [[self.names[row] for row in some] for some in rows]
-        return SearchResult(ranking, names, self.pids[rows], self.camids[rows], found[0], found[1])
+            some = some[some >= 0]
+            if len(some):
+                found, same = gallery[torch.from_numpy(some)], query[torch.full((len(some),), i)]
+                seen[:, i, : len(some)] = torch.stack(pair_attention(model, same, found))
+                scores[i, : len(some)] = pair_scores(model, query[i : i + 1], found)[0]
+        names = [[self.names[row] for row in some if row >= 0] for some in rows]
+        pids, camids = (np.where(rows < 0, -1, ids[rows]) for ids in (self.pids, self.camids))
+        return SearchResult(ranking, names, pids, camids, seen[0], seen[1], scores)
 
     def check_model(self, model: CASN) -> str:
         """Returns the fingerprint of the model that the index was created for.

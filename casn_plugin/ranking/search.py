@@ -12,7 +12,14 @@ from casn_plugin.attention import ROW_THRESHOLD
 from casn_plugin.doors import check_count, check_share, check_weight
 from casn_plugin.encoding import Encoding, Encodings
 from casn_plugin.evidence import Evidence, evidence_of
-from casn_plugin.ranking.candidates import Compared, compare, nearest
+from casn_plugin.ranking.candidates import (
+    Candidates,
+    Chosen,
+    Compared,
+    check_candidates,
+    compare,
+    nearest,
+)
 from casn_plugin.ranking.compute import Compute
 from casn_plugin.ranking.fused import fuse_distmats
 from casn_plugin.ranking.pairs import Pairs, pair_classifier_of
@@ -21,6 +28,8 @@ from casn_plugin.ranking.pairs import Pairs, pair_classifier_of
 @dataclass(frozen=True)
 class Ranking:
     """The nearest gallery images of each query, nearest first.
+
+    Where a query has fewer than topk candidates, rows are -1 and distances infinite at the end.
 
     Attributes:
         indices: rows of the gallery.
@@ -52,6 +61,7 @@ class Ranking:
         return self.distances <= threshold
 
 
+# the arguments of fuse_distmats, and what is searched how
 def rank_gallery(
     model: nn.Module,
     query: Encoding,
@@ -59,6 +69,7 @@ def rank_gallery(
     *,
     topk: int = 10,
     exact: bool = True,
+    candidates: Candidates | None = None,
     row_threshold: float = ROW_THRESHOLD,
     attention_weight: float = 0.1,
     compute: Compute | None = None,
@@ -77,16 +88,23 @@ def rank_gallery(
         gallery: the gallery: an encoding or an index.
         topk: images to return for each query, at most as many as the gallery has.
         exact: the topk nearest of the whole gallery. False: each query's topk nearest by
-            features, re-ranked; an approximation.
+            features, re-ranked; an approximation. It says nothing where candidates are given.
+        candidates: rows of the gallery to choose from for each query, found by any engine: each
+            once, -1 where there are fewer. Attention is compared with these alone, and nothing
+            else of the gallery is read: ``gallery[rows]`` has to take a tensor of row numbers, as
+            an encoding and an index do. The answer is the topk nearest of them; what the engine
+            has missed is missing.
         row_threshold: t, the share of a map's maximum above which a row counts as attended.
         attention_weight: weight of the attention distance, >= 0; the features have weight 1.
         compute: with what the pairs are worked on.
 
     Raises:
-        TypeError: encodings of unlike kinds or dtypes, features in half precision.
+        TypeError: encodings of unlike kinds or dtypes, features in half precision, candidates
+            that are no integers.
         ValueError: unlike feature or map sizes, an empty gallery, no pair classifier, t outside
             [0, 1), topk below 1, a weight that is negative or infinite, features, maps or a pair
-            classifier that are not finite.
+            classifier that are not finite, candidates of another number of queries, of rows that
+            there are not, or the same twice.
 
     Example:
         >>> model = nn.Module()
@@ -100,12 +118,17 @@ def rank_gallery(
         raise ValueError("the gallery is empty")
     topk = min(check_count("topk", topk), len(gallery))
     check_share("row_threshold", row_threshold)
+    chosen = None
+    if candidates is not None:
+        candidates = check_candidates(candidates, len(query), len(gallery))
+        topk, exact = min(topk, candidates.shape[1]), False
+        gallery = chosen = Chosen.of(gallery, candidates)
     pairs = Pairs(model, query, gallery, compute)
     compare_listed = partial(compare, pairs, row_threshold=row_threshold, unit=True)
     best = partial(_best, topk=topk, attention_weight=attention_weight)
 
     with pairs.working():
-        listed = nearest(pairs, topk, unit=True)
+        listed = nearest(pairs, topk, unit=True) if chosen is None else chosen.listed(pairs.device)
         own = compare_listed(*listed, desc="Comparing attention")
         found = Compared(*pairs.join(*own))
         scored, found = len(found.rows), best(found)
@@ -117,14 +140,34 @@ def rank_gallery(
                 own = best(Compared.cat(own, compare_listed(rows, columns)))
             *others, counts = pairs.join(*own, torch.tensor([within]))
             found, scored = best(Compared.cat(found, Compared(*others))), scored + int(counts.sum())
-    shape, device = (len(query), topk), query.features.device
-    distances = _fused(found, attention_weight)
-    indices, distances, features, attention = (
-        each.view(shape).to(device)
-        for each in (found.columns, distances, found.features, found.attention)
+    columns = found.columns if chosen is None else chosen.numbers.to(pairs.device)[found.columns]
+    table = partial(_table, found.rows, (len(query), topk), device=query.features.device)
+    return Ranking(
+        table(columns, -1),
+        table(_fused(found, attention_weight), torch.inf),
+        table(found.features, torch.inf),
+        table(found.attention, torch.inf),
+        scored,
+        evidence_of(pair_classifier_of(model)),
     )
-    evidence = evidence_of(pair_classifier_of(model))
-    return Ranking(indices, distances, features, attention, scored, evidence)
+
+
+def _table(
+    rows: Int[Tensor, " pairs"],
+    shape: tuple[int, int],
+    values: Tensor,
+    missing: float | int,
+    device: torch.device,
+) -> Tensor:
+    """Returns values of pairs, which are sorted by query, as a row a query."""
+    table = values.new_full(shape, missing)
+    table[rows, _places(rows)] = values
+    return table.to(device)
+
+
+def _places(rows: Int[Tensor, " pairs"]) -> Int[Tensor, " pairs"]:
+    """Returns the how manieth of its query each pair is, from 0; pairs are sorted by query."""
+    return torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)
 
 
 def _fused(pairs: Compared, attention_weight: float) -> Tensor:
@@ -139,9 +182,7 @@ def _best(pairs: Compared, topk: int, attention_weight: float) -> Compared:
     order = pairs.columns.argsort(stable=True)
     order = order[_fused(pairs, attention_weight)[order].argsort(stable=True)]
     order = order[pairs.rows[order].argsort(stable=True)]
-    rows = pairs.rows[order]
-    places = torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)
-    order = order[places < topk]
+    order = order[_places(pairs.rows[order]) < topk]
     return Compared(*(each[order] for each in pairs))
 
 

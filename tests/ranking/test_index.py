@@ -4,6 +4,7 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from indexes import (
@@ -23,7 +24,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from casn_plugin import CASN, Encoding, GalleryIndex, attention_distmat, rank_gallery
-from casn_plugin.ranking import pair_attention, shards
+from casn_plugin.loading import encode_images
+from casn_plugin.ranking import pair_attention, pair_scores, shards
 from casn_plugin.ranking.manifest import Manifest
 
 
@@ -259,3 +261,32 @@ def test_two_processes_make_the_index_of_one(tmp_path):
     for name in ("joint", "single0"):
         assert_tidy(GalleryIndex(tmp_path / name))
     assert_same(GalleryIndex(tmp_path / "joint")[:], GalleryIndex(tmp_path / "single0")[:])
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_search_among_candidates_has_maps_and_scores_of_these_alone(kind, tmp_path):
+    model = MODELS[kind]()
+    index = GalleryIndex.create(tmp_path / "index", model)
+    images = encode_images(model, torch.rand(9, 3, 48, 24))
+    for part in (slice(0, 5), slice(5, 9)):
+        index.add(images[part], names=[*"abcdefghi"][part], pids=[7] * len(images[part]))
+    query = encode_images(model, torch.rand(2, 3, 48, 24))
+    found = index.search(model, query, topk=3, candidates=np.array([[8, 1, 5, 0], [-1, 6, -1, -1]]))
+    assert found.ranking.indices[1].tolist() == [6, -1, -1] and found.names[1] == ["g"]
+    assert len(found.names[0]) == 3 and set(found.names[0]) < set("ibfa")
+    assert found.pids.tolist() == [[7, 7, 7], [7, -1, -1]] and (found.camids == -1).all()
+    assert found.matches(1e9) == found.names and found.matches(0.0) == [[], []]
+    whole = index.search(model, query, topk=9)
+    for i in range(2):
+        for place, row in enumerate(found.ranking.indices[i].tolist()):
+            if row < 0:
+                assert found.scores[i, place].isnan() and not found.query_attention[i, place].any()
+                continue
+            other = whole.ranking.indices[i].tolist().index(row)
+            for name in ("query_attention", "gallery_attention", "scores"):
+                own, its = (getattr(each, name)[i] for each in (found, whole))
+                torch.testing.assert_close(own[place], its[other])
+            expected = pair_scores(model, query[i : i + 1], images[row : row + 1])[0, 0]
+            torch.testing.assert_close(found.scores[i, place], expected)
+    torch.testing.assert_close(found.probabilities, found.scores.sigmoid(), equal_nan=True)
+    assert index.manifest == Manifest.read(index.folder)

@@ -1,5 +1,6 @@
 """Top-k search: what brute force finds, with fewer pairs."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -126,3 +127,96 @@ def test_nobody_passes_a_threshold_that_is_too_low(unchecked):
     for wrong in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="threshold must be >= 0 and finite"):
             found.passing(wrong)
+
+
+def candidates_of(queries, galleries, listed, seed=0):
+    """Random rows for each query, the last of some missing, in any order."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.stack(
+        [torch.randperm(galleries, generator=generator)[:listed] for _ in range(queries)]
+    )
+    return rows.masked_fill(torch.rand(rows.shape, generator=generator) < 0.3, -1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    listed=st.integers(1, 12),
+    topk=st.integers(1, 14),
+    name=st.sampled_from(["pooled", "parts"]),
+    max_memory=st.sampled_from([1, 40_000, None]),
+    as_array=st.booleans(),
+)
+def test_of_candidates_the_nearest_by_brute_force_are_found(
+    seed, listed, topk, name, max_memory, as_array
+):
+    torch.manual_seed(seed)
+    encoding = encode(HEADS[name][0], torch.rand(24, CHANNELS, 7, 3, dtype=torch.float64))
+    query, gallery = encoding[:4], encoding[4:]
+    model = Model(PairClassifier(encoding.features.shape[1], 16).double())
+    rows = candidates_of(4, 20, listed, seed)
+    found = rank_gallery(
+        model, query, gallery, topk=topk, candidates=rows.numpy() if as_array else rows,
+        compute=Compute(max_memory=max_memory),
+    )  # fmt: skip
+    _, _, by_features, attention = brute_force(model, query, gallery, 20, 0.1)
+    fused = by_features + 0.1 * attention
+    assert found.indices.shape == (4, min(topk, listed)) and found.scored == (rows >= 0).sum()
+    for i, some in enumerate(rows):
+        some = some[some >= 0]
+        best = some[fused[i, some].argsort()][:topk]
+        assert found.indices[i, : len(best)].tolist() == best.tolist()
+        torch.testing.assert_close(found.distances[i, : len(best)], fused[i, best])
+        torch.testing.assert_close(found.feature_distances[i, : len(best)], by_features[i, best])
+        torch.testing.assert_close(found.attention_distances[i, : len(best)], attention[i, best])
+        assert (found.indices[i, len(best) :] == -1).all()
+        assert found.distances[i, len(best) :].isposinf().all()
+        assert not found.passing(1e9)[i, len(best) :].any()
+
+
+class Watched:
+    """A gallery that notes which rows are read."""
+
+    def __init__(self, encoding):
+        self.encoding, self.read = encoding, []
+
+    def __len__(self):
+        return len(self.encoding)
+
+    def __getitem__(self, rows):
+        self.read += rows.tolist()
+        return self.encoding[rows]
+
+    def features_of(self, rows):
+        raise AssertionError("features are read with the maps")
+
+
+def test_nothing_but_the_candidates_is_read_of_a_gallery():
+    encoding = encode(pooled, torch.rand(50, CHANNELS, 7, 3))
+    gallery = Watched(encoding[3:])
+    rows = torch.tensor([[40, 7, -1], [7, 2, 9], [-1, -1, -1]])
+    found = rank_gallery(
+        Model(PairClassifier(CHANNELS, 16)), encoding[:3], gallery, candidates=rows
+    )
+    assert set(gallery.read) == {2, 7, 9, 40}
+    assert found.indices[2].tolist() == [-1] * 3 and found.scored == 5
+
+
+def test_candidates_that_cannot_be_are_refused(unchecked):
+    encoding = encode(pooled, torch.rand(7, CHANNELS, 7, 3))
+    model, query, gallery = Model(PairClassifier(CHANNELS, 16)), encoding[:2], encoding[2:]
+    for wrong, message in (
+        (torch.tensor([[0, 5], [1, 2]]), "rows of a gallery of 5, .* got 0 to 5"),
+        (torch.tensor([[0, -2], [1, 2]]), "got -2 to 2"),
+        (torch.tensor([[0, 1]]), r"of shape \(2, K\), some for each query, got \(1, 2\)"),
+        (torch.zeros(2, 0, dtype=torch.long), r"got \(2, 0\)"),
+        (torch.tensor([[0, 1, 2], [4, 1, 4]]), "row 4 stands twice among those of query 1"),
+        (torch.tensor([0, 1]), r"must be of shape \(queries, listed\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rank_gallery(model, query, gallery, candidates=wrong)
+    for wrong in (torch.zeros(2, 1), [[0], [1]], torch.zeros(2, 1, dtype=torch.bool), "ab"):
+        with pytest.raises(TypeError, match="candidates must be a tensor of integers"):
+            rank_gallery(model, query, gallery, candidates=wrong)
+    nobody = rank_gallery(model, query, gallery, candidates=-np.ones((2, 3), dtype=np.int32))
+    assert nobody.indices.tolist() == [[-1] * 3] * 2 and nobody.scored == 0
