@@ -601,3 +601,47 @@ def attention_quality(
         1.0 if mask[centre] >= 0.5 else 0.0,
         attended_rows / body_rows,
     )
+
+
+def imputed(img, removed):
+    """ROAD's linear imputation of one (channels, rows, columns) image, as one dense system.
+
+    Every removed pixel is the mean of its neighbours that are in the image: 1/6 for those that
+    share a side with it, 1/12 for those that share a corner.
+    """
+    channels, rows, columns = img.shape
+    places = [(r, c) for r in range(rows) for c in range(columns) if removed[r, c]]
+    matrix = np.zeros((len(places), len(places)))
+    right = np.zeros((len(places), channels))
+    for i, (r, c) in enumerate(places):
+        for down in (-1, 0, 1):
+            for across in (-1, 0, 1):
+                y, x = r + down, c + across
+                if (down, across) == (0, 0) or not (0 <= y < rows and 0 <= x < columns):
+                    continue
+                weight = 1 / 12 if down and across else 1 / 6
+                matrix[i, i] += weight
+                if removed[y, x]:
+                    matrix[i, places.index((y, x))] -= weight
+                else:
+                    right[i] += weight * img[:, y, x]
+    found = np.array(img, dtype=np.float64)
+    for (r, c), values in zip(places, np.linalg.solve(matrix, right), strict=True):
+        found[:, r, c] = values
+    return found
+
+
+def removal_curves(score, img, order, shares):
+    """Deletion and insertion curves of one image, pixel by pixel; the image's mean is put in.
+
+    `order` lists (row, column) of all pixels, the most attended first.
+    """
+    mean, total, curves = img.mean((1, 2)), len(order), ([], [])
+    for share in shares:
+        count = round(share * total)
+        for curve, gone in zip(curves, (order[:count], order[count:]), strict=True):
+            changed = img.copy()
+            for row, column in gone:
+                changed[:, row, column] = mean
+            curve.append(score(changed))
+    return curves
