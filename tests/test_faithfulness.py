@@ -208,6 +208,17 @@ def test_batches_do_not_matter_and_seeds_do():
     assert not torch.equal(one, other)
 
 
+def test_training_mode_is_left_as_found_and_makes_no_difference():
+    model, imgs, maps = model_of(), lit(), planted(3)
+    model.backbone.append(nn.BatchNorm2d(4))
+    quiet = pair_faithfulness(model.eval(), imgs, imgs.flip(0), maps, maps)
+    model.train()
+    before = state_of(model)
+    found = pair_faithfulness(model, imgs, imgs.flip(0), maps, maps)
+    assert torch.equal(found.evidence["both"].deletion, quiet.evidence["both"].deletion)
+    assert model.training and state_of(model) == before
+
+
 def test_wrong_arguments(unchecked):
     imgs, maps = lit(), planted(3)
     for shares in ((0, 0.5), (0.1, 1), (0, 0.5, 0.5, 1), (0,), (0, float("nan"), 1)):
