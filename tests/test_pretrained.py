@@ -55,6 +55,14 @@ def test_networks_of_other_libraries_are_made_again(tmp_path, network):
     assert again.reader.target_layer == model.reader.target_layer
 
 
+def test_a_layer_of_ones_own_choice_is_tapped_again(tmp_path):
+    model = osnet(target_layer="conv4", hidden_dim=4).eval()
+    assert model.reader.target_layer == "conv4" != osnet(hidden_dim=4).reader.target_layer
+    again = from_pretrained(save_pretrained(model, tmp_path, OSNET))
+    imgs = torch.rand(1, 3, *SIZE)
+    assert torch.equal(model.encode(imgs).maps, again.encode(imgs).maps)
+
+
 def test_a_network_of_ones_own_is_given_again(tmp_path):
     model = CASN(TinyBackbone(), forward=tiny_forward, input_size=(48, 24), hidden_dim=4)
     save_pretrained(model, tmp_path, None)
