@@ -362,10 +362,10 @@ class _Record(NamedTuple):
 
     pictures: dict[str, Stamp]
     damaged: dict[str, tuple[Stamp, str]]
-    how: list[list[float]]  # they were prepared: size, mean, std
+    how: list[Any]  # they were prepared: size, mean, std
 
     @classmethod
-    def read(cls, folder: Path, how: list[list[float]]) -> "_Record":
+    def read(cls, folder: Path, how: list[Any]) -> "_Record":
         """Returns what a folder says of pictures that were prepared so.
 
         Nothing where there is no record, or none that we wrote: then all is encoded again.

@@ -110,8 +110,9 @@ def main(argv: list[str] | None = None) -> None:
     index, calibration, threshold = gallery.index, args.index / "calibration.json", args.threshold
     print(gallery.describe())
     if args.calibrate:
-        people = index_folder(args.index / "others", folder=args.calibrate).index
-        labelled = LabelledEncodings(people, people.pids, people.camids)
+        others = index_folder(args.index / "others", folder=args.calibrate)
+        print(others.describe())
+        labelled = LabelledEncodings(others.index, others.index.pids, others.index.camids)
         found = calibrate_gallery(model, labelled, args.false_alarm_rate)
         print(f"Saved {save_calibration(calibration, found, of=index.manifest.model)}: {found}")
     if threshold is None and calibration.is_file():

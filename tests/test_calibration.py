@@ -1,6 +1,7 @@
 """Thresholds for a rate of false alarms: by counting, ties and too few pairs included."""
 
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from casn_plugin import calibrate
-from casn_plugin.calibration import true_accept_rates
+from casn_plugin.calibration import load_calibration, save_calibration, true_accept_rates
 
 
 @settings(max_examples=100, deadline=None)
@@ -112,3 +113,42 @@ def test_bad_input_says_what_was_expected(unchecked):
             calibrate(distances, same, wrong)
         with pytest.raises(ValueError, match="confidence must lie"):
             calibrate(distances, same, confidence=wrong)
+
+
+@pytest.mark.parametrize("positives", [0, 3])
+def test_a_calibration_is_kept_for_what_it_was_made_of(positives, tmp_path):
+    distances = torch.rand(50 + positives, generator=torch.Generator().manual_seed(1))
+    found = calibrate(distances, torch.arange(50 + positives) >= 50, 0.1, confidence=0.9)
+    path = save_calibration(tmp_path / "deep" / "c.json", found, of="model a")
+    assert repr(load_calibration(path, of="model a")) == repr(found)  # NaN is NaN
+    with pytest.raises(ValueError, match="on distances of 'model a', not of 'model b'"):
+        load_calibration(path, of="model b")
+    with pytest.raises(FileNotFoundError):
+        load_calibration(tmp_path / "none.json", of="model a")
+
+
+def test_a_file_that_is_no_calibration_is_refused(tmp_path, unchecked):
+    found = calibrate(torch.arange(20.0), torch.arange(20) < 4, 0.1)
+    path = save_calibration(tmp_path / "c.json", found, of="m")
+    whole = json.loads(path.read_text())
+    for change in (
+        {"format": "else"}, {"version": 2}, {"threshold": -1}, {"threshold": "1"},
+        {"threshold": None}, {"threshold": True}, {"false_alarm_rate": 1.5}, {"negatives": 1.5},
+        {"false_alarm_interval": [0.1]}, {"true_accept_interval": "ab"}, {"confidence": []},
+        {"positives": -1},
+    ):  # fmt: skip
+        path.write_text(json.dumps(whole | change))
+        with pytest.raises(ValueError, match=r"c.json is no calibration that was saved here: "):
+            load_calibration(path, of="m")
+    for name in whole:
+        path.write_text(json.dumps({key: each for key, each in whole.items() if key != name}))
+        with pytest.raises(ValueError, match="c.json"):
+            load_calibration(path, of="m")
+    for text in ("", "[]", "3", "[" * 99999, "\ud800"):
+        path.write_bytes(text.encode("utf-8", "surrogatepass"))
+        with pytest.raises(ValueError, match="is no calibration that was saved here"):
+            load_calibration(path, of="m")
+    with pytest.raises(TypeError, match="found must be a Calibration, got float"):
+        save_calibration(path, 0.5, of="m")
+    with pytest.raises(TypeError, match="of must be a str, got int"):
+        save_calibration(path, found, of=5)

@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,9 @@ import pytest
 import torch
 from conftest import EXAMPLES, MOBILENET, PROGRAMS, SCRIPT, build_backbone
 
+from casn_plugin import CASN
 from casn_plugin.pedestrians import render_pedestrian
+from casn_plugin.pretrained import Network, save_pretrained
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
@@ -278,11 +281,114 @@ def test_a_network_that_never_saw_casn_explains_its_pairs(network, monkeypatch, 
             assert np.asarray(drawn).std() > 10
 
 
+@pytest.fixture
+def search(monkeypatch):
+    """examples/search_pictures.py as a module."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module("search_pictures")
+
+
+def tables(path: str) -> list[dict[str, object]]:
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def test_people_are_searched_in_a_folder_and_shown_on_a_page(
+    example, search, small, market_root, capsys
+):
+    example.main(market(market_root, "--max-epoch", 1, "--save-dir", "log"))
+    data = market_root / "market1501" / "Market-1501-v15.09.15"
+    shutil.copytree(data / "bounding_box_test", "people/day 1")
+    Path("people", "day 1", "cut.jpg").write_bytes(b"nothing")
+    sought = [str(path) for path in sorted((data / "query").iterdir())[:2]]
+    sought += ["people/day 1/0005_c1s1_000002_00.jpg"]
+    options = ["--gallery", "people", "--index", "kept", "--device", "cpu", "--topk", "4"]
+    options += ["--checkpoint", "log/model/model.pth.tar-1", "--query", *sought, "gone.jpg"]
+    capsys.readouterr()
+    search.main(
+        [*options, "--json", "found.json", "--csv", "found.csv", "--out", "deep/found.html"]
+    )
+    said = capsys.readouterr().out
+    assert "24 pictures: 24 encoded, 0 kept, 0 removed, 1 left out\n  day 1/cut.jpg: " in said
+    found = tables("found.json")
+    assert [row["query_name"] for row in found[::4]] == sought and len(found) == 12
+    assert all(row["camid"] in (1, 2, 3) and 0 < row["probability"] < 1 for row in found)
+    assert sought[2].removeprefix("people/") not in [row["name"] for row in found[8:]]  # itself
+    rows = Path("found.csv").read_text().splitlines()
+    assert len(rows) == 13 and rows[1].split(",")[1] == sought[0] and "passes" not in rows[0]
+    page = Path("deep/found.html").read_text(encoding="utf-8")
+    assert page.count("<article") == 3 and page.count('<li class="match') == 12
+    assert "gone.jpg" in page and "day 1/cut.jpg" in page and "no threshold was calibrated" in page
+
+    # once more, among other cameras, with people to calibrate on: nothing is encoded but these
+    extra = ["--other-cameras", "--calibrate", str(data / "bounding_box_train"),
+             "--false-alarm-rate", "0.01", "--json", "others.json"]  # fmt: skip
+    search.main([*options, *extra])
+    said = capsys.readouterr().out
+    assert "24 pictures: 0 encoded, 24 kept" in said and "36 pictures: 36 encoded" in said
+    others = tables("others.json")
+    cameras = [int(re.search(r"_c(\d)", name)[1]) for name in sought]
+    assert all(row["camid"] != cameras[row["query"]] for row in others)
+    assert any(row["camid"] == cameras[row["query"]] for row in found)
+    threshold = json.loads(Path("kept/calibration.json").read_text())["threshold"]
+    assert all(row["passes"] == (row["distance"] <= threshold) for row in others)
+    page = Path("search.html").read_text(encoding="utf-8")
+    assert f"up to a distance of {threshold:.4f}" in page and "486 labelled pairs" in page
+    for number, name in enumerate(sought):
+        names = [row["name"] for row in others if row["query"] == number and row["passes"]]
+        assert f"{name}: {', '.join(names) or 'nobody'}\n" in said
+
+    # the calibration is kept too; Milvus finds the same, and what a filter lets pass
+    milvus = ["--milvus", "kept/features.db", "--other-cameras", "--json", "by_milvus.json"]
+    search.main([*options, *milvus])
+    assert tables("by_milvus.json") == others
+    search.main([*options, *milvus, "--filter", "time == 2 and pid != 6"])
+    filtered = tables("by_milvus.json")
+    assert filtered and all(row["pid"] != 6 and "_000002_" in row["name"] for row in filtered)
+    assert any(row["pid"] == 6 for row in others)
+    search.main([*options, "--threshold", "0"])
+    assert f"{sought[0]}: nobody" in capsys.readouterr().out
+    assert "given without a calibration" in Path("search.html").read_text(encoding="utf-8")
+
+
+def test_a_search_takes_saved_models_and_networks_that_never_saw_casn(search, market_root, capsys):
+    gallery = market_root / "market1501" / "Market-1501-v15.09.15" / "query"
+    sought = str(sorted(gallery.iterdir())[0])
+    network = {"num_classes": 3, "loss": "softmax"}
+    torch.manual_seed(0)
+    model = CASN(build_backbone("osnet_x0_25"), input_size=(64, 32))
+    save_pretrained(
+        model, "saved", Network("torchreid", "osnet_x0_25", network | {"num_classes": 5})
+    )
+    torch.save({"state_dict": model.backbone.state_dict()}, "osnet.pth")
+    options = ["--gallery", str(gallery), "--query", sought, "--device", "cpu", "--json", "a.json"]
+    search.main([*options, "--checkpoint", "saved", "--index", "one"])
+    assert all("probability" in row for row in tables("a.json"))
+    search.main([*options, "--network", "osnet_x0_25", "--weights", "osnet.pth", "--index", "two"])
+    assert all(-1 <= row["similarity"] <= 1 for row in tables("a.json"))
+    assert "Cosine similarity" in Path("search.html").read_text(encoding="utf-8")
+    capsys.readouterr()
+    with pytest.raises(ValueError, match="created for a model with other weights"):
+        search.main([*options, "--checkpoint", "saved", "--index", "two"])
+    for bad, message in (
+        ([], "name a model: either --checkpoint or --network"),
+        (["--checkpoint", "nothing"], "--checkpoint: there is no file nothing"),
+        (["--checkpoint", "saved", "--filter", "camid != 1"], "it needs --milvus"),
+        (
+            ["--checkpoint", "saved", "--index", "one", "--query", "gone.jpg"],
+            "--query: {'gone.jpg'",
+        ),
+    ):
+        with pytest.raises(SystemExit):
+            search.main([*options, *bad])
+        assert message in capsys.readouterr().err
+
+
 def test_the_examples_are_short_and_the_main_one_stands_alone():
     lines = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
     assert lines["train_casn_pcb.py"] <= 190 and lines["own_loop.py"] <= 50
     assert lines["metric_loop.py"] <= 60 and lines["wildlife_timm.py"] <= 130
     assert lines["lightning_module.py"] <= 75 and lines["explain_any_network.py"] <= 65
+    assert lines["search_pictures.py"] <= 150
     neighbours = {path.stem for path in EXAMPLES.rglob("*.py")}
     for name in (
         "train_casn_pcb.py", "own_loop.py", "metric_loop.py", "wildlife_timm.py",

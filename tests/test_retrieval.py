@@ -2,8 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
-from casn_plugin.retrieval import check_results
+from casn_plugin import Encoding, PairClassifier, RankingOptions, calibrate, fuse_distmats
+from casn_plugin.ranking import attention_distmat
+from casn_plugin.retrieval import LabelledEncodings, calibrate_gallery, check_results
 
 FIGURES = {"mAP": 0.5, "cmc": [0.4, 0.8], "mINP": 0.25}
 
@@ -31,3 +35,55 @@ def test_rankings_have_the_same_figures():
     less = {"mAP": 0.5, "cmc": np.array([0.4])}
     with pytest.raises(ValueError, match=r"results\['attention'\] lack \['mINP'\]"):
         check_results({"features": FIGURES, "attention": less, "fused": FIGURES})
+
+
+@pytest.fixture
+def people():
+    """A model, and 24 images of six people in two cameras, one person and one camera unknown."""
+    model = nn.Module()
+    model.pair_classifier = PairClassifier(8, 16)
+    images = Encoding(torch.randn(24, 8), basis=torch.rand(24, 8, 6, 3))
+    pids = [-1 if row // 4 == 5 else row // 4 for row in range(24)]
+    camids = [-1 if row == 7 else row % 2 for row in range(24)]
+    return model, LabelledEncodings(images, pids, camids)
+
+
+def test_a_gallery_is_calibrated_on_each_pair_once(people):
+    model, (images, pids, camids) = people
+    found = calibrate_gallery(model, people[1], 0.1, confidence=0.8)
+    qf = nn.functional.normalize(images.features)
+    fused = fuse_distmats(
+        torch.cdist(qf.double(), qf.double()).float(),
+        attention_distmat(model, images, images, unit=True),
+    )
+    distances, same = [], []
+    for i in range(24):
+        for j in range(i + 1, 24):
+            one = pids[i] == pids[j]
+            if -1 in (pids[i], pids[j]) or (one and camids[i] == camids[j] != -1):
+                continue
+            distances.append(float(fused[i, j]))
+            same.append(one)
+    expected = calibrate(torch.tensor(distances), torch.tensor(same), 0.1, confidence=0.8)
+    assert (found.positives, found.negatives) == (expected.positives, expected.negatives)
+    assert found.negatives == 160 and found.positives == 5 * 4 + 1  # row 7's camera is unknown
+    assert abs(found.threshold - expected.threshold) < 1e-5
+    assert found.false_alarm_interval == expected.false_alarm_interval
+
+
+def test_of_a_large_gallery_some_are_drawn(people, unchecked):
+    model, labelled = people
+    some = calibrate_gallery(model, labelled, 0.2, images=12)
+    assert some.positives + some.negatives <= 66 and some.negatives > 20
+    assert some == calibrate_gallery(model, labelled, 0.2, images=12)
+    assert some != calibrate_gallery(model, labelled, 0.2, images=12, seed=1)
+    every = calibrate_gallery(model, labelled, 0.2)
+    assert every == calibrate_gallery(model, labelled, 0.2, images=24, seed=5)
+    with pytest.raises(TypeError, match="gallery must be LabelledEncodings"):
+        calibrate_gallery(model, labelled.encoding)
+    with pytest.raises(ValueError, match="normalization must be 'unit', got 'query'"):
+        calibrate_gallery(model, labelled, options=RankingOptions(normalization="query"))
+    with pytest.raises(ValueError, match="images must be at least 2"):
+        calibrate_gallery(model, labelled, images=1)
+    with pytest.raises(ValueError, match="needs at least 1000 pairs of two people, got 160"):
+        calibrate_gallery(model, labelled)

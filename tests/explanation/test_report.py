@@ -5,20 +5,18 @@ import html.parser
 import io
 import os
 import re
-import shutil
 from collections import Counter
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from browsing import as_wide_as, broken_rules, opened, press
 from conftest import TinyBackbone, tiny_forward
 
 from casn_plugin import CASN, explain_ranking
 from casn_plugin.explanation import ExplainedRankings, html_report, overlay, save_report
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
-DRIVER = shutil.which("chromedriver")
 RANKING = {"mAP": 0.4321, "mINP": 0.25, "cmc": [0.5, 0.625, 1.0, 1.0, 1.0]}
 RESULTS = {
     "features": {"mAP": 0.1234, "mINP": 0.2, "cmc": [0.25, 0.375, 0.5, 0.75, 0.875]},
@@ -118,6 +116,17 @@ def test_tables_hold_the_figures(page, explained):
     assert f"those that reach {explained.row_threshold:.0%} of" in " ".join(page.split())
 
 
+def test_true_accept_rates_are_shown_where_an_evaluation_has_them(explained, page):
+    rates = {"TAR@1%": 0.755, "TAR@0.1%": float("nan")}
+    results = {name: {**RESULTS[name], **rates} for name in ("features", "attention", "fused")}
+    shown = " ".join(html_report(explained, {**results, "auc": 0.9}, number=0).split())
+    header = re.sub(r"<[^>]+>", " ", shown[shown.index("<thead>") : shown.index("</thead>")])
+    assert " ".join(header.split()) == "Ranked by Rank-1 Rank-5 mAP mINP TAR@1% TAR@0.1%"
+    assert shown.count("<td>75.5%</td><td>\N{EN DASH}</td></tr>") == 3
+    assert "<strong>TAR</strong> at a rate is the share" in shown and "nan" not in shown
+    assert "TAR" not in page
+
+
 def pictures_of(page: str) -> list[np.ndarray]:
     """All its photographs, RGB in [0, 1]."""
     uris = re.findall(r"data:image/jpeg;base64,([^\"]+)", page)
@@ -212,35 +221,10 @@ def test_a_report_is_saved_whole_or_not_at_all(explained, tmp_path, monkeypatch)
 @pytest.fixture(scope="module")
 def browser(page, tmp_path_factory):
     """Headless Chromium that has opened the report from disk."""
-    if CHROMIUM is None or DRIVER is None:
-        pytest.skip("Chromium and chromedriver are not installed")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
     path = tmp_path_factory.mktemp("report") / "report.html"
     path.write_text(page, encoding="utf-8")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in (
-        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        "--no-first-run", "--host-resolver-rules=MAP * ~NOTFOUND", "--window-size=1280,1000",
-    ):  # fmt: skip
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    try:
-        driver.get(path.as_uri())
+    with opened(path) as driver:
         yield driver
-    finally:
-        driver.quit()
-
-
-def press(browser, *keys):
-    from selenium.webdriver.common.action_chains import ActionChains
-
-    for key in keys:
-        ActionChains(browser).send_keys(key).perform()
 
 
 def test_a_browser_shows_it_without_errors(browser):
@@ -285,23 +269,13 @@ def test_it_is_used_by_keyboard_alone(browser):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_no_rule_of_accessibility_is_broken(browser, scheme):
-    axe = pytest.importorskip("axe_core_python.selenium").Axe()
-    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
-    result = axe.run(browser)
-    assert [(each["id"], each["nodes"][0]["html"]) for each in result["violations"]] == []
-    assert "color-contrast" in {each["id"] for each in result["passes"]}
+    assert broken_rules(browser, scheme) == []
 
 
 @pytest.mark.parametrize("width", [320, 390, 1280])
 def test_it_fits_the_width_of_a_phone(browser, width):
-    size = {"width": width, "height": 800, "deviceScaleFactor": 2, "mobile": width < 1000}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    try:
+    with as_wide_as(browser, width):
         wide = "return document.documentElement.scrollWidth"
         assert browser.execute_script(wide) <= width
         matches = "return document.querySelector('.match').getBoundingClientRect().width"
         assert 120 < browser.execute_script(matches) < 320
-    finally:
-        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

@@ -1,0 +1,67 @@
+"""Pages in headless Chromium, opened from disk without a network; skipped where there is none."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+DRIVER = shutil.which("chromedriver")
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A browser that has opened a page."""
+    if CHROMIUM is None or DRIVER is None:
+        pytest.skip("Chromium and chromedriver are not installed")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in (
+        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        "--no-first-run", "--host-resolver-rules=MAP * ~NOTFOUND", "--window-size=1280,1000",
+    ):  # fmt: skip
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    try:
+        driver.get(path.as_uri())
+        yield driver
+    finally:
+        driver.quit()
+
+
+def press(browser: Any, *keys: str) -> None:
+    """Presses keys, one after the other."""
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    for key in keys:
+        ActionChains(browser).send_keys(key).perform()
+
+
+@contextmanager
+def as_wide_as(browser: Any, width: int) -> Iterator[None]:
+    """The page on a screen of that width, of a phone where it is narrow."""
+    size = {"width": width, "height": 800, "deviceScaleFactor": 2, "mobile": width < 1000}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        yield
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def broken_rules(browser: Any, scheme: str) -> list[tuple[str, str]]:
+    """The rules of accessibility that a page breaks, with everything unfolded."""
+    axe = pytest.importorskip("axe_core_python.selenium").Axe()
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    result = axe.run(browser)
+    assert "color-contrast" in {each["id"] for each in result["passes"]}
+    return [(each["id"], each["nodes"][0]["html"]) for each in result["violations"]]
