@@ -163,7 +163,7 @@ def pair_faithfulness(
             gives it, or what it is to be compared with.
         gallery_maps: attention of the second ones.
         shares: of the pixels, ascending from 0 to 1.
-        fill: what stands where pixels were; black is −mean / std of the model's `preprocessing`.
+        fill: what stands where pixels were; black is `model.preprocessing.black`.
         seed: of the order of equally attended pixels, and of the noise.
         batch_size: images that go through the network at a time.
         progress: show a progress bar on a terminal.

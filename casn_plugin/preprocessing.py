@@ -72,6 +72,11 @@ class Preprocessing:
                 return cls(size, transform.mean, transform.std)
         return cls(size)
 
+    @property
+    def black(self) -> Float[Tensor, " 3"]:
+        """What a black pixel is once it is normalised."""
+        return -torch.tensor(self.mean) / torch.tensor(self.std)
+
     def load(self, image: Image) -> Float[Tensor, "3 rows columns"]:
         """Returns a normalised image, upright, and otherwise as torchreid prepares test images.
 

@@ -1,6 +1,7 @@
 """How pictures become what a model takes, and pictures again."""
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -29,6 +30,12 @@ def test_pictures_are_the_images_before_normalization(mean, std):
     shown = Preprocessing((6, 4), mean=mean, std=std).pictures(imgs)
     np.testing.assert_allclose(shown, pictures.permute(0, 2, 3, 1), atol=1e-6)
     assert Preprocessing((6, 4)).pictures(1e3 * imgs).max() <= 1
+
+
+def test_black_is_black():
+    prepared = Preprocessing((4, 2), (0.5, 0.4, 0.3), (0.1, 0.2, 0.9))
+    expected = prepared.black[:, None, None].expand(3, 4, 2)
+    torch.testing.assert_close(prepared.load(PIL.Image.new("RGB", (2, 4))), expected)
 
 
 def test_lists_are_as_good_as_tuples(unchecked):

@@ -1,0 +1,147 @@
+#!/usr/bin/env python
+"""Does the attention of a pair mark what decides? Deletion and insertion, beside other maps.
+
+    python examples/train_casn_pcb.py
+    python examples/experiments/explained.py --checkpoint log/casn_pcb/model/model.pth.tar-10
+
+Of every query one random match of another camera, or one random picture of somebody else, makes a
+pair. Prints a table of gaps (insertion less deletion area; chance is 0) with 95 % intervals over
+queries, and draws the curves.
+"""
+
+import argparse
+import contextlib
+import io
+from pathlib import Path
+
+import protocols
+import torch
+import torchreid
+from benchmark_ranking import build_model
+from matplotlib.figure import Figure
+from measurements import class_maps
+from plots import save_small
+from scipy import stats
+from tables import markdown
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from casn_plugin import CASN, Encoding, Similarity
+from casn_plugin.explanation import COLOURS
+from casn_plugin.faithfulness import PairFaithfulness, centre_prior, pair_faithfulness
+from casn_plugin.identities import pairs_by_identity
+from casn_plugin.loading import encode_loader
+from casn_plugin.ranking import pair_attention
+
+Maps = tuple[Tensor, Tensor]
+PALETTE = (*COLOURS.values(), "#009E73", "#555555")  # the rest of Okabe and Ito's
+SIDES = ("query", "gallery", "both")
+
+
+def maps_of_pairs(
+    model: CASN, first: Encoding, second: Encoding, loaders: tuple[DataLoader, DataLoader]
+) -> dict[str, Maps]:
+    """Returns every kind of map of both pictures of the pairs."""
+    similar = torch.nn.Module()
+    similar.pair_classifier = Similarity()
+    size = tuple(first.maps.shape[2:])
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(2, len(first), *size, generator=generator)
+    return {
+        "Siamese attention": pair_attention(model, first, second),
+        "cosine of features": pair_attention(similar, first, second),
+        "identification": (class_maps(model, loaders[0]), class_maps(model, loaders[1])),
+        "centre": (centre_prior(len(first), size),) * 2,
+        "random": (noise[0], noise[1]),
+    }
+
+
+def interval(gaps: Tensor) -> str:
+    """Returns mean and 95 % interval of the mean, bootstrapped over queries."""
+    found = stats.bootstrap((gaps.numpy(),), lambda x, axis: x.mean(axis), n_resamples=2000, rng=0)
+    low, high = found.confidence_interval
+    return f"{gaps.mean():.3f} [{low:.3f}, {high:.3f}]"
+
+
+def table(found: dict[str, PairFaithfulness], score: str) -> str:
+    """Returns the gaps of one score, one row a kind of map."""
+    rows = [
+        [name, *(interval(getattr(curves, score)[side].gap) for side in SIDES)]
+        for name, curves in found.items()
+    ]
+    return markdown(["Map", *(f"pixels of {side}" for side in SIDES)], rows)
+
+
+def plot(found: dict[str, PairFaithfulness]) -> Figure:
+    """Returns the mean curves of the evidence where pixels of both pictures go, or come."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, kind, text in (
+        (axes[0], "deletion", "most attended pixels removed"),
+        (axes[1], "insertion", "most attended pixels shown"),
+    ):
+        for number, (name, curves) in enumerate(found.items()):
+            of_both = curves.evidence["both"]
+            style = "-" if number == 0 else ("--", ":", "-.", (0, (1, 4)))[number - 1]
+            axis.plot(
+                100 * of_both.shares, getattr(of_both, kind).mean(0), label=name, ls=style,
+                color=PALETTE[number], lw=2.2 if number == 0 else 1.4,
+            )  # fmt: skip
+        axis.set_xlabel(f"% of the {text}")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("same-identity logit, mean of pairs")
+    axes[1].legend(frameon=False)
+    return figure
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict[str, PairFaithfulness]]:
+    """Measures, prints and draws; returns the curves of pairs of one and of two identities."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="of examples/train_casn_pcb.py's default run")
+    add("--pairs", type=int, default=128, help="pairs of each kind, at most")
+    add("--fill", choices=("neighbours", "mean", "black"), default="neighbours")
+    add("--picture", type=Path, help="of the curves of one identity, a .png")
+    args = parser.parse_args(argv)
+    if not Path(args.checkpoint).is_file() or args.pairs < 1:
+        parser.error("--checkpoint must be a file and --pairs at least 1")
+    options = protocols.parse_args(["--weights", args.checkpoint])
+    with contextlib.redirect_stdout(io.StringIO()):
+        manager = torchreid.data.ImageDataManager(
+            sources=options.sources, height=options.height, width=options.width,
+            batch_size_test=64, workers=0, use_gpu=False,
+        )  # fmt: skip
+        model = build_model(options, manager.num_train_pids).eval()
+    loaders = manager.test_loader[options.sources[0]]
+    (query, *q_ids), (gallery, *g_ids) = (
+        encode_loader(model, loaders[part]) for part in ("query", "gallery")
+    )
+    same, counted = pairs_by_identity(q_ids[0], g_ids[0], q_ids[1], g_ids[1])
+    fill = model.preprocessing.black if args.fill == "black" else args.fill
+    every = {}
+    for kind, wanted in (("one identity", same & counted), ("two identities", ~same & counted)):
+        generator = torch.Generator().manual_seed(1)
+        rows = wanted.any(1).nonzero()[:, 0]
+        rows = rows[torch.randperm(len(rows), generator=generator)[: args.pairs]]
+        chance = torch.rand(wanted.shape, generator=generator).masked_fill(~wanted, -1)
+        columns = chance.argmax(1)[rows]
+        sets = [Subset(loaders["query"].dataset, rows.tolist()),
+                Subset(loaders["gallery"].dataset, columns.tolist())]  # fmt: skip
+        some = tuple(DataLoader(each, batch_size=64) for each in sets)
+        imgs = [torch.stack([item["img"] for item in each]) for each in sets]
+        maps = maps_of_pairs(model, query[rows], gallery[columns], some)
+        found = every[kind] = {
+            name: pair_faithfulness(model, *imgs, *both, fill=fill, progress=True)
+            for name, both in maps.items()
+        }
+        for score, text in (("evidence", "same-identity logit"), ("closeness", "closeness")):
+            print(f"\n{len(rows)} pairs of {kind}, {text}, {args.fill}\n\n{table(found, score)}")
+    if args.picture:
+        save_small(plot(every["one identity"]), args.picture)
+    return every
+
+
+if __name__ == "__main__":
+    main()
