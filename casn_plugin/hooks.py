@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from casn_plugin.kernels import twice_differentiable
+from casn_plugin.kernels import twice_differentiable, uncompiled
 from casn_plugin.layouts import Layout
 
 _HOOKS = threading.Lock()  # torch gives hooks their numbers without one
@@ -120,9 +120,11 @@ def capture(
                 stack.enter_context(twice_differentiable())
         return maps
 
+    @uncompiled
     def on_input(_: nn.Module, args: tuple[Any, ...]) -> Any:
         return tap(args) if threading.get_ident() == owner else None
 
+    @uncompiled
     def on_output(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
         if threading.get_ident() != owner:
             return None
@@ -175,6 +177,7 @@ def watch(module: nn.Module) -> Iterator[Watched]:
     """
     watched, owner = Watched(), threading.get_ident()
 
+    @uncompiled
     def look(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if threading.get_ident() == owner:
             watched.taken, watched.given = args[0] if args else None, output

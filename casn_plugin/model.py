@@ -15,6 +15,7 @@ from casn_plugin.evidence import PairClassifier
 from casn_plugin.heads import Forward
 from casn_plugin.hooks import place_of, twin, unwrapped
 from casn_plugin.identities import same_identity
+from casn_plugin.kernels import uncompiled
 from casn_plugin.layouts import Reshape
 from casn_plugin.losses import IdentificationAttentionLoss
 from casn_plugin.preprocessing import Preprocessing
@@ -201,6 +202,18 @@ class CASN(nn.Module):
         self._check_place(imgs)
         if not self.training:
             return self.reader.features(self.backbone, imgs)
+        return self._train_pass(imgs, pids, identification, siamese, camids)
+
+    @uncompiled
+    def _train_pass(
+        self,
+        imgs: Tensor,
+        pids: Tensor | None,
+        identification: IdentificationAttentionLoss | None,
+        siamese: SiameseAttentionLoss | None,
+        camids: Tensor | None,
+    ) -> CASNOutput:
+        """Returns what :meth:`forward` gives in training mode."""
         check_lengths(imgs=imgs, pids=pids, camids=camids)
         if pids is not None:  # read once for all that looks at them
             pids = check_tensor("pids", pids, "batch", floating=False).cpu()
