@@ -365,7 +365,7 @@ class GalleryIndex:
         rows = ranking.indices.cpu().numpy()
         found = torch.empty(2, *rows.shape, *query.maps.shape[2:], dtype=query.features.dtype)
         for i, some in enumerate(rows):
-            same = query[torch.full((len(some),), i)]
+            same = query[i : i + 1].expand(len(some))
             found[:, i] = torch.stack(pair_attention(model, same, gallery[torch.from_numpy(some)]))
         names = [[self.names[row] for row in some] for some in rows]
         return SearchResult(ranking, names, self.pids[rows], self.camids[rows], found[0], found[1])
