@@ -60,12 +60,12 @@ class Kept:
             TypeError: features or maps of a dtype that no index keeps.
             ValueError: features or maps that are not finite, or too large for the index's dtype.
         """
-        for name, values in (("features", encoding.features), ("maps", encoding.maps)):
-            _check_kept(name, values)
+        _check_kept("features", encoding.features)
         kind = "basis" if encoding.basis is not None else "activations"
         features = encoding.features.detach().cpu().contiguous()
         if not manifest.maps:
             return cls(kind, features)
+        _check_kept("maps", encoding.maps)
         maps, scales = encoding.maps.detach(), None
         if manifest.dtype == EIGHT_BITS:
             maps, scales = _in_eight_bits(maps)
