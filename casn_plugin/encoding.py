@@ -69,6 +69,14 @@ class Encoding:
         """Returns the features of some of the images."""
         return self.features[rows]
 
+    def expand(self, number: int) -> "Encoding":
+        """Returns that of one image so many times, without copies of it.
+
+        Raises:
+            RuntimeError: it is of several images.
+        """
+        return self._map(lambda tensor: tensor.expand(number, *tensor.shape[1:]))
+
     def to(self, *args: Any, **kwargs: Any) -> "Encoding":
         """Returns the encoding on another device or in another dtype, as ``Tensor.to`` does."""
         return self._map(lambda tensor: tensor.to(*args, **kwargs))

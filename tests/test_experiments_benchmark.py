@@ -50,6 +50,35 @@ def test_the_benchmark_measures_what_shortlists_cost(benchmark, lab, monkeypatch
     assert sum("exact top" in name for name in rows) == 3
 
 
+def test_the_benchmark_compares_evaluations(benchmark, lab):
+    options = benchmark.parse_args(["--scale", "0.05", "--repeats", "1", "--device", "cpu"])
+    text = lab("benchmark_speed").evaluation(options)
+    assert "168 × 986 distances (cpu): CMC equal, mAP off by" in text
+    rows = {row[0]: row[1:] for row in cells(text)[1:]}
+    assert rows["ours, with mINP"][2] == "1.00" and float(rows["ranked_lists"][2]) > 0
+
+
+def test_the_benchmark_of_an_index(lab, monkeypatch, tmp_path):
+    sizes = {"num_train_pids": 2, "num_test_pids": 4, "images_per_camera": 2, "progress": False}
+    monkeypatch.setattr(EmbeddedPedestrians, "options", sizes)
+    checkpoint = tmp_path / "model.pth"
+    options = lab("protocols").parse_args(["--device", "cpu"])
+    torch.save({"state_dict": lab("backbones").build_model(options, 2).state_dict()}, checkpoint)
+    index = lab("benchmark_index")
+    with pytest.raises(SystemExit):
+        index.main(["--checkpoint", str(tmp_path / "none")])
+    found = index.main([
+        "--checkpoint", str(checkpoint), "--images", "8", "--size", "64", "32",
+        "--searches", "2", "--repeats", "1", "--folder", str(tmp_path),
+    ])  # fmt: skip
+    whole, half, eight_bits, alone = cells(found)[1:]
+    sizes = [float(row[1].split()[0]) for row in (whole, half, eight_bits, alone)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] < 10
+    assert float(whole[-1]) < 1e-5 and 0 < float(half[-3]) < float(eight_bits[-3])
+    assert float(alone[-1]) < 1e-3
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("tmp")]
+
+
 def test_the_benchmark_compares_reranking(benchmark):
     options = benchmark.parse_args(["--scale", "0.1", "--repeats", "1"])
     header, *rows = cells(benchmark.reranking(options))

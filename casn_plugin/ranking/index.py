@@ -382,7 +382,7 @@ class GalleryIndex:
         for i, some in enumerate(rows):
             some = some[some >= 0]
             if len(some):
-                found, same = gallery[torch.from_numpy(some)], query[torch.full((len(some),), i)]
+                found, same = gallery[torch.from_numpy(some)], query[i : i + 1].expand(len(some))
                 seen[:, i, : len(some)] = torch.stack(pair_attention(model, same, found))
                 scores[i, : len(some)] = pair_scores(model, query[i : i + 1], found)[0]
         names = [[self.names[row] for row in some if row >= 0] for some in rows]

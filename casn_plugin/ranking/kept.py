@@ -60,12 +60,12 @@ class Kept:
             TypeError: features or maps of a dtype that no index keeps.
             ValueError: features or maps that are not finite, or too large for the index's dtype.
         """
-        for name, values in (("features", encoding.features), ("maps", encoding.maps)):
-            _check_kept(name, values)
+        _check_kept("features", encoding.features)
         kind = "basis" if encoding.basis is not None else "activations"
         features = encoding.features.detach().cpu().contiguous()
         if not manifest.maps:
             return cls(kind, features)
+        _check_kept("maps", encoding.maps)
         maps, scales = encoding.maps.detach(), None
         if manifest.dtype == EIGHT_BITS:
             maps, scales = _in_eight_bits(maps)
@@ -131,9 +131,9 @@ class Kept:
     def encoding(self, rows: slice | Tensor) -> Encoding:
         """Returns the encoding of some of the images, of which maps are kept."""
         assert self.maps is not None  # for the type checker: the caller has seen to it
-        features, maps = self.features[rows], self.maps[rows]
-        if self.scales is not None:
-            maps = (maps * self.scales[rows, None, None]).to(features.dtype)
+        features, maps, *scales = (_picked(each, rows) for each in self.tensors.values())
+        if scales:  # in one new block of memory, which costs more than the product
+            maps = maps.to(torch.float32).mul_(scales[0][:, None, None]).to(features.dtype)
         return Encoding(features, **{self.kind: maps.permute(0, 3, 1, 2)})
 
     def checksums(self, part: str, rows: Iterable[int]) -> UInt8[np.ndarray, "rows 32"]:
@@ -147,6 +147,11 @@ class Kept:
                 found.update(column[row].data)
             digests.append(found.digest())
         return np.frombuffer(bytearray(b"".join(digests)), np.uint8).reshape(-1, 32)
+
+
+def _picked(values: Tensor, rows: slice | Tensor) -> Tensor:
+    """Returns some of the rows; a slice of them is a view."""
+    return values[rows] if isinstance(rows, slice) else values.index_select(0, rows)
 
 
 def _in_eight_bits(
