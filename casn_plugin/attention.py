@@ -230,7 +230,7 @@ def scale_maps(maps: Float[Tensor, "*batch height width"]) -> Float[Tensor, "*ba
     maps = at_least_float32(check_tensor("maps", maps, "*batch height width"))
     peak = maps.amax((-2, -1), keepdim=True)
     blank = peak <= torch.finfo(maps.dtype).tiny ** 0.5
-    return torch.where(blank, 0.0, maps / torch.where(blank, 1.0, peak))
+    return maps / peak.masked_fill(blank, torch.inf)
 
 
 def soft_mask(
@@ -299,11 +299,14 @@ def attended_span(
         (tensor([1, 0]), tensor([2, 3]))
     """
     check_tensor("profiles", profiles, "*batch height")
-    above = profiles > check_share("row_threshold", row_threshold)
-    above = above | ~above.any(-1, keepdim=True)
-    first = above.to(torch.uint8).argmax(-1)
-    last = profiles.shape[-1] - 1 - above.flip(-1).to(torch.uint8).argmax(-1)
-    return first, last
+    profiles, height = at_least_float32(profiles.detach()), profiles.shape[-1]
+    # 1, 0 or -1 times the number of the row: the greatest is that of the last row above t
+    side = (profiles - check_share("row_threshold", row_threshold)).sign_()
+    numbers = torch.arange(1, height + 1, device=side.device, dtype=side.dtype)
+    last, first = ((side * rows).amax(-1) for rows in (numbers, numbers.flip(0)))
+    none = ~(last > 0)
+    first, last = (height - first).masked_fill(none, 0), (last - 1).masked_fill(none, height - 1)
+    return first.long(), last.long()
 
 
 def align_profiles(
@@ -329,16 +332,21 @@ def align_profiles(
     """
     check_tensor("profiles", profiles, "*batch height")
     height = profiles.shape[-1]
-    first, last = (row.unsqueeze(-1) for row in attended_span(profiles, row_threshold))
+    first, last = (row.flatten() for row in attended_span(profiles, row_threshold))
+    # by the length of the span, less 1: between which of its rows each value lies, and how far
     rows = torch.arange(height, device=profiles.device, dtype=profiles.dtype)
-    length = (last - first + 1).to(profiles.dtype)
-    source = ((rows + 0.5) * (length / height) - 0.5).clamp(min=0)
-    lower = torch.minimum(source.long(), last - first)
-    upper = torch.minimum(lower + 1, last - first)
-    fraction = source - lower
+    source = (rows + 0.5) * ((rows[:, None] + 1) / height) - 0.5
+    source = torch.minimum(source.clamp(min=0), rows[:, None])
+    lower, fraction = source.long(), source.frac()
+    # one value more in each profile, so that there is a next one: it counts nothing
+    values = F.pad(profiles, (0, 1)).flatten()
+    starts = torch.arange(len(first), device=first.device) * (height + 1) + first
+    at = (lower.index_select(0, last - first) + starts[:, None]).flatten()
     return torch.lerp(
-        profiles.gather(-1, first + lower), profiles.gather(-1, first + upper), fraction
-    )
+        values[:-1].index_select(0, at),
+        values[1:].index_select(0, at),
+        fraction.index_select(0, last - first).flatten(),
+    ).view(profiles.shape)
 
 
 def attention_distance(
