@@ -4,7 +4,7 @@ Known by names and by what happens in a try-out; neither torchreid nor timm nor 
 imported.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -77,10 +77,17 @@ class ByClassifier:
             output = backbone(imgs)
         if not seen:
             return None, next(iter(_tensors_of(output))).flatten(1)
-        given = [(each.taken, each.given) for each in seen]
-        if any(taken is None or logits is None for taken, logits in given):
+        return self.read([(each.taken, each.given) for each in seen])
+
+    def read(self, calls: Sequence[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
+        """Returns logits and features of what each classifier took and gave.
+
+        Raises:
+            ValueError: one of them took and gave nothing.
+        """
+        if any(taken is None or given is None for taken, given in calls):
             raise ValueError(f"the classifier {' and '.join(self.names)} was not called")
-        taken, logits = zip(*given, strict=True)
+        taken, logits = zip(*calls, strict=True)
         if len({each.shape for each in taken}) > 1:  # branches of unlike widths
             features = torch.cat([each.flatten(1) for each in taken], 1)
         else:
@@ -105,23 +112,28 @@ def find_classifier(backbone: nn.Module, imgs: Tensor) -> ByClassifier | None:
         >>> find_classifier(net[:3], torch.rand(2, 3, 2, 2)) is None
         True
     """
-    layers = dict(backbone.named_modules())
-    called: list[tuple[str, Any]] = []
+    layers, told = dict(backbone.named_modules()), _told_classifiers(backbone)
+    called: dict[str, tuple[Any, Any]] = {}  # each by its last call, in their order
+
+    def note(name: str, args: tuple[Any, ...], given: Any) -> None:
+        called.pop(name, None)
+        called[name] = (args[0] if args else None), given
+
     handles = [
-        layer.register_forward_hook(lambda _, __, given, name=name: called.append((name, given)))
+        layer.register_forward_hook(lambda _, args, given, name=name: note(name, args, given))
         for name, layer in layers.items()
-        if isinstance(layer, (*_CLASSIFIERS, nn.Identity)) and name
+        if name
+        and (isinstance(layer, (*_CLASSIFIERS, nn.Identity)) or any(layer is x for x in told or ()))
     ]
     try:
         output = backbone(imgs)
     finally:
         for handle in handles:
             handle.remove()
-    told = _told_classifiers(backbone)
     if told is None:
         ends = [
             name
-            for name, given in called
+            for name, (_, given) in called.items()
             if any(_equal(given, each) for each in _tensors_of(output))
         ]
         told = [layers[ends[-1]]] if ends else []
@@ -131,8 +143,8 @@ def find_classifier(backbone: nn.Module, imgs: Tensor) -> ByClassifier | None:
     if all(isinstance(layer, nn.Identity) for layer in told):  # num_classes=0
         return ByClassifier(())
     found = ByClassifier(names)
-    logits, features = found(backbone, imgs)
-    right = logits is not None and any(_equal(logits, each, 1e-3) for each in _tensors_of(output))
+    logits, features = found.read([called.get(name, (None, None)) for name in names])
+    right = any(_equal(logits, each, 1e-3) for each in _tensors_of(output))
     return found if right and features.ndim == 2 else None
 
 

@@ -76,6 +76,7 @@ class TryOut:
         with torch.enable_grad():
             self._seen, self.features = self._look()
         self._probe = noise_like(self.features)
+        self._tapped: tuple[Tap, tuple[Tensor, Any, Tensor, Tensor]] | None = None
 
     def _look(self) -> tuple[list[Seen], Tensor]:
         """Returns all tensors that layers take and give, in their order, and the features."""
@@ -188,8 +189,14 @@ class TryOut:
     def tapped(self, tap: Tap) -> tuple[Tensor, Any, Tensor, Tensor]:
         """Returns map, logits, features and images of another pass, in which the map is a leaf.
 
-        So the features have no way to the images but round the map.
+        So the features have no way to the images but round the map. The last such pass is kept.
         """
+        if self._tapped is None or self._tapped[0] != tap:
+            self._tapped = tap, self._pass(tap)
+        return self._tapped[1]
+
+    def _pass(self, tap: Tap) -> tuple[Tensor, Any, Tensor, Tensor]:
+        """Returns what :meth:`tapped` keeps."""
         imgs = self._imgs.detach().requires_grad_()
         with torch.enable_grad():
             with capture(

@@ -9,7 +9,6 @@ from conftest import build_backbone
 from engines import SIZE, make_engine
 from reads import META, Reads
 from starting import start
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
