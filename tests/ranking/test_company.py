@@ -62,12 +62,15 @@ def test_removing_is_refused_after_a_change_of_another(index):
     assert snapshot(index.folder) == before and len(second) == 11
 
 
-def test_an_index_made_anew_is_not_added_to(index):
+@pytest.mark.parametrize("how", ["another model", "8 bits", "features alone"])
+def test_an_index_made_anew_is_not_added_to(index, how):
     (index.folder / "index.json").unlink()
     torch.manual_seed(5)
     other = copy.deepcopy(MODEL)
-    nn.init.normal_(other.pair_classifier[0].weight)
-    GalleryIndex.create(index.folder, other)
+    if how == "another model":
+        nn.init.normal_(other.pair_classifier[0].weight)
+    dtype = torch.int8 if how == "8 bits" else None
+    GalleryIndex.create(index.folder, other, dtype=dtype, maps=how != "features alone")
     for change in (
         lambda: index.add(encoding(1)),
         lambda: index.extend(MODEL, DataLoader(Images(2, fail_at=0), 1)),  # before any work
