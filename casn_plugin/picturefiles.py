@@ -44,6 +44,8 @@ def read_picture(image: PIL.Image.Image | str | os.PathLike[str]) -> PIL.Image.I
         raise
     except _DepthError as error:
         raise ValueError(f"{name} has no known range of values: {error}") from error
+    except PIL.UnidentifiedImageError as error:
+        raise OSError(f"{name} can't be read as a picture: it is of no format known") from error
     except Exception as error:  # every format fails in its own way
         raise OSError(f"{name} can't be read as a picture: {error}") from error
 

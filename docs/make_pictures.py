@@ -10,7 +10,8 @@ and with a checkpoint also those that show a trained model on the embedded data 
     python examples/train_casn_pcb.py
     python docs/make_pictures.py log/casn_pcb/model/model.pth.tar-10
 
-The last one, of the report, needs Chromium and chromedriver, and is left as it is without them.
+Those of the report and of the search need Chromium and chromedriver, and are left as they are
+without them.
 With torchvision's weights of MobileNetV2 it draws what a network that never saw CASN finds alike:
 
     python docs/make_pictures.py --mobilenet mobilenet_v2-b0353104.pth
@@ -18,6 +19,7 @@ With torchvision's weights of MobileNetV2 it draws what a network that never saw
 
 import argparse
 import io
+import os
 import re
 import shutil
 import sys
@@ -33,6 +35,7 @@ sys.path[:0] = [str(DOCS.parent / "examples" / name) for name in ("experiments",
 
 import explain_any_network  # noqa: E402
 import explain_matches  # noqa: E402
+import search_pictures  # noqa: E402
 import train_casn_pcb  # noqa: E402
 from plots import plot_memory, save_small  # noqa: E402
 from tables import write_report  # noqa: E402
@@ -94,7 +97,39 @@ def draw_model(checkpoint: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
             page = str(Path(folder) / "report.html")
             explain_matches.main(["--checkpoint", checkpoint, "--out", page])
-            save_small(photograph(Path(page)), IMAGES / "report.webp")
+            save_small(photograph(Path(page), "#worst"), IMAGES / "report.webp")
+        draw_search(checkpoint)
+
+
+def draw_search(checkpoint: str) -> None:
+    """Searches for two rendered people, one of whom is in no picture, and photographs the page."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+
+        def render(place: str, pid: int, camid: int, index: int) -> str:
+            path = folder / place
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture, _ = render_pedestrian(pid, camid, index, height=128, width=64)
+            Image.fromarray(picture).save(path)
+            return str(path)
+
+        for number in range(240):  # twenty people nobody was trained on, in each of four cameras
+            pid, camid, index = 5001 + number % 20, 1 + number // 20 % 4, 1 + number // 80
+            render(f"gallery/camera {camid}/{number:04}.png", pid, camid, index)
+        for number in range(300):  # fifty others, to calibrate on
+            pid, camid, index = 5101 + number % 50, number // 50 % 3, number // 150
+            render(f"others/{pid}_c{camid}s1_{index:06}_00.png", pid, camid, index)
+        queries = [render(f"{who}.png", pid, 0, 0) for who, pid in (("seen", 5004), ("new", 5060))]
+        (folder / "gallery" / "camera 1" / "cut.jpg").write_bytes(b"\xff\xd8")
+        os.chdir(folder)
+        search_pictures.main([
+            "--gallery", "gallery", "--query", *(Path(each).name for each in queries),
+            "--checkpoint", checkpoint, "--pattern", r"(?:camera |(?P<pid>\d+)_c)(?P<camid>\d+)",
+            "--calibrate", "others", "--false-alarm-rate", "0.01", "--topk", "8",
+        ])  # fmt: skip
+        page = folder / "search.html"
+        save_small(photograph(page, "#found"), IMAGES / "search.webp")
+        save_small(photograph(page, "#found", 375, 812), IMAGES / "search_phone.webp")
 
 
 def draw_similarity(weights: str) -> None:
@@ -119,18 +154,21 @@ def draw_similarity(weights: str) -> None:
     save_small(explained[0].plot(), IMAGES / "explained_similarity.webp")
 
 
-def photograph(page: Path) -> Image.Image:
-    """Returns how a page looks in Chromium."""
+def photograph(page: Path, anchor: str, width: int = 1280, height: int = 1100) -> Image.Image:
+    """Returns how a page looks in Chromium from an anchor on."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
     options = webdriver.ChromeOptions()
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,1250"):
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu"):
         options.add_argument(argument)
     driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    screen = {"width": width, "height": height, "mobile": width < 1000}
+    sharp = {"deviceScaleFactor": 2 if width < 1000 else 1}
     try:
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen | sharp)
         driver.get(page.resolve().as_uri())
-        driver.execute_script("document.querySelector('#worst').scrollIntoView()")
+        driver.execute_script(f"document.querySelector('{anchor}').scrollIntoView()")
         return Image.open(io.BytesIO(driver.get_screenshot_as_png()))
     finally:
         driver.quit()
@@ -148,7 +186,7 @@ def main() -> None:
     draw_memory()
     draw_pedestrians()
     if args.checkpoint is not None:
-        draw_model(args.checkpoint)
+        draw_model(os.path.abspath(args.checkpoint))
     if args.mobilenet is not None:
         draw_similarity(args.mobilenet)
 

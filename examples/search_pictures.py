@@ -54,10 +54,12 @@ def candidates(args: argparse.Namespace, index: GalleryIndex, features: torch.Te
     camids = [folders.read_name(name, args.pattern).camid for name in own]
     camids = camids if args.other_cameras else [-1] * len(own)
     if args.milvus:
-        asked = f" and ({args.filter})" if args.filter else ""
-        filters = [f"name != {json.dumps(name, ensure_ascii=False)}{asked}"
-                   + (f" and camid != {camid}" if camid >= 0 else "")
-                   for name, camid in zip(own, camids, strict=True)]  # fmt: skip
+        there, filters = set(index.names), []
+        for name, camid in zip(own, camids, strict=True):
+            asked = [f"({args.filter})"] if args.filter else []
+            asked += [f"camid != {camid}"] if camid >= 0 else []
+            asked += [f"name != {json.dumps(name, ensure_ascii=False)}"] if name in there else []
+            filters.append(" and ".join(asked))
         with MilvusFeatures(index, args.milvus) as milvus:
             milvus.update(folders.fields_of(index.names, args.pattern), progress=True)
             return milvus.candidates(features, args.candidates, filter=filters)

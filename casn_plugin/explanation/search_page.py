@@ -19,6 +19,7 @@ from casn_plugin.doors import check_count, check_kind, check_lengths, check_weig
 from casn_plugin.evidence import Evidence
 from casn_plugin.explanation.pages import page_template, save_page
 from casn_plugin.explanation.pictures import AttendedImage
+from casn_plugin.identities import UNKNOWN
 from casn_plugin.picturefiles import read_picture
 from casn_plugin.ranking import SearchResult
 
@@ -34,8 +35,7 @@ class _Match:
 
     rank: int
     name: str
-    pid: int
-    camid: int
+    said: str
     passes: bool | None
     first: AttendedImage | None
     second: AttendedImage | None
@@ -195,8 +195,7 @@ def _match(
     return _Match(
         rank=place + 1,
         name=name,
-        pid=int(found.pids[row, place]),
-        camid=int(found.camids[row, place]),
+        said=_said(int(found.pids[row, place]), int(found.camids[row, place])),
         passes=None if limit is None else bool(ranking.passing(limit)[row, place]),
         first=AttendedImage(query, found.query_attention[row, place]),
         second=second,
@@ -206,6 +205,12 @@ def _match(
         feature_distance=by_features,
         attention_distance=by_attention,
     )
+
+
+def _said(pid: int, camid: int) -> str:
+    """Returns what is known of a picture; nothing where nothing is."""
+    known = (("person", pid), ("camera", camid))
+    return ", ".join(f"{word} {number}" for word, number in known if number != UNKNOWN)
 
 
 def _shown(picture: Picture) -> Float[np.ndarray, "rows columns 3"]:

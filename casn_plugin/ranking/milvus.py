@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ _OWN = ("key", "features", "name", "pid", "camid")
 _MOST = 16384  # of Milvus: rows of an answer
 _LONGEST = 65535  # of Milvus: bytes of a text
 _MESSAGE = 2**24  # bytes sent at a time
+_opened: Counter[str] = Counter()  # files, and by how many in this process
 
 
 class Updated(NamedTuple):
@@ -108,7 +110,11 @@ class MilvusFeatures:
             raise ValueError(f"collection must be letters, digits and '_', got {collection!r}")
         self.collection = f"{collection}_{index.manifest.model[:24]}"
         self._index_type = check_kind("index_type", index_type, str)
-        self.client = _client(os.fspath(check_kind("uri", uri, str, os.PathLike)), token)
+        self._uri = os.fspath(check_kind("uri", uri, str, os.PathLike))
+        self.client = _client(self._uri, token)
+        self._closed = False
+        if self.client.has_collection(self.collection):
+            self.client.load_collection(self.collection)  # as opening a file does not
         self._same: Manifest | None = None  # that of the index when all keys were compared
 
     def __enter__(self) -> "MilvusFeatures":
@@ -120,8 +126,19 @@ class MilvusFeatures:
         self.close()
 
     def close(self) -> None:
-        """Lets go of the file or the connection."""
+        """Lets go of the connection, and of a file, which other processes may open then."""
+        if self._closed:
+            return
+        self._closed = True
         self.client.close()
+        path = os.path.abspath(self._uri)
+        if not _is_file(self._uri):
+            return
+        _opened[path] -= 1
+        if not _opened[path]:
+            from milvus_lite.server_manager import server_manager_instance
+
+            server_manager_instance.release_server(path)
 
     def drop(self) -> None:
         """Deletes the collection."""
@@ -355,14 +372,14 @@ def _client(uri: str, token: str) -> Any:
     except ImportError as error:
         raise ImportError("this needs pymilvus: pip install 'casn-plugin[milvus]'") from error
 
-    local = "://" not in uri
+    local = _is_file(uri)
     if local and not uri.endswith(".db"):
         raise ValueError(f"uri must be an address, or a path that ends in .db, got {uri!r}")
     try:
         with _quiet():
             if local:
                 Path(uri).parent.mkdir(parents=True, exist_ok=True)
-            return MilvusClient(uri, token=token)
+            client = MilvusClient(uri, token=token, dedicated=True)
     except Exception as error:  # of pymilvus, milvus-lite and grpc, each its own
         if "milvus-lite is required" in str(error):
             raise ImportError(
@@ -370,6 +387,14 @@ def _client(uri: str, token: str) -> Any:
             ) from error
         hint = " (one process at a time can)" if local else ""
         raise OSError(f"Milvus can't open {uri}{hint}: {error}") from error
+    if local:
+        _opened[os.path.abspath(uri)] += 1
+    return client
+
+
+def _is_file(uri: str) -> bool:
+    """Returns whether it is a path and no address."""
+    return "://" not in uri
 
 
 def _known(index: GalleryIndex, fields: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:

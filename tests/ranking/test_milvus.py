@@ -190,7 +190,10 @@ def test_it_is_kept_and_bound_to_the_model(index, tmp_path):
 def test_a_file_is_one_process_s_and_errors_are_said_once(index, milvus, tmp_path, capfd):
     program = (
         "import sys; from casn_plugin.ranking import MilvusFeatures, GalleryIndex\n"
-        "try: MilvusFeatures(GalleryIndex(sys.argv[1]), sys.argv[2])\n"
+        "import torch\n"
+        "try:\n"
+        "    with MilvusFeatures(GalleryIndex(sys.argv[1]), sys.argv[2]) as milvus:\n"
+        f"        print(milvus.candidates(torch.ones(1, {DIM}), 40).shape)\n"
         "except OSError as error: print(error)"
     )
     place = [str(index.folder), str(tmp_path / "db" / "features.db")]
@@ -198,11 +201,19 @@ def test_a_file_is_one_process_s_and_errors_are_said_once(index, milvus, tmp_pat
         [sys.executable, "-c", program, *place], capture_output=True, text=True, timeout=120
     )
     assert "features.db (one process at a time can)" in done.stdout and not done.stderr, done.stderr
+    milvus.close()
+    milvus.close()
+    done = subprocess.run(
+        [sys.executable, "-c", program, *place], capture_output=True, text=True, timeout=120
+    )
+    assert (done.stdout, done.stderr) == ("(1, 40)\n", "")
+    milvus = MilvusFeatures(index, place[1])
     query = images(2, seed=1).features
     capfd.readouterr()
     with pytest.raises(ValueError, match=r"can't search with filter 'camid !!! 3': .*'!'"):
         milvus.candidates(query, 3, filter="camid !!! 3")
     assert capfd.readouterr() == ("", "")
+    milvus.close()
     assert logging.getLogger("pymilvus").level <= logging.ERROR
 
 
