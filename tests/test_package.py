@@ -21,7 +21,7 @@ ROOMS = (
     "quality", "heads", "tryout", "taps", "backbones", "model", "objective", "loading",
     "export", "pretrained",
     *(f"ranking.{name}" for name in (
-        "neighbourhoods", "reranking", "compute", "tiles", "closed_form", "sides", "pairs",
+        "neighbourhoods", "reranking", "tiles", "compute", "closed_form", "sides", "pairs",
         "candidates", "distances", "fused", "mutual", "search", "company", "manifest", "shards",
         "filling", "contents", "store", "index",
     )),
