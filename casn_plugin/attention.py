@@ -310,7 +310,10 @@ def attended_span(
 
 
 def align_profiles(
-    profiles: Float[Tensor, "*batch height"], row_threshold: float = ROW_THRESHOLD
+    profiles: Float[Tensor, "*batch height"],
+    row_threshold: float = ROW_THRESHOLD,
+    *,
+    unit: bool = False,
 ) -> Float[Tensor, "*batch height"]:
     """Returns M*_m: the attended rows of each profile, stretched to its whole height (Eq. 5).
 
@@ -321,6 +324,7 @@ def align_profiles(
     Args:
         profiles: row maxima of maps scaled to [0, 1].
         row_threshold: t.
+        unit: divide each aligned profile by its length, one reading of "normalized".
 
     Raises:
         TypeError: profiles that are no float tensor.
@@ -342,11 +346,12 @@ def align_profiles(
     values = F.pad(profiles, (0, 1)).flatten()
     starts = torch.arange(len(first), device=first.device) * (height + 1) + first
     at = (lower.index_select(0, last - first) + starts[:, None]).flatten()
-    return torch.lerp(
+    aligned = torch.lerp(
         values[:-1].index_select(0, at),
         values[1:].index_select(0, at),
         fraction.index_select(0, last - first).flatten(),
     ).view(profiles.shape)
+    return F.normalize(aligned, dim=-1) if unit else aligned
 
 
 def attention_distance(
@@ -362,7 +367,7 @@ def attention_distance(
         first: row profiles of the first images, in [0, 1].
         second: row profiles of the second images.
         row_threshold: t, the value above which a row counts as attended.
-        unit: divide each aligned profile by its length first, one reading of "normalized".
+        unit: compare aligned profiles of unit length, see :func:`align_profiles`.
 
     Raises:
         TypeError: profiles that are no float tensors.
@@ -379,8 +384,6 @@ def attention_distance(
             f"expected as many first as second profiles of one height, got {tuple(first.shape)} "
             f"and {tuple(second.shape)}"
         )
-    first, second = align_profiles(first, row_threshold), align_profiles(second, row_threshold)
-    if unit:
-        first, second = F.normalize(first, dim=-1), F.normalize(second, dim=-1)
+    first, second = (align_profiles(each, row_threshold, unit=unit) for each in (first, second))
     distances: Tensor = torch.linalg.vector_norm(first - second, dim=-1)
     return distances

@@ -46,6 +46,10 @@ class Direction(NamedTuple):
         """Returns those of some of the images or pairs."""
         return self._map(lambda values: values.index_select(0, rows))
 
+    def portion(self, rows: slice) -> "Direction":
+        """Returns those of some of the images, which may have the same one."""
+        return self._map(lambda values: values if len(values) == 1 else values[rows])
+
     def singly(self) -> "Direction":
         """Returns those of listed pairs as those of images, each with one other."""
         return self._map(lambda values: values[:, None])
@@ -169,9 +173,13 @@ class PairForm:
         self._dim, self._parts = dim, parts
 
     def pair_bytes(self) -> int:
-        """Returns the bytes that α of one pair and what it is made of take."""
+        """Returns the bytes that α of one pair takes, and what it is made of if it is kept."""
         sizes = 3 * self._arithmetic.products.itemsize + 2 * self._arithmetic.dtype.itemsize
         return sizes * self._dim
+
+    def listed_bytes(self) -> int:
+        """Returns the bytes that α of a listed pair takes, with a copy of what it is made of."""
+        return 3 * self.pair_bytes()
 
     def keys(
         self, features: Float[Tensor, "images dim"], *, is_query: bool
@@ -243,8 +251,11 @@ class _TwoLayers(PairForm):
         self._gates, self._alpha = arithmetic.buffer(), arithmetic.buffer()
 
     def pair_bytes(self) -> int:
-        hidden, dim = self._towards_same.shape
-        return (hidden + dim) * self._arithmetic.products.itemsize
+        return self._dim * self._arithmetic.products.itemsize
+
+    def listed_bytes(self) -> int:
+        hidden = len(self._towards_same) * self._arithmetic.dtype.itemsize
+        return 4 * hidden + 6 * self.pair_bytes()
 
     def keys(self, features: Tensor, *, is_query: bool) -> Tensor:
         bias = self._first.bias if is_query else None
@@ -262,36 +273,42 @@ class _TwoLayers(PairForm):
             always = torch.zeros_like(always)  # a sum of rounded weights would be rounded again
         never = first.amax(0) <= second.amin(0)
         varying = (~(always | never)).nonzero()[:, 0]
-        constant = always.to(self._towards_same.dtype)[None] @ self._towards_same
-        weights = torch.cat([self._towards_same[varying], constant])
+        weights = self._towards_same[varying]
+        # what the open units that do not change add is what the others must not fall below
+        least = -(always.to(weights.dtype) @ self._towards_same)
 
         def alpha(first: Tensor, second: Tensor) -> Tensor:
-            shape = torch.broadcast_shapes(first.shape[:-1], second.shape[:-1])
-            gates = self._gates.take((*shape, len(weights)))
-            torch.gt(
-                first.index_select(-1, varying),
-                second.index_select(-1, varying),
-                out=gates[..., :-1],
+            first, second = torch.broadcast_tensors(
+                first.index_select(-1, varying), second.index_select(-1, varying)
             )
-            gates[..., -1] = 1
-            values = self._alpha.take((shape.numel(), weights.shape[1]))
-            torch.mm(gates.flatten(0, -2), weights, out=values)
-            return values.gt_(0).view(*shape, -1)
+            values = self._alpha.take((*first.shape[:-1], weights.shape[1]))
+            for rows in self._gates.portions(len(first), each=first[:1].numel()):
+                gates = self._gates.take(first[rows].shape)
+                torch.gt(first[rows], second[rows], out=gates)
+                some = values[rows].flatten(0, -2)
+                torch.mm(gates.flatten(0, -2), weights, out=some)
+                torch.gt(some, least, out=some)
+            return values
 
         return alpha
 
     def logits(self, first: Tensor, second: Tensor) -> Tensor:
-        last = self._last
-        hidden = (first[:, None] - second[None]).relu_()
-        scores: Tensor = hidden @ (last.weight[1] - last.weight[0]).to(hidden.dtype)
-        return scores if last.bias is None else scores + (last.bias[1] - last.bias[0])
+        weights, bias = self._last.weight[1] - self._last.weight[0], self._last.bias
+        scores = first.new_empty(len(first), len(second))
+        for rows in self._gates.portions(len(first), each=second.numel()):
+            hidden = (first[rows, None] - second[None]).relu_()
+            scores[rows] = hidden @ weights.to(hidden.dtype)
+        return scores if bias is None else scores + (bias[1] - bias[0])
 
 
 class _Cosine(PairForm):
     """The similarity s of both features; the channels of a part stand together in its keys."""
 
     def pair_bytes(self) -> int:
-        return (2 * self._dim + 2) * self._arithmetic.products.itemsize  # of a listed pair
+        return 2 * self._arithmetic.products.itemsize  # no α, but s
+
+    def listed_bytes(self) -> int:
+        return 8 * (self._dim + 1) * self._arithmetic.products.itemsize
 
     def keys(self, features: Tensor, *, is_query: bool) -> Tensor:
         return _by_part(F.normalize(features, dim=1), self._parts)

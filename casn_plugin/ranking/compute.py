@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from casn_plugin.doors import check_count
 from casn_plugin.processes import Processes
+from casn_plugin.ranking.tiles import portions
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Arithmetic:
         device: where.
         dtype: of features and distances.
         precision: to which operands of matrix products are rounded, if at all.
+        scratch: bytes for what is made and used up at once: little, so that it stays in caches.
 
     Example:
         >>> half = Arithmetic(torch.device("cpu"), torch.float32, torch.float16)
@@ -88,6 +90,7 @@ class Arithmetic:
     device: torch.device
     dtype: torch.dtype
     precision: torch.dtype | None = None
+    scratch: int = 2**23
 
     @property
     def products(self) -> torch.dtype:
@@ -100,8 +103,8 @@ class Arithmetic:
         return (values if self.precision is None else values.to(self.precision)).to(self.products)
 
     def buffer(self) -> "Buffer":
-        """Returns memory for what matrix products give."""
-        return Buffer(self.device, self.products)
+        """Returns memory for what matrix products take and give."""
+        return Buffer(self.device, self.products, self.scratch)
 
 
 class Buffer:
@@ -110,15 +113,19 @@ class Buffer:
     Args:
         device: where.
         dtype: of the numbers.
+        size: bytes that a portion may take.
 
     Example:
-        >>> buffer = Buffer(torch.device("cpu"), torch.float32)
+        >>> buffer = Buffer(torch.device("cpu"), torch.float32, 80)
         >>> buffer.take((2, 3)).data_ptr() == buffer.take((6,)).data_ptr()
         True
+        >>> buffer.portions(5, each=10)
+        [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, size: int) -> None:
         self._memory = torch.empty(0, device=device, dtype=dtype)
+        self._size = size
 
     def take(self, shape: tuple[int, ...]) -> Tensor:
         """Returns a tensor of a shape; its values last until the next one is taken."""
@@ -126,3 +133,7 @@ class Buffer:
         if self._memory.numel() < numel:
             self._memory = self._memory.new_empty(numel)
         return self._memory[:numel].view(shape)
+
+    def portions(self, number: int, *, each: int) -> list[slice]:
+        """Returns so many things, of so many numbers each, in portions that fit; one at least."""
+        return portions(0, number, max(self._size // (max(each, 1) * self._memory.itemsize), 1))

@@ -1,13 +1,13 @@
 """All pairs: attention distances, attention maps, scores of the pair classifier, flips of α."""
 
 import copy
+from functools import partial
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from casn_plugin.attention import ROW_THRESHOLD, align_profiles, attention_distance
+from casn_plugin.attention import ROW_THRESHOLD, align_profiles
 from casn_plugin.doors import check_count, check_finite, check_share
 from casn_plugin.encoding import Encoding, Encodings
 from casn_plugin.evidence import Similarity
@@ -22,7 +22,7 @@ from casn_plugin.ranking.pairs import (
     pair_classifier_of,
     undisturbed,
 )
-from casn_plugin.ranking.sides import Side
+from casn_plugin.ranking.sides import Scratch, Side
 
 
 def attention_distmat(
@@ -76,9 +76,10 @@ def attention_distmat(
     if not len(query) or not len(gallery):
         return query.features.new_empty(len(query), len(gallery))
 
+    align = partial(align_profiles, row_threshold=row_threshold, unit=unit)
+
     def of_tile(tile: Tile) -> Tensor:
-        distances = attention_distance(*tile.profiles(), row_threshold=row_threshold, unit=unit)
-        return check_finite("attention distances", distances)
+        return check_finite("attention distances", tile.distances(align))
 
     with pairs.working():
         if shortlist is not None:
@@ -95,11 +96,9 @@ def attention_distmat(
         alpha = pairs.one_indicator()
         if alpha is None:
             return pairs.matrix(of_tile, "Comparing attention")
-        first, second = (align_profiles(each, row_threshold) for each in pairs.profiles(alpha))
-        if unit:
-            first, second = F.normalize(first, dim=-1), F.normalize(second, dim=-1)
         mode = "donot_use_mm_for_euclid_dist"
-        distmat = torch.cdist(first, second, compute_mode=mode).to(query.features.device)
+        distmat = torch.cdist(*pairs.profiles(alpha, align), compute_mode=mode)
+        distmat = distmat.to(query.features.device)
         return check_finite("attention distances", distmat)
 
 
@@ -145,7 +144,8 @@ def pair_attention(
         directions = form.directions(*keys).of_listed(*keys)
         maps = []
         for images, key, each in zip((first, second), keys, directions, strict=True):
-            found = Side.of(images, key, arithmetic).attention(each.singly())[..., 0].relu_()
+            side, scratch = Side.of(images, key, arithmetic), Scratch(arithmetic)
+            found = side.attention(each.singly(), scratch)[..., 0].relu_()
             maps.append((found * form.steepness(images.features)[:, None]).unflatten(1, size))
         return maps[0], maps[1]
 

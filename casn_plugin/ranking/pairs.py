@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from casn_plugin.encoding import Encoding, Encodings
 from casn_plugin.hooks import evaluating, place_of, unwrapped
 from casn_plugin.ranking.closed_form import Direction, Directions, PairForm, pair_form
-from casn_plugin.ranking.compute import Arithmetic, Buffer, Compute
-from casn_plugin.ranking.sides import Images, Side, as_compared, map_bytes
+from casn_plugin.ranking.compute import Arithmetic, Compute
+from casn_plugin.ranking.sides import Align, Images, Scratch, Side, as_compared, map_bytes
 from casn_plugin.ranking.tiles import Grid
 
 
@@ -29,7 +29,7 @@ class Tile:
         second: the gallery images.
         form: the pair classifier that looks at them.
         directions: gives the directions of attention of these pairs.
-        maps: memory for maps.
+        scratch: memory for maps.
     """
 
     rows: slice
@@ -38,25 +38,23 @@ class Tile:
     second: Side
     form: PairForm
     directions: Directions
-    maps: Buffer
+    scratch: Scratch
 
     def alpha(self) -> Float[Tensor, "queries galleries dim"]:
         """Returns α (Eq. 4) of the pairs, 0 or 1; it lasts until the next tile's is asked for."""
         return self.directions.of_all(self.first.keys, self.second.keys)[0].along
 
-    def profiles(
-        self,
-    ) -> tuple[
-        Float[Tensor, "queries galleries height"], Float[Tensor, "queries galleries height"]
-    ]:
-        """Returns the row profiles of both images of the pairs, in [0, 1]."""
+    def distances(self, align: Align) -> Float[Tensor, "queries galleries"]:
+        """Returns the l2 distances of the row profiles of both images of the pairs.
+
+        Args:
+            align: what is done to profiles in [0, 1] first.
+        """
         mine, its = self.directions.of_all(self.first.keys, self.second.keys)
-        positions = self.first.maps.shape[1]
-        out = self.maps.take((len(self.first), positions, len(self.second)))
-        first = self.first.profiles(mine, out)
-        out = self.maps.take((len(self.second), positions, len(self.first)))
-        second = self.second.profiles(its, out)
-        return first.contiguous(), second.transpose(0, 1).contiguous()
+        first = self.first.profiles(mine, self.scratch, align)
+        second = self.second.profiles(its, self.scratch, align)
+        distances: Tensor = torch.linalg.vector_norm(first.sub_(second.transpose(0, 1)), dim=-1)
+        return distances
 
     def logits(self) -> Float[Tensor, "queries galleries"]:
         """Returns z1 − z0 of the pairs, or their similarity."""
@@ -117,17 +115,21 @@ class Pairs:
         self._pair_classifier = pair_classifier_of(model)
         self.device = device_of(model, query.features)
         self.shape = len(query), len(gallery)
-        arithmetic = Arithmetic(self.device, query.features.dtype, compute.precision)
+        memory = compute.memory(self.device)
+        arithmetic = Arithmetic(
+            self.device, query.features.dtype, compute.precision, scratch=memory // 64
+        )
         dim = query.features.shape[1]
         self._form = pair_form(self._pair_classifier, arithmetic, dim=dim, parts=query.parts)
         self._queries = Images(query, self._form, arithmetic, is_query=True)
         self._galleries = Images(gallery, self._form, arithmetic, is_query=False)
-        self._maps, self._home = arithmetic.buffer(), query.features[:0]
-        of_pair, of_image = map_bytes(query, arithmetic)
+        self._scratch, self._home = Scratch(arithmetic), query.features[:0]
+        of_pair, of_listed, of_image = map_bytes(query, arithmetic)
         self._grid = Grid.fit(
             *self.shape,
-            compute.memory(self.device),
+            memory * 7 // 8,  # scratch memory, and what profiles are made of in such portions
             pair=self._form.pair_bytes() + of_pair,
+            listed=self._form.listed_bytes() + of_listed,
             image=of_image,
             features=16 * dim,
             resident=self._queries.resident and self._galleries.resident,
@@ -160,7 +162,7 @@ class Pairs:
                     directions = self._form.directions(first.keys, second.keys)
                     for rows in self._grid.strips(panel):
                         some = first[rows.start - panel.start : rows.stop - panel.start]
-                        yield Tile(rows, block, some, second, self._form, directions, self._maps)
+                        yield Tile(rows, block, some, second, self._form, directions, self._scratch)
                         bar.update(len(some) * len(second))
 
     def matrix(
@@ -184,12 +186,18 @@ class Pairs:
         return self.join(own, dim=1)[0]
 
     def profiles(
-        self, alpha: Float[Tensor, "1 dim"]
+        self, alpha: Float[Tensor, "1 dim"], align: Align
     ) -> tuple[Float[Tensor, "queries height"], Float[Tensor, "galleries height"]]:
-        """Returns the row profiles of all images under one α, those of all processes joined."""
+        """Returns the row profiles of all images under one α, those of all processes joined.
+
+        Args:
+            alpha: the one.
+            align: what is done to the profiles.
+        """
 
         def of(side: Side) -> Tensor:
-            return side.profiles(Direction(alpha.expand(len(side), 1, -1)))[:, 0]
+            every = Direction(alpha.expand(len(side), 1, -1))
+            return side.profiles(every, self._scratch, align)[:, 0]
 
         first = [
             of(self._queries.side(panel)[rows.start - panel.start : rows.stop - panel.start])

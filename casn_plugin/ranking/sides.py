@@ -1,5 +1,6 @@
 """One side of a tile of pairs: images on the device, and the row profiles of their maps."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -13,6 +14,25 @@ from casn_plugin.attention import scale_maps
 from casn_plugin.encoding import Ahead, Encoding, Encodings, part_scales
 from casn_plugin.ranking.closed_form import Direction, PairForm
 from casn_plugin.ranking.compute import Arithmetic
+
+
+Align = Callable[[Tensor], Tensor]
+"""Maps row profiles, (..., H), to aligned ones that are compared as they are."""
+
+
+class Scratch:
+    """Memory for the maps of some pairs, and for the channel weights that they are sums by.
+
+    Args:
+        arithmetic: where, in which numbers, and how much.
+
+    Example:
+        >>> Scratch(Arithmetic(torch.device("cpu"), torch.float32)).maps.take((2, 3)).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(self, arithmetic: Arithmetic) -> None:
+        self.maps, self.weights = arithmetic.buffer(), arithmetic.buffer()
 
 
 class _Parts(NamedTuple):
@@ -56,7 +76,7 @@ class Side:
             >>> images = Encoding(torch.rand(3, 4), basis=torch.rand(3, 4, 6, 2))
             >>> here = Arithmetic(torch.device("cpu"), torch.float32)
             >>> side = Side.of(images, images.features, here)
-            >>> side.profiles(Direction(torch.ones(3, 1, 4))).shape
+            >>> side.profiles(Direction(torch.ones(3, 1, 4)), Scratch(here), lambda x: x).shape
             torch.Size([3, 1, 6])
         """
         maps = images.maps.to(arithmetic.dtype)
@@ -87,15 +107,15 @@ class Side:
         return Side(self.features[rows], self.keys[rows], self.maps[rows], self.size, parts)
 
     def attention(
-        self, direction: Direction, out: Tensor | None = None
+        self, direction: Direction, scratch: Scratch
     ) -> Float[Tensor, "images positions others"]:
         """Returns Σ_k w_k A_k of each image for each of its directions, before the ReLU.
 
         Args:
             direction: of the pairs of each image, the channels of a part together.
-            out: where the result goes.
+            scratch: where the result lies until the next one.
         """
-        maps = self._along(direction.along, out)
+        maps = self._along(direction.along, scratch)
         if direction.less is not None:
             maps.baddbmm_(self._own[..., None], direction.less[:, None], alpha=-1)
         if direction.nowhere is not None:
@@ -103,16 +123,22 @@ class Side:
         return maps
 
     def profiles(
-        self, direction: Direction, out: Tensor | None = None
+        self, direction: Direction, scratch: Scratch, align: Align
     ) -> Float[Tensor, "images others height"]:
         """Returns the row profiles of the maps: the largest value of each row, scaled to [0, 1].
 
         Args:
             direction: of the pairs of each image, the channels of a part together.
-            out: where the maps go meanwhile.
+            scratch: where the maps of some images lie meanwhile.
+            align: what is done to the profiles.
         """
-        rows = self.attention(direction, out).unflatten(1, self.size).amax(2)
-        return self._scaled(rows.transpose(1, 2))
+        others, width = direction.along.shape[1], self.maps.shape[2 if self.parts else 1]
+        profiles = self.features.new_empty(len(self), others, self.size[0])
+        for some in scratch.maps.portions(len(self), each=others * width):
+            maps = self[some].attention(direction.portion(some), scratch)
+            rows = maps.unflatten(1, self.size).amax(2)
+            profiles[some] = align(self._scaled(rows.transpose(1, 2)))
+        return profiles
 
     def listed_profiles(
         self, rows: Int[Tensor, " pairs"], direction: Direction
@@ -147,35 +173,40 @@ class Side:
             maps[direction.nowhere] = 0
         return self._scaled(maps.unflatten(1, self.size).amax(2))
 
-    def _along(self, alpha: Float[Tensor, "images others dim"], out: Tensor | None) -> Tensor:
+    def _along(self, alpha: Float[Tensor, "images others dim"], scratch: Scratch) -> Tensor:
         """Returns the maps of given weights of features, of each image or the same for all.
 
         Where the features are normalised parts, w = Σ_p (α_p − f_p (f_p·α_p)) / (‖g_p‖ HW).
         """
-        if self.parts is None and len(alpha) != len(self):
-            return torch.matmul(self.maps, alpha[0].T, out=out)
-        alpha = alpha.expand(len(self), -1, -1)
+        images, positions, channels = self.maps.shape
+        maps = scratch.maps.take((images, positions, alpha.shape[1]))
+        if self.parts is None and len(alpha) != images:
+            torch.mm(self.maps.reshape(-1, channels), alpha[0].T, out=maps.flatten(0, 1))
+            return maps
+        alpha = alpha.expand(images, -1, -1)
         if self.parts is None:
-            return torch.bmm(self.maps, alpha.transpose(1, 2), out=out)
+            return torch.bmm(self.maps, alpha.transpose(1, 2), out=maps)
         scale, unit, own = self.parts
-        alpha = alpha.unflatten(2, (scale.shape[1], -1))
-        weights = alpha[:, :, 0] * scale[:, :1, None]
+        alpha = alpha.unflatten(2, (scale.shape[1], channels))
+        weights = scratch.weights.take((images, alpha.shape[1], channels))
+        torch.mul(alpha[:, :, 0], scale[:, :1, None], out=weights)
         along = []
         for part in range(scale.shape[1]):
             if part:
                 weights.addcmul_(alpha[:, :, part], scale[:, part, None, None])
             along.append(torch.bmm(unit[:, part, None], alpha[:, :, part].transpose(1, 2)))
-        maps = torch.bmm(self.maps, weights.transpose(1, 2), out=out)
+        torch.bmm(self.maps, weights.transpose(1, 2), out=maps)
         return maps.baddbmm_(own, torch.cat(along, 1), alpha=-1)
 
     @cached_property
     def _own(self) -> Float[Tensor, "images positions"]:
         """The map of each image along its own key, of which directions take some away."""
-        return self._along(self.keys.to(self.maps.dtype)[:, None], None)[..., 0]
+        scratch = Scratch(Arithmetic(self.maps.device, self.maps.dtype))
+        return self._along(self.keys.to(self.maps.dtype)[:, None], scratch)[..., 0]
 
     def _scaled(self, rows: Float[Tensor, "*pairs height"]) -> Float[Tensor, "*pairs height"]:
         """Returns profiles in [0, 1] from the greatest values of the rows of maps."""
-        return scale_maps(rows.relu().to(self.features.dtype)[..., None])[..., 0]
+        return scale_maps(rows.relu_().to(self.features.dtype)[..., None])[..., 0]
 
 
 class Images:
@@ -252,18 +283,19 @@ class Images:
         return as_compared(_finite(features.to(self._arithmetic.device)), unit=unit)
 
 
-def map_bytes(images: Encoding, arithmetic: Arithmetic) -> tuple[int, int]:
-    """Returns the bytes that maps and profiles of a pair take, and those of an image's side.
+def map_bytes(images: Encoding, arithmetic: Arithmetic) -> tuple[int, int, int]:
+    """Returns the bytes that a pair's profiles take, a listed pair's maps, and an image's side.
 
     Example:
         >>> images = Encoding(torch.rand(3, 4), basis=torch.rand(3, 4, 6, 2))
         >>> map_bytes(images, Arithmetic(torch.device("cpu"), torch.float32))
-        (648, 256)
+        (80, 1248, 256)
     """
     size, (channels, height, width) = arithmetic.products.itemsize, images.maps.shape[1:]
-    of_pair = size * (height * width + (2 * channels if images.parts else 0)) + 100 * height
+    of_pair = (3 * height + 2) * arithmetic.dtype.itemsize
+    of_listed = size * (height * width + (2 * channels if images.parts else 0)) + 200 * height
     of_image = size * (channels * height * width + 4 * images.features.shape[1])
-    return of_pair, of_image * (1 if arithmetic.precision is None else 2)
+    return of_pair, of_listed, of_image * (1 if arithmetic.precision is None else 2)
 
 
 def as_compared(features: Float[Tensor, "images dim"], *, unit: bool) -> Tensor:

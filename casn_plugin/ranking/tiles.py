@@ -1,6 +1,7 @@
 """The grid of tiles: how many pairs at a time a budget of bytes allows. Integers, no tensors."""
 
 from dataclasses import dataclass
+from math import isqrt
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Grid:
         budget: int,
         *,
         pair: int,
+        listed: int,
         image: int,
         features: int,
         resident: bool,
@@ -53,48 +55,60 @@ class Grid:
             queries: number of queries.
             galleries: number of gallery images.
             budget: bytes.
-            pair: bytes of a pair.
+            pair: bytes of a pair of a tile.
+            listed: bytes of a listed pair: what it is made of is copied.
             image: bytes of an image that is brought to the device.
             features: bytes of an image's features as they are compared.
             resident: the images are on the device already: half of the budget is theirs if not.
 
         Example:
-            >>> Grid.fit(100, 100, 1000, pair=10, image=50, features=8, resident=False).columns
+            >>> Grid.fit(100, 100, 1000, pair=10, listed=40, image=50, features=8, resident=False).columns
             5
         """
         images = budget // 2 // image
-        pairs = budget // pair if resident else budget // 2 // pair
-        columns = int(pairs**0.5) if resident else min(int(pairs**0.5), images // 2)
-        columns = columns // 16 * 16 if columns > 16 else columns
-        columns = max(min(columns, galleries), 1)
+        of_pairs = budget if resident else budget // 2
+        pairs = of_pairs // pair
+        columns = isqrt(pairs) if resident else min(isqrt(pairs), images // 2)
+        columns = max(min(_even(columns), galleries), 1)
         panel = queries if resident else max(images - columns, 1)
-        rows = max(min(pairs // columns, queries, panel), 1)
+        rows = max(min(_even(pairs // columns), queries, panel), 1)
         return cls(
             queries=queries,
             galleries=galleries,
             columns=columns,
             panel=max(panel // rows, 1) * rows,
             rows=rows,
-            listed=max(pairs // 4, 1),  # each needs more: what it is made of is copied
-            compared=max(budget // (64 * columns + features), 1),
+            listed=max(of_pairs // listed, 1),
+            compared=max(budget // (96 * columns + features), 1),
         )
 
     def blocks(self) -> list[slice]:
         """Returns the gallery in portions of `columns`."""
-        return _portions(0, self.galleries, self.columns)
+        return portions(0, self.galleries, self.columns)
 
     def panels(self) -> list[slice]:
         """Returns the queries in portions of `panel`."""
-        return _portions(0, self.queries, self.panel)
+        return portions(0, self.queries, self.panel)
 
     def strips(self, panel: slice) -> list[slice]:
         """Returns the queries of a panel in portions of `rows`: with a block, each is a tile."""
-        return _portions(panel.start, panel.stop, self.rows)
+        return portions(panel.start, panel.stop, self.rows)
 
     def comparisons(self) -> list[slice]:
         """Returns the queries in portions of `compared`."""
-        return _portions(0, self.queries, self.compared)
+        return portions(0, self.queries, self.compared)
 
 
-def _portions(start: int, stop: int, size: int) -> list[slice]:
+def _even(number: int) -> int:
+    """Returns the greatest number below that matrix products are fast for: multiples of 48."""
+    return next((number // step * step for step in (48, 16) if number > step), number)
+
+
+def portions(start: int, stop: int, size: int) -> list[slice]:
+    """Returns the rows from start to stop in portions of a size; the last one may be smaller.
+
+    Example:
+        >>> portions(0, 5, 3)
+        [slice(0, 3, None), slice(3, 5, None)]
+    """
     return [slice(each, min(each + size, stop)) for each in range(start, stop, size)]

@@ -35,11 +35,22 @@ def test_halves_are_multiplied_where_the_device_can():
 
 
 def test_a_buffer_grows_and_is_used_again():
-    buffer = Buffer(torch.device("cpu"), torch.float64)
+    buffer = Buffer(torch.device("cpu"), torch.float64, 100)
     first = buffer.take((2, 3))
     assert first.shape == (2, 3) and first.dtype == torch.float64
     assert buffer.take((4,)).data_ptr() == first.data_ptr()
     assert buffer.take((5, 5)).shape == (5, 5)
+
+
+@pytest.mark.parametrize("each", [0, 1, 5, 6, 13, 100])
+def test_portions_of_a_buffer_keep_to_its_size(each):
+    buffer = Buffer(torch.device("cpu"), torch.float64, 100)  # twelve numbers
+    portions = buffer.portions(7, each=each)
+    assert [row for some in portions for row in range(7)[some]] == list(range(7))
+    largest = max(some.stop - some.start for some in portions)
+    assert largest == 1 or largest * each <= 12
+    assert largest == 7 or (largest + 1) * each > 12
+    assert buffer.portions(0, each=each) == []
 
 
 @pytest.mark.parametrize("shown", [False, True])
