@@ -21,7 +21,7 @@ ROOMS = (
     "calibration", "quality", "heads", "tryout", "taps", "backbones", "model", "objective",
     "loading", "imputation", "faithfulness", "export", "pretrained",
     *(f"ranking.{name}" for name in (
-        "neighbourhoods", "reranking", "compute", "tiles", "closed_form", "sides", "pairs",
+        "neighbourhoods", "reranking", "tiles", "compute", "closed_form", "sides", "pairs",
         "candidates", "distances", "fused", "mutual", "search", "company", "manifest", "kept",
         "shards", "filling", "contents", "store", "fingerprint", "index", "milvus", "again",
     )),
