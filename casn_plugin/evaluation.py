@@ -257,7 +257,7 @@ def ranked_lists(
         truth, equal = _first_match(fused, entries)
         shown = np.column_stack([near, truth])
         ranks, alike = _ranks(features, entries, shown)
-        for row in np.flatnonzero(standing.unsure | tied | equal | alike).tolist():
+        for row in np.flatnonzero(tied | equal | alike).tolist():
             shown[row], ranks[row] = _by_ordering(fused[row], features[row], entries, row, topk)
         there = shown >= 0
         shown, ranks = np.where(there, shown, 0), np.where(there, ranks, 0)
@@ -368,9 +368,10 @@ def _first_match(
     """Returns the nearest match of each query, -1 without one; and where two are equally near."""
     values = distmat.gather(1, torch.from_numpy(entries.same).to(distmat.device))
     near = np.where(entries.match, values.double().cpu().numpy(), np.inf)
-    rows, place = np.arange(len(near)), near.argmin(1)
-    equal = ((near == near[rows, place, None]) & entries.match).sum(1) > 1
-    return np.where(entries.match[rows, place], entries.same[rows, place], -1), equal
+    nearest = (near == near.min(1, keepdims=True)) & entries.match
+    rows, place = np.arange(len(near)), nearest.argmax(1)
+    found = np.where(nearest[rows, place], entries.same[rows, place], -1)
+    return found, nearest.sum(1) > 1
 
 
 def _ranks(

@@ -384,6 +384,20 @@ def test_ranked_lists_without_ties_need_no_order(monkeypatch):
     np.testing.assert_array_equal(found.ap, evaluate_rank(fused, *ids).ap)
 
 
+@pytest.mark.parametrize("distance", [0.5, torch.inf])
+def test_ranked_lists_find_the_truth_among_matches_that_tie(distance):
+    """Behind a nearest entry that ties with none: the order among them is that of np.argsort."""
+    for seed in range(20):
+        _, *ids = make(seed, 1, 300, 2, 2)
+        fused = torch.full((1, 300), distance)
+        fused[0, int(np.flatnonzero(ids[1] != ids[0])[0])] = 0.0
+        features = make(seed, 1, 300, 2, 2, torch.float64)[0]
+        found = ranked_lists(features, fused, *ids, topk=1)
+        order = reference.ranked_list(fused[0].numpy(), ids[0][0], ids[1], ids[2][0], ids[3])
+        expected = [(g, rank) for g, rank in order if ids[1][g] == ids[0][0]]
+        assert (found.truth[0], found.truth_rank[0]) == expected[0]
+
+
 def test_ranked_lists_leave_out_the_same_junk_as_evaluation():
     fused, *ids = make(7, 30, 60, 6, 3, levels=8)
     features = make(8, 30, 60, 6, 3, levels=20)[0]
