@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,7 @@ def test_an_index_of_something_else_is_refused_and_left_as_it_is(folder, tmp_pat
     with pytest.raises(ValueError, match="has pid 1 and camid 1, but by the pattern -1 and -1"):
         index_folder(place, MODEL, folder, pattern="(?P<camid>0) none")
     paint(folder / "new.png", 31)
+    os.utime(folder / WHOLE[0], ns=(1, 1))
     with pytest.raises(ValueError, match="created for a model with other weights"):
         index_folder(place, tiny(seed=1), folder)
     assert GalleryIndex(place).names == before
@@ -236,11 +238,15 @@ def test_a_name_that_is_no_text_is_a_name_all_the_same(folder, tmp_path):
          {"gate": "north", "floor": 7}),
     ],
 )  # fmt: skip
-def test_names_are_read_by_a_pattern(name, pattern, pid, camid, fields):
+def test_names_are_read_by_a_pattern(name, pattern, pid, camid, fields, monkeypatch):
+    monkeypatch.setenv("TZ", "Asia/Tokyo")  # it says nothing of the pictures
+    time.tzset()
     said = read_name(name) if pattern is None else read_name(name, pattern)
     assert said == (pid, camid, fields)
     listed = fields_of([name]) if pattern is None else fields_of([name], pattern)
     assert {key: values[0] for key, values in listed.items() if values[0] is not None} == fields
+    monkeypatch.undo()
+    time.tzset()
 
 
 def test_names_that_a_pattern_reads_wrongly_are_refused():

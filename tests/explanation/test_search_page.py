@@ -84,10 +84,10 @@ def calibration(found):
 def page(found, folder, queries, gallery, calibration):
     return html_search_page(
         found,
-        dict(zip(["<i>first</i>", "second"], queries, strict=True)),
+        dict(zip(["<i>first</i>", f"second{'_' * 200}"], queries, strict=True)),
         folder / "gallery",
         threshold=calibration,
-        searched=len(gallery.index),
+        searched=4000,
         damaged=gallery.damaged,
         facts={"Model": "a & b"},
         title="Who & where?",
@@ -130,8 +130,8 @@ def test_it_says_that_a_match_is_a_lead_and_how_often_that_is_wrong(page, calibr
     low, high = (f"{100 * each:.3g}" for each in calibration.false_alarm_interval)
     assert f"interval {low}\N{NO-BREAK SPACE}% to {high}\N{NO-BREAK SPACE}%" in page_text
     assert "Of 20 pairs of one person, 75 % are" in said
-    wrong, most = 4 * 0.001, 4 * calibration.false_alarm_interval.high
-    assert f"Among 4 pictures of other people {wrong:.1f} wrong leads" in said
+    wrong, most = 4000 * 0.001, 4000 * calibration.false_alarm_interval.high
+    assert f"Among 4,000 pictures of other people {wrong:.1f} wrong leads" in said
     assert f"up to {most:.1f} by the interval" in said
     assert f"up to a distance of {calibration.threshold:.4f}" in said
     assert "Same person is the pair classifier's probability" in said
@@ -181,9 +181,9 @@ def test_each_match_stands_with_its_figures_and_both_maps(page, found, gallery, 
 
 def test_nobody_is_found_where_no_picture_is_near_enough(page, found, folder, queries):
     second = cards(page)[1]
-    assert "second: nobody" in words(second) and "Nobody. No picture is as near" in words(second)
+    assert "_: nobody" in words(second) and "Nobody. No picture is as near" in words(second)
     assert "1 further picture, beyond the threshold" in words(second)
-    assert "2 queries in 4 pictures: 1 query has leads, for 1 nobody is found." in words(page)
+    assert "2 queries in 4,000 pictures: 1 query has leads, for 1 nobody is found." in words(page)
     named = dict(zip("ab", queries, strict=True))
     nothing = words(html_search_page(found, named, folder / "gallery", threshold=0.0))
     assert "2 queries: 0 queries have leads, for 2 nobody is found." in nothing
