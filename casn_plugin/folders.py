@@ -1,4 +1,4 @@
-"""A folder of pictures as a gallery: what their names say, and an index that is kept up to date.
+"""A folder of pictures as a gallery: found, read, and an index that is kept up to date.
 
 The pictures need no labels. Beside the index lies ``pictures.json``, which says in which state each
 picture was encoded, so that only what is new or has changed is encoded again.
@@ -6,10 +6,8 @@ picture was encoded, so that only what is new or has changed is encoded again.
 
 import json
 import os
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,38 +19,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from casn_plugin.doors import check_count, check_kind
+from casn_plugin.doors import check_count
 from casn_plugin.files import replacing
-from casn_plugin.identities import UNKNOWN
 from casn_plugin.model import CASN, as_casn
 from casn_plugin.picturefiles import FORMATS
+from casn_plugin.picturenames import MARKET1501, Said, read_name
 from casn_plugin.preprocessing import Preprocessing
 from casn_plugin.ranking import GalleryIndex
 from casn_plugin.ranking.manifest import MANIFEST
 
-MARKET1501 = r"(?:^|/)(?P<pid>-1|\d+)_c(?P<camid>\d+)(?:s\d+)?_f?(?P<time>\d+)[^/]*$"
-"""Names as Market-1501 and DukeMTMC-reID have them: ``0002_c1s1_000451_03.jpg``."""
-
 _RECORD = "pictures.json"
 _FORMAT = "casn-plugin pictures"
 _CHUNK = 4096  # so many pictures are encoded between two changes of the index
-
-Value = int | float | str
-"""What a name says of a picture."""
-
-
-class Said(NamedTuple):
-    """What the name of a picture says.
-
-    Attributes:
-        pid: its identity, -1 where it is not said.
-        camid: its camera as it is written, -1 where it is not said.
-        fields: the other groups of the pattern.
-    """
-
-    pid: int
-    camid: int
-    fields: dict[str, Value]
 
 
 @dataclass(frozen=True)
@@ -80,62 +58,6 @@ class IndexedFolder:
             f"{len(self.removed):,} removed, {len(self.damaged):,} left out"
         )
         return "\n".join([words, *(f"  {name}: {why}" for name, why in self.damaged.items())])
-
-
-def read_name(name: str, pattern: str = MARKET1501) -> Said:
-    r"""Returns what a name says by a pattern; of one that does not match, nothing is known.
-
-    Args:
-        name: a path in the folder, "/" between its parts.
-        pattern: a regular expression that is searched for in it. Of its named groups, `pid` and
-            `camid` are integers; `time` is a number (seconds or frames), or a date and time as
-            ``datetime.fromisoformat`` reads it, which becomes seconds since 1970 (UTC where no
-            zone is said); any other is an integer where it has digits alone, else text.
-
-    Raises:
-        ValueError: no regular expression, a pid or camid that is no number below 2**63, a time
-            that is none.
-
-    Example:
-        >>> read_name("day 1/0002_c1s1_000451_03.jpg")
-        Said(pid=2, camid=1, fields={'time': 451})
-        >>> read_name("hall/7.jpg", r"(?P<place>\w+)/(?P<camid>\d+)")
-        Said(pid=-1, camid=7, fields={'place': 'hall'})
-        >>> read_name("holiday.jpg")
-        Said(pid=-1, camid=-1, fields={})
-    """
-    found = _compiled(check_kind("pattern", pattern, str)).search(check_kind("name", name, str))
-    said = {} if found is None else found.groupdict()
-    values: dict[str, Value] = {}
-    for group, text in said.items():
-        if text is not None:
-            values[group] = _value(name, group, text)
-    pid, camid = (int(values.pop(group, UNKNOWN)) for group in ("pid", "camid"))
-    return Said(pid, camid, values)
-
-
-def fields_of(names: Sequence[str], pattern: str = MARKET1501) -> dict[str, list[Value | None]]:
-    """Returns what the names of pictures say besides pids and camids, by the group's name.
-
-    For filters: ``milvus.update(fields_of(index.names))``.
-
-    Args:
-        names: such as an index has.
-        pattern: as :func:`read_name` takes it.
-
-    Returns:
-        A value for each name, None where it is not said.
-
-    Raises:
-        ValueError: as :func:`read_name`.
-
-    Example:
-        >>> fields_of(["0002_c1s1_000451_03.jpg", "holiday.jpg"])
-        {'time': [451, None]}
-    """
-    said = [read_name(name, pattern).fields for name in names]
-    groups = [group for group in _compiled(pattern).groupindex if group not in ("pid", "camid")]
-    return {group: [each.get(group) for each in said] for group in groups}
 
 
 def find_pictures(folder: str | os.PathLike[str]) -> list[str]:
@@ -395,42 +317,8 @@ def _stamp(path: Path) -> Stamp:
 
 
 @cache
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"pattern must be a regular expression, got {pattern!r}: {error}"
-        ) from error
-
-
-@cache
 def _endings() -> frozenset[str]:
     """Returns the endings of the formats that are read."""
     return frozenset(
         ending for ending, kind in PIL.Image.registered_extensions().items() if kind in FORMATS
     )
-
-
-def _value(name: str, group: str, text: str) -> Value:
-    """Returns what a group of a name says."""
-    if group in ("pid", "camid"):
-        if not re.fullmatch(r"-1|[0-9]{1,18}", text):
-            raise ValueError(f"{group} of {name!r} must be a number below 10**18, got {text!r}")
-        return int(text)
-    if group != "time":
-        return int(text) if re.fullmatch("[0-9]{1,18}", text) else text
-    if re.fullmatch(r"-?[0-9]{1,18}", text):
-        return int(text)
-    try:
-        return float(text) if re.fullmatch(r"-?[0-9]+\.[0-9]+", text) else _seconds(text)
-    except ValueError as error:
-        raise ValueError(
-            f"time of {name!r} must be a number or a date and time in ISO 8601, got {text!r}"
-        ) from error
-
-
-def _seconds(text: str) -> float:
-    """Returns a date and time as seconds since 1970."""
-    moment = datetime.fromisoformat(text)
-    return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()

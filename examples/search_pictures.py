@@ -27,6 +27,7 @@ from casn_plugin.calibration import load_calibration, save_calibration
 from casn_plugin.checkpoint import load_checkpoint, load_weights
 from casn_plugin.explanation import save_search_page
 from casn_plugin.loading import encode_images
+from casn_plugin.picturenames import MARKET1501, fields_of, read_name
 from casn_plugin.pretrained import from_pretrained
 from casn_plugin.ranking import MilvusFeatures, feature_candidates
 from casn_plugin.retrieval import LabelledEncodings, calibrate_gallery
@@ -51,7 +52,7 @@ def trained_model(path: Path) -> CASN:
 def candidates(args: argparse.Namespace, index: GalleryIndex, features: torch.Tensor) -> Any:
     """Returns rows of the index for each query: not itself and, if asked for, other cameras'."""
     own = [folders.name_in(args.gallery, path) for path in args.query]
-    camids = [folders.read_name(name, args.pattern).camid for name in own]
+    camids = [read_name(name, args.pattern).camid for name in own]
     camids = camids if args.other_cameras else [-1] * len(own)
     if args.milvus:
         there, filters = set(index.names), []
@@ -61,7 +62,7 @@ def candidates(args: argparse.Namespace, index: GalleryIndex, features: torch.Te
             asked += [f"name != {json.dumps(name, ensure_ascii=False)}"] if name in there else []
             filters.append(" and ".join(asked))
         with MilvusFeatures(index, args.milvus) as milvus:
-            milvus.update(folders.fields_of(index.names, args.pattern), progress=True)
+            milvus.update(fields_of(index.names, args.pattern), progress=True)
             return milvus.candidates(features, args.candidates, filter=filters)
     allowed = np.array(index.names) != np.array(own)[:, None]
     allowed &= (index.camids != np.array(camids)[:, None]) | (np.array(camids)[:, None] < 0)
@@ -87,9 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--topk", type=int, default=10, help="matches to show for each query")
     add("--candidates", type=int, default=100, help="so many nearest by features are compared")
     add("--other-cameras", action="store_true", help="leave out the query's own camera")
-    add(
-        "--pattern", default=folders.MARKET1501, help="what names say: groups pid, camid, time, ..."
-    )
+    add("--pattern", default=MARKET1501, help="what names say: groups pid, camid, time, ...")
     add("--milvus", help="let Milvus find candidates: a path that ends in .db, or an address")
     add("--filter", help="whom Milvus may find, such as 'camid != 3 and time > 100'")
     add("--calibrate", metavar="FOLDER", help="labelled pictures of people in no training set")

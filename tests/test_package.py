@@ -25,7 +25,7 @@ ROOMS = (
         "candidates", "distances", "fused", "mutual", "search", "company", "manifest", "kept",
         "shards", "filling", "contents", "store", "fingerprint", "index", "milvus", "again",
     )),
-    "ranking", "folders", "tables", "retrieval",
+    "ranking", "picturenames", "folders", "tables", "retrieval",
     *(f"explanation.{name}" for name in (
         "pictures", "figures", "curves", "pair", "lists", "fixed_pairs", "board", "pages", "report",
         "search_page",

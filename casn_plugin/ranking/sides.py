@@ -15,7 +15,6 @@ from casn_plugin.encoding import Ahead, Encoding, Encodings, part_scales
 from casn_plugin.ranking.closed_form import Direction, PairForm
 from casn_plugin.ranking.compute import Arithmetic
 
-
 Align = Callable[[Tensor], Tensor]
 """Maps row profiles, (..., H), to aligned ones that are compared as they are."""
 

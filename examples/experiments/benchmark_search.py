@@ -29,8 +29,9 @@ from explain_any_network import load_model
 from search_pictures import trained_model
 
 from casn_plugin.explanation import save_search_page
-from casn_plugin.folders import find_pictures, index_folder, load_pictures, read_name
+from casn_plugin.folders import find_pictures, index_folder, load_pictures
 from casn_plugin.loading import encode_images
+from casn_plugin.picturenames import read_name
 from casn_plugin.ranking import MilvusFeatures, feature_candidates, other_cameras
 from casn_plugin.retrieval import LabelledEncodings, calibrate_gallery
 
