@@ -384,6 +384,15 @@ def test_ranked_lists_without_ties_need_no_order(monkeypatch):
     np.testing.assert_array_equal(found.ap, evaluate_rank(fused, *ids).ap)
 
 
+def test_ranked_lists_order_infinite_features():
+    features = torch.tensor([[torch.inf, 0.1, torch.inf, torch.inf], [0.1, 0.2, 0.3, 0.4]])
+    fused = torch.tensor([[0.1, 0.2, 0.3, 0.4]] * 2)
+    found = ranked_lists(features, fused, [7, 8], [7, 8, 8, 9])
+    assert found.nearest.tolist() == [[0, 1, 2, 3]] * 2
+    assert found.feature_ranks.tolist() == [[2, 1, 3, 4], [1, 2, 3, 4]]
+    assert found.truth_feature_rank.tolist() == [2, 2]
+
+
 @pytest.mark.parametrize("distance", [0.5, torch.inf])
 def test_ranked_lists_find_the_truth_among_matches_that_tie(distance):
     """Behind a nearest entry that ties with none: the order among them is that of np.argsort."""
