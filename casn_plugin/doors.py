@@ -70,7 +70,7 @@ def within(numbers: Tensor, length: int) -> bool:
     if not numbers.numel():
         return True
     least, most = torch.stack(numbers.aminmax()).tolist()
-    return least >= 0 and most < length
+    return bool(least >= 0 and most < length)
 
 
 def check_same(name: str, value: Any, shape: torch.Size) -> Tensor:
