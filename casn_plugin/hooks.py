@@ -20,6 +20,7 @@ from casn_plugin.kernels import twice_differentiable, uncompiled
 from casn_plugin.layouts import Layout
 
 _HOOKS = threading.Lock()  # torch gives hooks their numbers without one
+_thread = uncompiled(threading.get_ident)  # so are hooks: what they note is of one call alone
 
 
 @dataclass
@@ -88,7 +89,7 @@ def capture(
     if at not in ("input", "output"):
         raise ValueError(f"at must be 'input' or 'output', got {at!r}")
     captured = Captured()
-    owner = threading.get_ident()
+    owner = _thread()
     stack, seen = ExitStack(), list[Tensor]()
 
     def tap(value: Any) -> Any:
@@ -122,11 +123,11 @@ def capture(
 
     @uncompiled
     def on_input(_: nn.Module, args: tuple[Any, ...]) -> Any:
-        return tap(args) if threading.get_ident() == owner else None
+        return tap(args) if _thread() == owner else None
 
     @uncompiled
     def on_output(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        if threading.get_ident() != owner:
+        if _thread() != owner:
             return None
         if at == "output":
             return tap(output)
@@ -175,11 +176,11 @@ def watch(module: nn.Module) -> Iterator[Watched]:
         >>> watched.taken.shape, watched.given.shape
         (torch.Size([2, 4]), torch.Size([2, 3]))
     """
-    watched, owner = Watched(), threading.get_ident()
+    watched, owner = Watched(), _thread()
 
     @uncompiled
     def look(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if threading.get_ident() == owner:
+        if _thread() == owner:
             watched.taken, watched.given = args[0] if args else None, output
 
     with _HOOKS:

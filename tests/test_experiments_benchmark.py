@@ -134,3 +134,31 @@ def test_the_benchmark_of_similarity(lab):
     assert rates["closed form, similarity"] > rates["autograd, batches of 16 pairs"]
     ((_, double, single),) = cells(exactness)[1:]
     assert float(double.split()[0]) < 1e-10 < float(single.split()[0]) < 1e-4
+
+
+@pytest.mark.usefixtures("unchecked")  # the compiler takes minutes to look at checks of shapes
+def test_the_benchmark_of_training(lab):
+    pytest.importorskip("timm")
+    networks = ["timm:vit_tiny_patch16_224"]
+    arguments = ["--networks", *networks, "--size", "64", "32", "--repeats", "1", "--device", "cpu"]
+    costs, settings = lab("benchmark_training").main([*arguments, "--batch-size", "4"])
+    header, *rows = cells(costs)
+    assert [row[0] for row in rows] == networks and "Host reads" in header
+    for row in rows:
+        floor, masked, siamese, both = map(float, row[2:6])
+        assert 1.6 < floor <= masked <= both < 1.9 and 1 <= siamese < 1.12
+        assert float(row[6].removesuffix(" ms")) > 0
+        assert 1.5 < float(row[12]) < 2.2 and row[14] == "1"
+    assert [row[1] for row in cells(settings)[1:4]] == ["float32", "channels last", "bfloat16"]
+
+
+def test_flops_of_depthwise_convolutions_are_counted_by_their_groups(lab):
+    flops = lab("benchmark_training").flops
+    for groups in (1, 8):
+        layer = torch.nn.Conv2d(8, 8, 3, padding=1, groups=groups, bias=False)
+        imgs = torch.rand(2, 8, 6, 5, requires_grad=True)
+        one = 2 * 2 * 6 * 5 * 8 * (8 // groups) * 9  # multiplied and added, for each weight used
+        assert flops(lambda layer=layer, imgs=imgs: layer(imgs).sum().backward()) == 3 * one
+    layer = torch.nn.ConvTranspose2d(8, 4, 2, stride=2, groups=4, bias=False)
+    one = 2 * 2 * 6 * 5 * 8 * 4
+    assert flops(lambda: layer(imgs.detach()).sum().backward()) == 2 * one

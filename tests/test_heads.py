@@ -79,6 +79,30 @@ def test_a_classifier_that_is_not_called_is_an_error():
         ByClassifier(("spare",))(net, IMGS)
 
 
+def test_a_classifier_of_any_kind_can_be_named():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.inner = nn.BatchNorm1d(6), nn.Linear(6, 5)
+
+        def forward(self, vector):
+            return self.inner(self.norm(vector))
+
+    net = network(Normed()).eval()
+    nn.init.uniform_(net[3].norm.weight)
+    assert find_classifier(net, IMGS) == ByClassifier(("3.inner",))
+    net.get_classifier = lambda: net[3]
+    found = find_classifier(net, IMGS)
+    assert found == ByClassifier(("3",))
+    torch.testing.assert_close(found(net, IMGS)[1], net[:3](IMGS))
+
+
+def test_a_network_is_run_once_to_find_its_classifier():
+    net, runs = network(nn.Linear(6, 5)), []
+    net.register_forward_hook(lambda *_: runs.append(1))
+    assert find_classifier(net, IMGS) == ByClassifier(("3",)) and len(runs) == 1
+
+
 def test_a_classifier_that_is_named_must_give_what_the_network_gives():
     net = network(nn.Linear(6, 5), nn.Softmax(1))
     net.get_classifier = lambda: net[3]

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -31,6 +32,25 @@ def test_fused_attention_has_a_second_derivative_inside():
         twice(x)  # this is why the context is there
     with twice_differentiable():
         assert twice(x).isfinite().all()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_hardsigmoid_has_a_second_derivative_inside(inplace):
+    layer, x = nn.Hardsigmoid(inplace), torch.linspace(-4, 4, 9, requires_grad=True)
+
+    def gradient() -> tuple[torch.Tensor, torch.Tensor]:
+        given = layer(x.clone())
+        return given, torch.autograd.grad(given.pow(2).sum(), x, create_graph=True)[0]
+
+    expected, slopes = gradient()
+    with pytest.raises(RuntimeError):
+        slopes.sum().backward()  # this is why the context is there
+    with twice_differentiable():
+        given, found = gradient()
+    torch.testing.assert_close(given, expected)
+    torch.testing.assert_close(found, slopes)
+    (second,) = torch.autograd.grad(found.sum(), x)
+    torch.testing.assert_close(second, torch.where(x.abs() < 3, 2 / 36, 0.0))
 
 
 def test_the_kernels_are_left_as_found():

@@ -270,6 +270,17 @@ def test_a_layer_that_is_called_for_several_tensors_is_not_tapped():
     assert (reader.target_layer, reader.at) == ("4", "input")
 
 
+def test_networks_are_tried_out_in_three_passes():
+    """The classifier, all tensors, and what comes from the map alone, which some try several of."""
+    counts = []
+    for family in FAMILIES[::4]:
+        network, passes = family.build(), []
+        network.register_forward_hook(lambda *_, passes=passes: passes.append(1))
+        CASN(network, input_size=family.size, hidden_dim=16)
+        counts.append(len(passes))
+    assert max(counts) <= 5 and sorted(counts)[-2] == 3
+
+
 def test_a_map_of_one_position_is_refused():
     with pytest.raises(ValueError, match=r"'global_pool.pool', 512x1x1, has one position only"):
         CASN(small("resnet10t", "(B, C, H, W)").build(), target_layer="global_pool.pool")

@@ -32,14 +32,17 @@ class Reads(TorchFunctionMode):
         )  # fmt: skip
 
     def __enter__(self) -> "Reads":
+        """Starts to count."""
         self._patch.start()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
+        """Ends it."""
         super().__exit__(*error)
         self._patch.stop()
 
     def __torch_function__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Returns what a function gives, or ones for what can't be read."""
         name = getattr(function, "__name__", "")
         if name == "cuda":
             return args[0].to(META)
