@@ -62,7 +62,10 @@ class Grid:
             resident: the images are on the device already: half of the budget is theirs if not.
 
         Example:
-            >>> Grid.fit(100, 100, 1000, pair=10, listed=40, image=50, features=8, resident=False).columns
+            >>> grid = Grid.fit(
+            ...     100, 100, 1000, pair=10, listed=40, image=50, features=8, resident=False
+            ... )
+            >>> grid.columns
             5
         """
         images = budget // 2 // image
