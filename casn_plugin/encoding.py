@@ -73,8 +73,14 @@ class Encoding:
         """Returns that of one image so many times, without copies of it.
 
         Raises:
-            RuntimeError: it is of several images.
+            ValueError: it is of another number of images.
+
+        Example:
+            >>> len(Encoding(torch.rand(1, 4), basis=torch.rand(1, 4, 6, 3)).expand(5))
+            5
         """
+        if len(self) != 1:
+            raise ValueError(f"expected the encoding of one image, got {len(self)}")
         return self._map(lambda tensor: tensor.expand(number, *tensor.shape[1:]))
 
     def to(self, *args: Any, **kwargs: Any) -> "Encoding":

@@ -19,6 +19,12 @@ def test_encodings_select_join_and_check_themselves():
     assert len(encoding) == 5 and len(encoding[torch.tensor([4, 1])]) == 2
     joined = Encoding.cat([encoding[:2], encoding[2:]])
     torch.testing.assert_close(joined.maps, encoding.maps, rtol=0, atol=0)
+    many = encoding[2:3].expand(4)
+    assert torch.equal(many.maps, activations[[2, 2, 2, 2]])
+    assert torch.equal(many.features, encoding.features[[2, 2, 2, 2]])
+    assert many.maps.untyped_storage().data_ptr() == activations.untyped_storage().data_ptr()
+    with pytest.raises(ValueError, match="the encoding of one image, got 2"):
+        encoding[:2].expand(3)
     other = Encoding(torch.rand(2, CHANNELS), basis=torch.rand(2, CHANNELS, 7, 3))
     with pytest.raises(ValueError, match="all with a basis or all with activations"):
         Encoding.cat([encoding, other])
