@@ -20,6 +20,7 @@ from casn_plugin.folders import (
     name_in,
 )
 from casn_plugin.loading import encode_images
+from casn_plugin.ranking import EncodedAgain
 
 SIZE = (48, 24)
 
@@ -228,3 +229,16 @@ def test_pictures_are_found_and_named_as_they_are_sought(folder, tmp_path, monke
     found = load_pictures([WHOLE[0], "cut.png", WHOLE[4], WHOLE[0]], Preprocessing(SIZE))
     assert found.paths == [WHOLE[0], WHOLE[4]] and list(found.damaged) == ["cut.png"]
     assert torch.equal(found.imgs[1], Preprocessing(SIZE).load(WHOLE[4]))
+
+
+def test_an_index_of_features_alone_is_searched_by_its_pictures(folder, tmp_path):
+    whole = index_folder(tmp_path / "whole", MODEL, folder).index
+    GalleryIndex.create(tmp_path / "features", MODEL, maps=False)
+    index = index_folder(tmp_path / "features", MODEL, folder).index
+    again = EncodedAgain(MODEL, index, [folder / name for name in index.names])
+    query, rows = whole[:2], np.array([[4, 2, 0], [1, -1, -1]])
+    found = index.search(MODEL, query, maps=again, candidates=rows)
+    expected = whole.search(MODEL, query, candidates=rows)
+    assert found.names == expected.names
+    torch.testing.assert_close(found.scores, expected.scores, equal_nan=True)
+    torch.testing.assert_close(found.gallery_attention, expected.gallery_attention)

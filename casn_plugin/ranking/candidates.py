@@ -1,6 +1,5 @@
 """Listed pairs: each query's nearest gallery images by features, and the distances of a list."""
 
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from casn_plugin.attention import attention_distance
 from casn_plugin.doors import check_count, check_finite, check_tensor
-from casn_plugin.encoding import Ahead, Encoding, Encodings
 from casn_plugin.ranking.pairs import Pairs
 
 Candidates = Integer[Tensor, "queries listed"] | Integer[np.ndarray, "queries listed"]
@@ -277,55 +275,14 @@ def check_candidates(
     return listed
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """The images of a gallery that are candidates of some query, as a gallery of their own.
-
-    Attributes:
-        gallery: takes slices, and tensors of row numbers.
-        numbers: the rows of the gallery, ascending.
-        candidates: of each query, among these; -1 where there are fewer.
+def listed_pairs(
+    candidates: Int64[Tensor, "queries listed"], device: torch.device | str
+) -> tuple[Int64[Tensor, " pairs"], Int64[Tensor, " pairs"]]:
+    """Returns the pairs of queries and candidates: queries, and as many gallery images.
 
     Example:
-        >>> images = Encoding(torch.rand(9, 4), basis=torch.rand(9, 4, 6, 2))
-        >>> chosen = Chosen.of(images, torch.tensor([[7, 2], [2, -1]]))
-        >>> chosen.numbers, chosen.listed("cpu")
-        (tensor([2, 7]), (tensor([0, 0, 1]), tensor([1, 0, 0])))
+        >>> listed_pairs(torch.tensor([[7, 2], [2, -1]]), "cpu")
+        (tensor([0, 0, 1]), tensor([7, 2, 2]))
     """
-
-    gallery: Encodings
-    numbers: Int64[Tensor, " images"]
-    candidates: Int64[Tensor, "queries listed"]
-
-    @classmethod
-    def of(cls, gallery: Encodings, candidates: Int64[Tensor, "queries listed"]) -> "Chosen":
-        """Returns the images that are candidates; where there is none, one that is nobody's."""
-        there = candidates >= 0
-        numbers, places = candidates[there].unique(return_inverse=True)
-        among = torch.full_like(candidates, -1)
-        among[there] = places
-        return cls(gallery, numbers if len(numbers) else torch.tensor([0]), among)
-
-    def __len__(self) -> int:
-        """Returns the number of images."""
-        return len(self.numbers)
-
-    def __getitem__(self, rows: slice | Tensor) -> Encoding:
-        """Returns the encoding of some of the images."""
-        return self.gallery[self.numbers[rows]]
-
-    def features_of(self, rows: slice | Tensor) -> Tensor:
-        """Returns the features of some of the images."""
-        return self.gallery.features_of(self.numbers[rows])
-
-    def expect(self, rows: Tensor) -> None:
-        """Tells the gallery which images will be asked for next, where it works ahead."""
-        if isinstance(self.gallery, Ahead):
-            self.gallery.expect(self.numbers[rows])
-
-    def listed(
-        self, device: torch.device | str
-    ) -> tuple[Int64[Tensor, " pairs"], Int64[Tensor, " pairs"]]:
-        """Returns the pairs of queries and candidates: queries, and as many of the images."""
-        rows, places = (self.candidates >= 0).nonzero(as_tuple=True)
-        return rows.to(device), self.candidates[rows, places].to(device)
+    rows, places = (candidates >= 0).nonzero(as_tuple=True)
+    return rows.to(device), candidates[rows, places].to(device)

@@ -14,10 +14,10 @@ from casn_plugin.encoding import Encoding, Encodings
 from casn_plugin.evidence import Evidence, evidence_of
 from casn_plugin.ranking.candidates import (
     Candidates,
-    Chosen,
     Compared,
     check_candidates,
     compare,
+    listed_pairs,
     nearest,
 )
 from casn_plugin.ranking.compute import Compute
@@ -91,9 +91,8 @@ def rank_gallery(
             features, re-ranked; an approximation. It says nothing where candidates are given.
         candidates: rows of the gallery to choose from for each query, found by any engine: each
             once, -1 where there are fewer. Attention is compared with these alone, and nothing
-            else of the gallery is read: ``gallery[rows]`` has to take a tensor of row numbers, as
-            an encoding and an index do. The answer is the topk nearest of them; what the engine
-            has missed is missing.
+            else is read of a gallery that is not in memory. The answer is the topk nearest of
+            them; what the engine has missed is missing.
         row_threshold: t, the share of a map's maximum above which a row counts as attended.
         attention_weight: weight of the attention distance, >= 0; the features have weight 1.
         compute: with what the pairs are worked on.
@@ -118,17 +117,19 @@ def rank_gallery(
         raise ValueError("the gallery is empty")
     topk = min(check_count("topk", topk), len(gallery))
     check_share("row_threshold", row_threshold)
-    chosen = None
     if candidates is not None:
         candidates = check_candidates(candidates, len(query), len(gallery))
         topk, exact = min(topk, candidates.shape[1]), False
-        gallery = chosen = Chosen.of(gallery, candidates)
     pairs = Pairs(model, query, gallery, compute)
     compare_listed = partial(compare, pairs, row_threshold=row_threshold, unit=True)
     best = partial(_best, topk=topk, attention_weight=attention_weight)
 
     with pairs.working():
-        listed = nearest(pairs, topk, unit=True) if chosen is None else chosen.listed(pairs.device)
+        listed = (
+            nearest(pairs, topk, unit=True)
+            if candidates is None
+            else listed_pairs(candidates, pairs.device)
+        )
         own = compare_listed(*listed, desc="Comparing attention")
         found = Compared(*pairs.join(*own))
         scored, found = len(found.rows), best(found)
@@ -140,10 +141,9 @@ def rank_gallery(
                 own = best(Compared.cat(own, compare_listed(rows, columns)))
             *others, counts = pairs.join(*own, torch.tensor([within]))
             found, scored = best(Compared.cat(found, Compared(*others))), scored + int(counts.sum())
-    columns = found.columns if chosen is None else chosen.numbers.to(pairs.device)[found.columns]
     table = partial(_table, found.rows, (len(query), topk), device=query.features.device)
     return Ranking(
-        table(columns, -1),
+        table(found.columns, -1),
         table(_fused(found, attention_weight), torch.inf),
         table(found.features, torch.inf),
         table(found.attention, torch.inf),

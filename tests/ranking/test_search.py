@@ -184,7 +184,7 @@ class Watched:
         return len(self.encoding)
 
     def __getitem__(self, rows):
-        self.read += rows.tolist()
+        self.read += torch.arange(len(self))[rows].tolist()
         return self.encoding[rows]
 
     def features_of(self, rows):
