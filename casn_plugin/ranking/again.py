@@ -1,6 +1,7 @@
 """A gallery that keeps no maps: its pictures are encoded again where their attention is needed."""
 
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -81,6 +82,7 @@ class EncodedAgain:
         self._max_memory = check_count("max_memory", max_memory, most=2**63 - 1)
         self._held: OrderedDict[int, Encoding] = OrderedDict()  # by row, the oldest first
         self._expected: dict[int, None] = {}  # rows, in their order
+        self._lock = threading.Lock()  # of both
         self._fingerprint, self._changes = "", changes(self._model)
         self._check_model()
 
@@ -103,8 +105,9 @@ class EncodedAgain:
 
     def expect(self, rows: Int[Tensor, " images"]) -> None:
         """Says which images will be asked for next, in their order: they are encoded in batches."""
-        self._check_model()
-        self._expected = dict.fromkeys(rows.tolist())
+        with self._lock:
+            self._check_model()
+            self._expected = dict.fromkeys(rows.tolist())
 
     def __getitem__(self, rows: Rows) -> Encoding:
         """Returns the encoding of some of the images: features as they are kept, and maps.
@@ -119,20 +122,26 @@ class EncodedAgain:
         if not len(self):
             raise ValueError("the gallery is empty")
         numbers = picked(np.arange(len(self)), rows).tolist()
-        if not numbers:  # of the size of any other
-            return self[[next(iter(self._held), 0)]][:0]
-        if changes(self._model) != self._changes:
-            self._check_model()
-        wanted = [*dict.fromkeys(numbers)]
-        images = {}
+        with self._lock:
+            if changes(self._model) != self._changes:
+                self._check_model()
+            if not numbers:  # of the size of any other
+                return self._taken([next(iter(self._held), 0)])[:0]
+            return self._taken(numbers)
+
+    def _taken(self, numbers: list[int]) -> Encoding:
+        """Returns the encoding of some images, at least one: held ones, and others encoded now."""
+        wanted, images = [*dict.fromkeys(numbers)], {}
         for row, features in zip(wanted, self.features_of(wanted).cpu(), strict=True):
-            self._expected.pop(row, None)
             held = self._held.pop(row, None)
             if held is not None and torch.equal(held.features[0], features):  # rows may have moved
                 images[row] = held
         missing = [row for row in wanted if row not in images]
-        ahead = [row for row in self._expected if row < len(self) and row not in self._held]
+        there = {*self._held, *wanted}
+        ahead = [row for row in self._expected if row < len(self) and row not in there]
         missing += ahead[: -len(missing) % self._batch_size]
+        for row in (*wanted, *missing):  # once only, whatever comes of it
+            self._expected.pop(row, None)
         for start in range(0, len(missing), self._batch_size):
             images |= self._encoded(missing[start : start + self._batch_size])
         self._hold(images)
@@ -163,7 +172,6 @@ class EncodedAgain:
                 )
             kind = "basis" if images.basis is not None else "activations"
             found[row] = Encoding(kept[i : i + 1], **{kind: images.maps[i : i + 1].clone()})
-            self._expected.pop(row, None)
         return found
 
     def _hold(self, images: dict[int, Encoding]) -> None:

@@ -1,5 +1,7 @@
 """Pictures encoded again where maps are needed: what an index with maps gives, or an error."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import PIL.Image
 import pytest
 import torch
@@ -160,6 +162,11 @@ def test_what_has_changed_is_an_error(tmp_path, pictures, index, monkeypatch):
     with pytest.raises(ValueError, match=message):
         index.search(MODEL, torch.rand(1, 3, *SIZE), topk=7, maps=again)
     assert len(again[[0, 3]]) == 2  # others are as they were
+    ahead = EncodedAgain(MODEL, index, batch_size=2)
+    ahead.expect(torch.tensor([2]))
+    with pytest.raises(ValueError, match=message):
+        ahead[[0]]
+    assert len(ahead[[0]]) == 1  # what fails once is not tried ahead again
     assert len(EncodedAgain(MODEL, index, tolerance=10.0)[[0, 2]]) == 2
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="preprocessing has chan"):
         patch.setattr(MODEL, "preprocessing", Preprocessing(SIZE, mean=(0.5, 0.5, 0.5)))
@@ -224,6 +231,22 @@ def test_held_maps_are_those_of_the_rows_as_they_are(index):
     index.remove([0, 2])
     torch.testing.assert_close(again[:].maps, maps[[1, 3, 4, 5, 6]])
     assert len(again) == 5
+
+
+def test_threads_share_one(tmp_path):
+    pictures = Pictures(tmp_path, 20)
+    imgs = torch.stack([pictures[row]["img"] for row in range(20)])
+    whole = MODEL.encode(imgs)
+    again = EncodedAgain(MODEL, whole.features, imgs, batch_size=3, max_memory=1)
+
+    def search(seed):
+        rows = torch.randperm(20, generator=torch.Generator().manual_seed(seed))[:7]
+        again.expect(rows)
+        torch.testing.assert_close(again[rows].maps, whole.maps[rows])
+        return len(again._held)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(search, range(40))) <= 3 + 7
 
 
 def test_nothing_to_encode(tmp_path, index):
