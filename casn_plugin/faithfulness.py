@@ -16,8 +16,8 @@ from casn_plugin.hooks import evaluating, place_of
 from casn_plugin.imputation import Fill, without_pixels
 from casn_plugin.model import CASN, as_casn
 
-SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
-"""Shares of the pixels that are removed, or shown."""
+SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
+"""Shares of the pixels that are removed, or shown; symmetric, so that the gap of chance is 0."""
 
 Side = Literal["query", "gallery", "both"]
 """In which picture of a pair pixels are removed."""
@@ -51,7 +51,11 @@ class FaithfulnessCurves:
 
     @property
     def gap(self) -> Float[Tensor, " images"]:
-        """Insertion less deletion area: 0 is expected of chance, and below 0 the map misleads."""
+        """Insertion less deletion area: 0 is expected of chance, and below 0 the map misleads.
+
+        Of shares that are symmetric about a half: deletion read backwards is then chance's
+        insertion, point by point.
+        """
         return self.insertion_area - self.deletion_area
 
 

@@ -95,6 +95,17 @@ def test_imputed_pixels_say_nothing_of_what_was_there(fill):
     assert (found.gap > 0.5).all() and (found.deletion[:, 2:] < 0.5).all()
 
 
+def test_the_gap_of_chance_is_zero_however_curved_the_scores_are():
+    imgs = torch.ones(300, 3, *SIZE)
+
+    def steep(imgs):  # falls with the first pixels that go
+        return (40 * (imgs.mean((1, 2, 3)) - 1)).exp()
+
+    black = torch.zeros(3)
+    found = faithfulness(steep, imgs, torch.zeros(300, 8, 4), fill=black)
+    assert found.gap.abs().max() < 1e-5 and found.deletion_area.min() > 0.02
+
+
 def test_curves_are_those_of_a_loop():
     imgs, generator = lit(2), torch.Generator().manual_seed(2)
     maps = torch.rand(2, *SIZE, generator=generator)
