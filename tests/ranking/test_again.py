@@ -1,5 +1,6 @@
 """Pictures encoded again where maps are needed: what an index with maps gives, or an error."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import PIL.Image
@@ -21,6 +22,7 @@ from casn_plugin import (
 )
 from casn_plugin.encoding import Encodings
 from casn_plugin.loading import encode_images
+from casn_plugin.ranking import again as room
 from casn_plugin.ranking import pair_attention
 from casn_plugin.ranking.mutual import Together
 
@@ -139,6 +141,8 @@ def test_few_pictures_are_encoded_and_in_batches(tmp_path, calls):
     assert sum(calls) in (19, 20) and len(calls) == 3 and max(calls) == 8
     assert again[ranking.indices[0]].maps.shape[0] == 20
     assert sum(calls) in (19, 20)  # held
+    rank_gallery(MODEL, query, again, topk=30, exact=False, compute=small)
+    assert sum(calls) in (29, 30) and len(calls) <= 5
     tight = EncodedAgain(MODEL, index, batch_size=8, max_memory=1)
     calls.clear()
     again = tight[range(20)]
@@ -233,11 +237,22 @@ def test_held_maps_are_those_of_the_rows_as_they_are(index):
     assert len(again) == 5
 
 
-def test_threads_share_one(tmp_path):
+def test_threads_share_one(tmp_path, monkeypatch):
     pictures = Pictures(tmp_path, 20)
     imgs = torch.stack([pictures[row]["img"] for row in range(20)])
     whole = MODEL.encode(imgs)
     again = EncodedAgain(MODEL, whole.features, imgs, batch_size=3, max_memory=1)
+
+    active = []
+
+    def encode_slowly(*given):
+        active.append(1)
+        time.sleep(0.005)
+        assert len(active) == 1
+        active.pop()
+        return encode_images(*given)
+
+    monkeypatch.setattr(room, "encode_images", encode_slowly)
 
     def search(seed):
         rows = torch.randperm(20, generator=torch.Generator().manual_seed(seed))[:7]
