@@ -12,10 +12,10 @@ from casn_plugin.calibration import calibrate
 from casn_plugin.encoding import Encoding
 from casn_plugin.evidence import Evidence, PairClassifier, Similarity
 from casn_plugin.explanation import explain_pair, explain_ranking
-from casn_plugin.loading import Preprocessing
 from casn_plugin.losses import IdentificationAttentionLoss
 from casn_plugin.model import CASN, CASNOutput
 from casn_plugin.objective import MetricOptions
+from casn_plugin.preprocessing import Preprocessing
 from casn_plugin.ranking import (
     Compute,
     EncodedAgain,

@@ -16,6 +16,7 @@ from casn_plugin.encoding import part_embedding
 from casn_plugin.heads import Forward, find_classifier, is_torchreid, torchreid_forward
 from casn_plugin.hooks import Captured, capture, evaluating, place_of
 from casn_plugin.layouts import Reshape
+from casn_plugin.preprocessing import Preprocessing
 from casn_plugin.scores import Logits, at_least_float32
 from casn_plugin.taps import Maps
 from casn_plugin.tryout import Tap, TryOut
@@ -269,6 +270,21 @@ def _sizes_of(backbone: nn.Module) -> list[tuple[int, int]]:
         sizes.append(size)
     pairs = [(size, size) if isinstance(size, int) else tuple(size) for size in sizes if size]
     return list(dict.fromkeys(pairs))
+
+
+def preprocessing_of(backbone: nn.Module, size: tuple[int, int]) -> Preprocessing:
+    """Returns how a backbone's pictures are prepared: timm's networks say with which colours.
+
+    Args:
+        backbone: any network; of one that does not say, the colours are ImageNet's.
+        size: (rows, columns) that they are brought to.
+    """
+    config = getattr(backbone, "pretrained_cfg", None)
+    told = config if isinstance(config, dict) else {}
+    mean, std = (told.get(name) for name in ("mean", "std"))
+    if mean is None or std is None or len(mean) != 3:
+        return Preprocessing(size)
+    return Preprocessing(size, mean, std)
 
 
 def _find_tap(

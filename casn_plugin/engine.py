@@ -27,7 +27,6 @@ from casn_plugin.checks import CheckedData, check_datamanager, check_optimizer, 
 from casn_plugin.doors import check_count, check_kind, check_settings, check_weight
 from casn_plugin.evaluation import RankedLists
 from casn_plugin.explanation import AttentionBoard, ExplainedRankings, log_results
-from casn_plugin.loading import Preprocessing
 from casn_plugin.losses import IdentificationAttentionLoss
 from casn_plugin.model import as_casn
 from casn_plugin.objective import MetricOptions, loss_terms
@@ -41,6 +40,7 @@ from casn_plugin.parallel import (
     with_random_states,
 )
 from casn_plugin.pedestrians import load_pedestrians
+from casn_plugin.preprocessing import Preprocessing
 from casn_plugin.processes import Processes
 from casn_plugin.randomness import preserved_random_state
 from casn_plugin.ranking import RankingOptions, Reciprocity
@@ -161,6 +161,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         model = self._whole.model
         super().__init__(datamanager, model, optimizer, scheduler, use_gpu, label_smooth)
         self.casn = casn
+        casn.preprocessing = Preprocessing.of(datamanager)
         self.lambda_ia = lambda_ia
         self.lambda_sa = lambda_sa
         self.identification = identification.to(self._device)
@@ -259,8 +260,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             self._board = self._board or AttentionBoard(
                 name, *self._test_data(name), self.logged_pairs
             )
-            shown_as = Preprocessing.of(self.datamanager)
-            self._board.log(self.writer, self.casn, shown_as, self.epoch + 1)
+            self._board.log(self.writer, self.casn, self.epoch + 1)
 
     def forward_backward(self, data: dict[str, Any]) -> dict[str, float]:
         """Returns the loss terms of one optimisation step, as numbers; none where it was skipped.
@@ -404,7 +404,6 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             *self._test_data(name),
             self.ranked[name],
             topk=topk,
-            preprocessing=Preprocessing.of(self.datamanager),
             row_threshold=self.siamese.row_threshold,
         )
 

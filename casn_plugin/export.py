@@ -3,6 +3,7 @@
 import json
 import os
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -15,7 +16,6 @@ from casn_plugin.doors import check_count, check_size
 from casn_plugin.encoding import Encoding, with_mirrored
 from casn_plugin.files import replacing
 from casn_plugin.hooks import place_of, twin
-from casn_plugin.loading import Preprocessing
 from casn_plugin.model import as_casn
 
 if TYPE_CHECKING:
@@ -60,14 +60,14 @@ def traced_encoder(
     Args:
         model: a CASN, or one in any of PyTorch's wrappers.
         batch_size: of the images that the graph takes: it takes no other number.
-        size: (rows, columns) of the images, by default the model's `input_size`.
+        size: (rows, columns) of the images, by default those of the model's `preprocessing`.
 
     Raises:
         TypeError: another model, or one in half precision.
         ValueError: `batch_size` below 1.
     """
     casn = as_casn(model)
-    rows, columns = check_size("size", size or casn.input_size)
+    rows, columns = check_size("size", size or casn.preprocessing.size)
     place = place_of(casn)
     noise = torch.randn(
         check_count("batch_size", batch_size), 3, rows, columns,
@@ -94,20 +94,17 @@ def export_onnx(
     path: str | os.PathLike[str],
     *,
     batch_size: int = 1,
-    preprocessing: Preprocessing | None = None,
 ) -> Path:
     """Returns the path of an ONNX file that encodes images; it is whole or not there.
 
     Its input is "imgs", its outputs are "features" and "basis" (or "activations", of normalised
     parts): ``Encoding(features, basis=...)`` of them is what ranking takes. The file's metadata
-    "casn_plugin" say in JSON what images are to be normalised with.
+    "casn_plugin" say in JSON how the model's `preprocessing` prepares its images.
 
     Args:
         model: a CASN, or one in any of PyTorch's wrappers.
         path: of the file, an existing one is replaced.
         batch_size: images that the file's graph takes at a time.
-        preprocessing: size, mean and std of the images, by default the model's `input_size` and
-            ImageNet's colours.
 
     Raises:
         ModuleNotFoundError: onnx or onnxscript are not installed.
@@ -122,8 +119,7 @@ def export_onnx(
         raise ModuleNotFoundError(
             f"ONNX files need {error.name}: pip install onnx onnxscript", name=error.name
         ) from error
-    prepared = (preprocessing or Preprocessing()).for_model(as_casn(model))
-    traced = traced_encoder(model, batch_size=batch_size, size=prepared.size)
+    traced = traced_encoder(model, batch_size=batch_size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter's own
         program = torch.onnx.export(
@@ -131,8 +127,8 @@ def export_onnx(
             input_names=["imgs"], output_names=["features", traced.maps],
         )  # fmt: skip
     assert program is not None  # for the type checker: dynamo=True gives one
-    about = {"size": prepared.size, "mean": [*prepared.mean], "std": [*prepared.std]}
-    program.model.metadata_props["casn_plugin"] = json.dumps({**about, "maps": traced.maps})
+    about = {**asdict(as_casn(model).preprocessing), "maps": traced.maps}
+    program.model.metadata_props["casn_plugin"] = json.dumps(about)
     with replacing(path) as partial:
         program.save(partial, external_data=False)
     return Path(path)

@@ -1,122 +1,21 @@
 """Pictures, folders and loaders in, encodings out: the one place where batches are read."""
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import PIL.Image
-import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from casn_plugin.doors import check_images, check_size, check_tensor, check_weight
+from casn_plugin.doors import check_images
 from casn_plugin.encoding import Encoding
 from casn_plugin.hooks import place_of
 from casn_plugin.identities import as_ids
-from casn_plugin.model import CASN, as_casn
-from casn_plugin.picturefiles import read_picture
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from casn_plugin.model import as_casn
+from casn_plugin.preprocessing import Preprocessing
 
 _IDS = ("pids", "camids")
-Image = Tensor | PIL.Image.Image | str | os.PathLike[str]
-"""A normalised (3, rows, columns) tensor as the model takes it, a picture, or its path."""
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How pictures become what the model takes, and how that becomes a picture again.
-
-    Attributes:
-        size: (rows, columns) that pictures and paths are brought to; None: the model's
-            `input_size`. Tensors are taken as they are.
-        mean: what pictures are normalised with, and tensors were: by default ImageNet's.
-        std: likewise, positive.
-
-    Raises:
-        TypeError: a size that is no two integers, mean or std of something else than numbers.
-        ValueError: mean or std that are not three finite numbers, a std that is not positive.
-
-    Example:
-        >>> Preprocessing((4, 2)).load(PIL.Image.new("RGB", (8, 8))).shape
-        torch.Size([3, 4, 2])
-    """
-
-    size: tuple[int, int] | None = None
-    mean: Sequence[float] = IMAGENET_MEAN
-    std: Sequence[float] = IMAGENET_STD
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for a mean or std that can't be."""
-        if self.size is not None:
-            check_size("size", self.size)
-        for name, numbers in (("mean", self.mean), ("std", self.std)):
-            if not hasattr(numbers, "__len__") or isinstance(numbers, str | bytes | dict):
-                raise TypeError(f"{name} must be three numbers, got {numbers!r}")
-            for number in numbers:
-                check_weight(name, abs(number) if isinstance(number, int | float) else number)
-        if len(self.mean) != 3 or len(self.std) != 3 or not min(self.std) > 0:
-            raise ValueError(
-                f"mean and std must be three numbers, std positive, got {self.mean} and {self.std}"
-            )
-
-    @classmethod
-    def of(cls, datamanager: Any) -> "Preprocessing":
-        """Returns how a torchreid data manager prepares test images.
-
-        The colours are ImageNet's where it does not say.
-        """
-        prepared = getattr(datamanager, "transform_te", None)
-        size = datamanager.height, datamanager.width
-        for transform in reversed(getattr(prepared, "transforms", [prepared])):
-            if hasattr(transform, "mean") and hasattr(transform, "std"):
-                return cls(size, transform.mean, transform.std)
-        return cls(size)
-
-    def for_model(self, model: CASN) -> "Preprocessing":
-        """Returns the same, with the model's `input_size` where no size is given."""
-        return Preprocessing(self.size or model.input_size, self.mean, self.std)
-
-    def load(self, image: Image) -> Float[Tensor, "3 rows columns"]:
-        """Returns a normalised image, upright, and otherwise as torchreid prepares test images.
-
-        Raises:
-            TypeError: an image of none of the kinds.
-            ValueError: a tensor of another shape, a picture where no size is known, or one of
-                values whose range is not known, such as floats.
-            OSError: a path that is no picture, one of a rare format, or a damaged one.
-        """
-        from torchvision.transforms import functional as transforms
-
-        if isinstance(image, Tensor):
-            return check_tensor("an image", image, "3 rows columns")
-        if not isinstance(image, str | os.PathLike | PIL.Image.Image):
-            raise TypeError(
-                f"an image must be a tensor, a PIL image or a path, got {type(image).__name__}"
-            )
-        if self.size is None:
-            raise ValueError("pictures need a size (rows, columns) that they are brought to")
-        upright = read_picture(image)
-        resized = transforms.to_tensor(transforms.resize(upright, list(self.size)))
-        normalised: Tensor = transforms.normalize(resized, list(self.mean), list(self.std))
-        return normalised
-
-    def pictures(
-        self, imgs: Float[Tensor, "images 3 rows columns"]
-    ) -> Float[np.ndarray, "images rows columns 3"]:
-        """Returns normalised images as RGB pictures in [0, 1], channels last.
-
-        Example:
-            >>> Preprocessing().pictures(torch.zeros(1, 3, 2, 2))[0, 0, 0].round(3).tolist()
-            [0.485, 0.456, 0.406]
-        """
-        rgb = imgs.detach().float().cpu() * torch.tensor(self.std)[:, None, None]
-        rgb = (rgb + torch.tensor(self.mean)[:, None, None]).clamp(0, 1)
-        return np.asarray(rgb.permute(0, 2, 3, 1).numpy(), dtype=np.float64)
 
 
 class Batch(NamedTuple):
@@ -148,6 +47,7 @@ def read_batch(data: Any) -> Batch:
         ValueError: pids or camids that are not one an image, or below -1.
 
     Example:
+        >>> import torch
         >>> read_batch((torch.rand(2, 3, 8, 4), torch.tensor([7, 9]))).pids
         [7, 9]
     """
@@ -248,6 +148,7 @@ def read_item(data: Any) -> Item:
         TypeError: anything else, pids or camids that are no integers.
 
     Example:
+        >>> import torch
         >>> read_item((torch.rand(3, 8, 4), 7))[1:]
         (7, -1)
     """
@@ -299,6 +200,7 @@ def image_loader(name: str, data: Any, preprocessing: Preprocessing) -> DataLoad
         ValueError: no data, or images of unlike sizes.
 
     Example:
+        >>> import torch
         >>> loader = image_loader("query", [(torch.rand(3, 8, 4), 7, 0)], Preprocessing((8, 4)))
         >>> [batch["pid"].tolist() for batch in loader]
         [[7]]

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from casn_plugin.backbones import Reader
+from casn_plugin.backbones import Reader, preprocessing_of
 from casn_plugin.basis import encode_head
-from casn_plugin.doors import check_images, check_lengths
+from casn_plugin.doors import check_images, check_kind, check_lengths
 from casn_plugin.encoding import Encoding, with_mirrored
 from casn_plugin.evidence import PairClassifier
 from casn_plugin.heads import Forward
@@ -17,6 +17,7 @@ from casn_plugin.hooks import place_of, twin, unwrapped
 from casn_plugin.identities import same_identity
 from casn_plugin.layouts import Reshape
 from casn_plugin.losses import IdentificationAttentionLoss
+from casn_plugin.preprocessing import Preprocessing
 from casn_plugin.scores import Logits
 from casn_plugin.siamese import SiameseAttentionLoss
 
@@ -45,7 +46,7 @@ class CASNOutput(NamedTuple):
     same: Tensor | None = None
 
 
-_OWN = ("backbone", "pair_classifier", "reader", "input_size", "training")
+_OWN = ("backbone", "pair_classifier", "reader", "training")
 
 
 class _Layers(dict[str, nn.Module | None]):
@@ -87,12 +88,15 @@ class CASN(nn.Module):
             default a new :class:`PairClassifier`. A :class:`Similarity` for a network that never
             saw CASN: nothing is trained, and identity logits are not needed.
         hidden_dim: width of the default pair classifier.
-        input_size: (rows, columns) of the image with which the layers are tried out once; by
+        input_size: (rows, columns) of its images, with one of which the layers are tried out; by
             default what the backbone says that it is made for, else 256x128.
         seed: of the default pair classifier's weights.
 
     Attributes:
-        input_size: (rows, columns) that pictures are brought to where a size is not given.
+        preprocessing: how its pictures are prepared, wherever one is explained, searched or
+            exported: `input_size`, and the colours that a network of timm says, else ImageNet's.
+            Set it where training prepares them otherwise; an engine sets what its data manager
+            does.
         flip: average every image with its mirror image in :meth:`encode`, and so wherever images
             are ranked, searched and explained (test-time flip). By default False; set it any time.
         reader: which layer is tapped, and how the backbone is run.
@@ -143,7 +147,7 @@ class CASN(nn.Module):
             raise ValueError("the backbone has a layer named pair_classifier already")
         self.backbone = backbone
         self.reader = Reader(backbone, target_layer, forward, reshape, input_size)
-        self.input_size = self.reader.input_size
+        self.preprocessing = preprocessing_of(backbone, self.reader.input_size)
         if pair_classifier is None:
             pair_classifier = PairClassifier(self.reader.feature_dim, hidden_dim, seed=seed)
             pair_classifier.to(*place_of(backbone))
@@ -151,6 +155,17 @@ class CASN(nn.Module):
         self.training = backbone.training  # and its layers' modes are left as found
         self.register_state_dict_post_hook(_flatten_keys)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_nest_keys)  # type: ignore[no-untyped-call]
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How its pictures are prepared."""
+        prepared: Preprocessing = self.__dict__["_preprocessing"]
+        return prepared
+
+    @preprocessing.setter
+    def preprocessing(self, prepared: Preprocessing) -> None:
+        """Raises TypeError for anything else than a :class:`Preprocessing`."""
+        self.__dict__["_preprocessing"] = check_kind("preprocessing", prepared, Preprocessing)
 
     def forward(
         self,

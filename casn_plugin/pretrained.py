@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -18,8 +18,8 @@ from casn_plugin.evidence import PairClassifier, Similarity
 from casn_plugin.files import replacing
 from casn_plugin.heads import Forward
 from casn_plugin.layouts import Reshape
-from casn_plugin.loading import Preprocessing
 from casn_plugin.model import CASN, as_casn
+from casn_plugin.preprocessing import Preprocessing
 
 WEIGHTS, ABOUT = "model.safetensors", "casn.json"
 _BUILDERS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -71,19 +71,8 @@ class Network:
         return check_kind("the network", make(self.name, **{**self.options, **fixed}), nn.Module)  # type: ignore[no-any-return]
 
 
-class Pretrained(NamedTuple):
-    """A model, and what its images are normalised with: explaining and ranking take both."""
-
-    model: CASN
-    preprocessing: Preprocessing
-
-
 def save_pretrained(
-    model: nn.Module,
-    folder: str | os.PathLike[str],
-    network: Network | None,
-    *,
-    preprocessing: Preprocessing | None = None,
+    model: nn.Module, folder: str | os.PathLike[str], network: Network | None
 ) -> Path:
     """Returns the folder that a trained model was saved in; :func:`from_pretrained` loads it.
 
@@ -91,8 +80,6 @@ def save_pretrained(
         model: a CASN, or one in any of PyTorch's wrappers.
         folder: made if need be; a model that is there is replaced.
         network: how its backbone is made again; None: it is given when the model is loaded.
-        preprocessing: size, mean and std of its images, by default the model's `input_size` and
-            ImageNet's colours.
 
     Raises:
         TypeError: another model or network, or a pair classifier of another class.
@@ -117,7 +104,7 @@ def save_pretrained(
         "evidence": "similarity" if hidden is None else "pair classifier",
         "hidden_dim": hidden,
         "flip": casn.flip,
-        "preprocessing": asdict((preprocessing or Preprocessing()).for_model(casn)),
+        "preprocessing": asdict(casn.preprocessing),
         "sha256": hashlib.sha256(data).hexdigest(),
     }
     with replacing(folder / WEIGHTS) as partial:
@@ -133,8 +120,10 @@ def from_pretrained(
     backbone: nn.Module | None = None,
     forward: Forward | None = None,
     reshape: Reshape | None = None,
-) -> Pretrained:
+) -> CASN:
     """Returns the model that :func:`save_pretrained` saved, on the CPU in eval mode.
+
+    With its weights come the layer that is tapped, its evidence, `preprocessing` and `flip`.
 
     Args:
         folder: where it was saved.
@@ -157,22 +146,22 @@ def from_pretrained(
         if about["network"] is None:
             raise ValueError(f"{folder} does not say how its network is made: give it as backbone")
         backbone = Network(**about["network"]).build()
-    told: dict[str, Any] = about["preprocessing"]
-    prepared = Preprocessing(*(
-        None if told[name] is None else tuple(told[name]) for name in ("size", "mean", "std")
-    ))  # type: ignore[arg-type]  # fmt: skip
+    try:
+        prepared = Preprocessing(**{k: tuple(v) for k, v in about["preprocessing"].items()})
+    except TypeError as error:
+        raise ValueError(f"{folder / ABOUT}: {error}") from error
     classifier = Similarity() if about["evidence"] == "similarity" else None
     hidden = {} if about["hidden_dim"] is None else {"hidden_dim": about["hidden_dim"]}
     model = CASN(
         backbone, target_layer=about["target_layer"], forward=forward, reshape=reshape,
         pair_classifier=classifier, input_size=prepared.size, **hidden,
     )  # fmt: skip
-    model.flip = about["flip"]
+    model.preprocessing, model.flip = prepared, about["flip"]
     try:
         model.load_state_dict(load_tensors(data))
     except RuntimeError as error:
         raise ValueError(f"{folder} is of another network: {error}") from error
-    return Pretrained(model.eval(), prepared)
+    return model.eval()
 
 
 def _json(value: Any, **options: Any) -> str:

@@ -39,7 +39,6 @@ from tables import write_report  # noqa: E402
 
 from casn_plugin import explain_ranking  # noqa: E402
 from casn_plugin.explanation import FixedPairs  # noqa: E402
-from casn_plugin.loading import Preprocessing  # noqa: E402
 from casn_plugin.pedestrians import render_pedestrian  # noqa: E402
 
 
@@ -88,7 +87,7 @@ def draw_model(checkpoint: str) -> None:
     save_small(typical.plot(), IMAGES / "explained_failure.webp")
     query, gallery = (engine.test_loader[name][part].dataset for part in ("query", "gallery"))
     pairs = FixedPairs(query, gallery, engine.logged_pairs)
-    mosaic = pairs.mosaic(engine.casn, Preprocessing.of(engine.datamanager))
+    mosaic = pairs.mosaic(engine.casn)
     drawn = (mosaic.clip(0, 1) * 255).round().astype(np.uint8)
     save_small(drawn, IMAGES / "tensorboard.webp")
     if shutil.which("chromedriver"):

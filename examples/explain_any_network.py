@@ -4,40 +4,30 @@
     python examples/explain_any_network.py --network osnet_x1_0 --weights osnet.pth a.jpg b.jpg
     python examples/explain_any_network.py --network mobilenet_v2 --weights mobilenet.pth *.jpg
 
-The network is one of torchreid's by its name, or one of torchvision's with `features`. The first
-picture is compared with all others: ranking.png is the list of those nearest, pair.png explains
-the first of them.
+The network is one of torchreid's by its name, or one of torchvision's. The first picture is
+compared with all others: ranking.png is the list of those nearest, pair.png explains the first.
 """
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import torchreid
 import torchvision
-from torch import Tensor
 
 from casn_plugin import CASN, Similarity, explain_pair, explain_ranking
 from casn_plugin.checkpoint import load_weights
 
 
-def pooled_features(net: Any, imgs: Tensor) -> tuple[Any, Tensor]:
-    """Returns no logits and the features of a network of torchvision: its last map, averaged."""
-    return None, net.features(imgs).mean((2, 3))
-
-
 def load_model(name: str, weights: str | None) -> CASN:
     """Returns a network whose pairs are explained by the similarity of their features."""
-    ours = name in torchreid.models.__model_factory
-    if ours:
+    if name in torchreid.models.__model_factory:
         net = torchreid.models.build_model(name, 1, pretrained=False, use_gpu=False)
     else:
         net = torchvision.models.get_model(name)
     if weights is not None:
         taken = load_weights(net, weights)
         print(f"{len(taken)} of {len(net.state_dict())} tensors taken from {weights}")
-    net, forward = net.eval(), None if ours else pooled_features
-    return CASN(net, forward=forward, pair_classifier=Similarity())
+    return CASN(net.eval(), pair_classifier=Similarity())
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,7 +13,6 @@ import argparse
 import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -51,12 +50,6 @@ class Pictures(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, row: int) -> tuple[Tensor, int]:
         """Returns a picture and whom it shows."""
         return self.prepare.load(self.paths[row]), self.pids[row]
-
-
-def forward(net: Any, imgs: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns logits and features of a timm network."""
-    features = net.forward_head(net.forward_features(imgs), pre_logits=True)
-    return net.get_classifier()(features), features
 
 
 def train(model: CASN, data: Pictures, args: argparse.Namespace) -> None:
@@ -97,12 +90,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     split = {name: [row for row in rows if row["split"] == name] for name in ("train", "test")}
     classes = len({row["identity"] for row in split["train"]})
     net: nn.Module = timm.create_model(args.model, args.pretrained, num_classes=classes)
-    colours: Any = net.pretrained_cfg
-    prepare = Preprocessing((args.size, args.size), colours["mean"], colours["std"])
-    model = CASN(net, forward=forward, input_size=(args.size, args.size)).to(args.device)
-    train(model.train(), Pictures(args.root, split["train"], prepare), args)
+    model = CASN(net, input_size=(args.size, args.size)).to(args.device)
+    train(model.train(), Pictures(args.root, split["train"], model.preprocessing), args)
 
-    test = Pictures(args.root, split["test"], prepare)
+    test = Pictures(args.root, split["test"], model.preprocessing)
     images, pids, _ = encode_loader(model.eval(), DataLoader(test, batch_size=args.batch_size))
     query = [test.pids.index(pid) for pid in sorted(set(test.pids))]
     gallery = [row for row in range(len(test)) if row not in set(query)]

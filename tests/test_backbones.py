@@ -11,6 +11,7 @@ from casn_plugin import (
     CASN,
     CASNOutput,
     IdentificationAttentionLoss,
+    Preprocessing,
     SiameseAttentionLoss,
     attention_distmat,
 )
@@ -179,5 +180,15 @@ def test_a_layer_that_is_never_called_is_an_error():
 
 def test_the_size_that_was_tried_out_is_kept():
     backbone = build_backbone("osnet_x0_25")
-    assert CASN(backbone).input_size == (256, 128)
-    assert CASN(backbone, input_size=(96, 48)).input_size == (96, 48)
+    assert CASN(backbone).preprocessing == Preprocessing((256, 128))
+    assert CASN(backbone, input_size=(96, 48)).preprocessing.size == (96, 48)
+
+
+def test_timms_networks_say_their_colours():
+    timm = pytest.importorskip("timm")
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=4)
+    prepared = CASN(vit, hidden_dim=4).preprocessing
+    assert prepared == Preprocessing((224, 224), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    grey = timm.create_model("resnet10t", num_classes=4)
+    grey.pretrained_cfg = {**grey.pretrained_cfg, "mean": (0.5,), "std": (0.5,)}
+    assert CASN(grey, hidden_dim=4, input_size=(64, 32)).preprocessing == Preprocessing((64, 32))

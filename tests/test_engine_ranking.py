@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader
 
 import casn_plugin.engine
 import casn_plugin.retrieval
-from casn_plugin import CASN, ImageCASNEngine
+from casn_plugin import CASN, ImageCASNEngine, Preprocessing
 from casn_plugin.evaluation import Evaluation, ranked_lists
 from casn_plugin.explanation import FixedPairs, log_results
-from casn_plugin.loading import Preprocessing, encode_loader
+from casn_plugin.loading import encode_loader
 from casn_plugin.ranking import Compute, RankingOptions
 from casn_plugin.retrieval import RANKINGS
 
@@ -269,7 +269,7 @@ def test_explained_pictures_have_their_own_colours(market_root):
     np.testing.assert_allclose(*pictures, atol=1e-6)
 
     # and so have those in TensorBoard, with the attention of their pairs
-    assert Preprocessing.of(engine.datamanager) == Preprocessing(SIZE, mean, std)
+    assert engine.casn.preprocessing == Preprocessing(SIZE, mean, std)
     drawn = []
     engine.writer = SimpleNamespace(
         add_image=lambda tag, picture, *_, **__: drawn.append(picture), add_scalar=lambda *_: None
@@ -277,7 +277,7 @@ def test_explained_pictures_have_their_own_colours(market_root):
     engine.max_epoch, engine.logged_pairs = 1, 3
     engine.train()
     sets = [engine.test_loader["market1501"][part].dataset for part in ("query", "gallery")]
-    expected = FixedPairs(*sets, 3).mosaic(engine.casn, Preprocessing(SIZE, mean, std))
+    expected = FixedPairs(*sets, 3).mosaic(engine.casn)
     np.testing.assert_array_equal(drawn[0], expected)
 
 

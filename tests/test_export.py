@@ -65,10 +65,8 @@ def test_an_onnx_file_gives_features_and_basis(tmp_path):
     pytest.importorskip("onnxscript", reason="needs onnxscript, an extra")
     runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime, an extra")
     model = randomised(CASN(build_backbone("osnet_x0_25"), input_size=SIZE))
-    prepared = Preprocessing(SIZE, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
-    path = export_onnx(
-        model, tmp_path / "deep" / "osnet.onnx", batch_size=2, preprocessing=prepared
-    )
+    model.preprocessing = Preprocessing(SIZE, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
+    path = export_onnx(model, tmp_path / "deep" / "osnet.onnx", batch_size=2)
     assert [each.name for each in path.parent.iterdir()] == ["osnet.onnx"]
     session = runtime.InferenceSession(path)
     told = json.loads(session.get_modelmeta().custom_metadata_map["casn_plugin"])

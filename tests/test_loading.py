@@ -6,14 +6,7 @@ import torch
 from conftest import TinyBackbone, tiny_forward
 
 from casn_plugin import CASN, Preprocessing
-from casn_plugin.loading import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    encode_loader,
-    image_loader,
-    read_batch,
-    read_item,
-)
+from casn_plugin.loading import encode_loader, image_loader, read_batch, read_item
 
 
 def test_batches_are_encoded_one_after_the_other(unchecked):
@@ -63,32 +56,6 @@ def test_batches_of_another_form_are_refused(unchecked, data, message):
 def test_labels_are_one_an_image():
     with pytest.raises(ValueError, match=r"camids must be of shape \(2,\)"):
         read_batch((torch.rand(2, 3, 8, 4), [1, 2], [0]))
-
-
-def test_images_are_dense(unchecked):
-    with pytest.raises(TypeError, match="an image must be dense, got a tensor of layout"):
-        Preprocessing((8, 4)).load(torch.rand(3, 8, 4).to_sparse())
-
-
-def test_a_preprocessing_is_of_the_model_or_of_the_data_manager():
-    model = CASN(TinyBackbone(), forward=tiny_forward, input_size=(48, 24))
-    assert Preprocessing().for_model(model).size == (48, 24)
-    assert Preprocessing((8, 4)).for_model(model).size == (8, 4)
-    with pytest.raises(ValueError, match="std positive, got"):
-        Preprocessing(std=(1.0, 0.0, 1.0))
-    with pytest.raises(ValueError, match="must be three numbers"):
-        Preprocessing(mean=(1.0, 0.0))
-
-
-@pytest.mark.parametrize(
-    ("mean", "std"), [(IMAGENET_MEAN, IMAGENET_STD), ((0.5, 0.4, 0.3), (0.1, 0.2, 0.9))]
-)
-def test_pictures_are_the_images_before_normalization(mean, std):
-    pictures = torch.rand(2, 3, 6, 4)
-    imgs = (pictures - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-    shown = Preprocessing(mean=mean, std=std).pictures(imgs)
-    np.testing.assert_allclose(shown, pictures.permute(0, 2, 3, 1), atol=1e-6)
-    assert Preprocessing().pictures(1e3 * imgs).max() <= 1
 
 
 def test_a_loader_goes_through_its_data_in_order():

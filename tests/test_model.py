@@ -18,6 +18,7 @@ from casn_plugin import (
     CASNOutput,
     IdentificationAttentionLoss,
     PairClassifier,
+    Preprocessing,
     SiameseAttentionLoss,
     attention_distmat,
 )
@@ -234,8 +235,9 @@ def test_parameters_buffers_and_settings_are_set_where_they_were():
     backbone.fc = None
     model.note = "mine"  # what the backbone does not have is the wrapper's
     assert not hasattr(backbone, "note")
-    model.input_size = (96, 48)
-    assert model.input_size == (96, 48) and not hasattr(backbone, "input_size")
+    backbone.preprocessing = "its own"
+    model.preprocessing = Preprocessing((96, 48))
+    assert model.preprocessing.size == (96, 48) and backbone.preprocessing == "its own"
     model.pair_classifier = PairClassifier(512, 4)
     assert model(torch.rand(2, 3, 64, 32), siamese=LOSSES["siamese"]).pair_scores.shape == (2, 2)
 
@@ -425,7 +427,7 @@ def test_bad_input_says_what_was_expected(unchecked):
 @pytest.mark.parametrize("name", ["tiny", "pcb_p6"])
 def test_flip_averages_every_image_with_its_mirror_image(name):
     model = tiny() if name == "tiny" else CASN(build_backbone(name), hidden_dim=16)
-    imgs = torch.rand(2, 3, *model.input_size)
+    imgs = torch.rand(2, 3, *model.preprocessing.size)
     plain, mirrored = model.encode(imgs), model.encode(imgs.flip(3))
     assert model.flip is False
     model.flip = True

@@ -82,13 +82,18 @@ def test_both_rank_by_the_statistics_of_the_first(folder, printed):
     assert_equal(*of_two(folder, "own_norms"), exactly=True)
 
 
-def test_batches_of_another_sampler_are_dealt_to_both(folder, printed):
+def test_batches_of_another_sampler_are_dealt_to_both(program, folder, printed):
+    """With pairs chosen inside of them, and a metric loss whose own parameters are trained."""
     first, second = of_two(folder, "balanced")
     assert_equal(first, second, exactly=True)
-    assert first["drawn"] == 2 and len(first["pids"]) == len(second["pids"]) == 4
-    for batch in first["pids"] + second["pids"]:  # each is one that the sampler has drawn
-        assert sorted(batch.count(pid) for pid in set(batch)) == [4, 4]
-    assert first["pids"] != second["pids"]
+    assert first["drawn"] == 2 and len(first["rows"]) == len(second["rows"]) == 4
+    for batch in first["rows"] + second["rows"]:  # each is one that the sampler has drawn
+        pids = [program.TRAIN[row][0] for row in batch]
+        assert sorted(pids.count(pid) for pid in set(pids)) == [4, 4]
+    assert first["rows"] != second["rows"]
+    assert {"loss_t", "loss_ia", "loss_sa", "pair_acc"} <= set(first["history"][0])
+    assert not torch.equal(first["weights"]["proxies"], program.Proxies().proxies)
+    assert_equal(first, program.run(folder, "balanced"))
 
 
 def test_parts_of_a_batch_are_the_batch(folder, printed):

@@ -27,15 +27,15 @@ def test_a_model_comes_back_with_all_that_ranking_needs(tmp_path, evidence):
     model.flip = evidence == "similarity"
     for layer in model.pair_classifier.parameters():
         nn.init.normal_(layer)
-    folder = save_pretrained(nn.DataParallel(model), tmp_path / "a", OSNET, preprocessing=COLOURS)
+    model.preprocessing = COLOURS
+    folder = save_pretrained(nn.DataParallel(model), tmp_path / "a", OSNET)
     assert sorted(each.name for each in folder.iterdir()) == [ABOUT, WEIGHTS]
-    again, prepared = from_pretrained(folder)
-    assert not again.training and again.input_size == SIZE and prepared == COLOURS
-    assert again.flip == model.flip
+    again = from_pretrained(folder)
+    assert not again.training and again.preprocessing == COLOURS and again.flip == model.flip
     imgs = torch.rand(2, 3, *SIZE)
     one, other = model.encode(imgs), again.encode(imgs)
     assert torch.equal(one.features, other.features) and torch.equal(one.maps, other.maps)
-    first, second = (explain_pair(each, *imgs, preprocessing=prepared) for each in (model, again))
+    first, second = (explain_pair(each, *imgs) for each in (model, again))
     assert first.headline() == second.headline() and first.evidence == second.evidence
 
 
@@ -49,10 +49,18 @@ def test_a_model_comes_back_with_all_that_ranking_needs(tmp_path, evidence):
 )
 def test_networks_of_other_libraries_are_made_again(tmp_path, network):
     model = CASN(network.build(), input_size=SIZE, hidden_dim=4).eval()
-    again, _ = from_pretrained(save_pretrained(model, tmp_path, network))
+    again = from_pretrained(save_pretrained(model, tmp_path, network))
     imgs = torch.rand(1, 3, *SIZE)
     assert torch.equal(model.encode(imgs).maps, again.encode(imgs).maps)
     assert again.reader.target_layer == model.reader.target_layer
+
+
+def test_a_layer_of_ones_own_choice_is_tapped_again(tmp_path):
+    model = osnet(target_layer="conv4", hidden_dim=4).eval()
+    assert model.reader.target_layer == "conv4" != osnet(hidden_dim=4).reader.target_layer
+    again = from_pretrained(save_pretrained(model, tmp_path, OSNET))
+    imgs = torch.rand(1, 3, *SIZE)
+    assert torch.equal(model.encode(imgs).maps, again.encode(imgs).maps)
 
 
 def test_a_network_of_ones_own_is_given_again(tmp_path):
@@ -60,14 +68,14 @@ def test_a_network_of_ones_own_is_given_again(tmp_path):
     save_pretrained(model, tmp_path, None)
     with pytest.raises(ValueError, match="does not say how its network is made: give it as back"):
         from_pretrained(tmp_path)
-    again, _ = from_pretrained(tmp_path, backbone=TinyBackbone(), forward=tiny_forward)
+    again = from_pretrained(tmp_path, backbone=TinyBackbone(), forward=tiny_forward)
     for name, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
     with pytest.raises(ValueError, match="is of another network"):
         from_pretrained(tmp_path, backbone=TinyBackbone(num_classes=9), forward=tiny_forward)
 
 
-def test_other_files_are_refused(tmp_path):
+def test_other_files_are_refused(tmp_path, unchecked):
     with pytest.raises(FileNotFoundError):
         from_pretrained(tmp_path)
     save_pretrained(osnet(), tmp_path, OSNET)
@@ -79,6 +87,8 @@ def test_other_files_are_refused(tmp_path):
         ({"network": {"library": "os", "name": "system", "options": {}}}, "library must be"),
         ({"network": {"library": "timm"}}, "must have library, name and options"),
         ({"preprocessing": {"size": [64, 32]}}, "must have size, mean and std"),
+        ({"preprocessing": {"size": [64, 32], "mean": "red", "std": [1, 1, 1]}}, "mean must be"),
+        ({"preprocessing": {"size": [0, 32], "mean": [1] * 3, "std": [1] * 3}}, "size must be"),
     ):
         (tmp_path / ABOUT).write_text(json.dumps({**whole, **change}))
         with pytest.raises(ValueError, match=message):

@@ -62,7 +62,7 @@ def test_what_is_tapped_is_what_the_table_says(family):
     assert state_of(network) == before and network.training
     torch.testing.assert_close(statistics_of(network), statistics, rtol=0, atol=0)
     assert (model.reader.target_layer, model.reader.at) == (family.layer, family.at)
-    assert model.input_size == family.size
+    assert model.preprocessing.size == family.size
 
     network.eval()
     imgs = torch.randn(4, 3, *family.size)
@@ -158,13 +158,13 @@ def vit(**options) -> nn.Module:
 def test_images_of_other_sizes_where_the_network_takes_them():
     network = vit(dynamic_img_size=True)
     model = CASN(network, hidden_dim=16)
-    assert model.input_size == (64, 64)
+    assert model.preprocessing.size == (64, 64)
     assert model(torch.randn(2, 3, 128, 64)).activations.shape == (2, 48, 8, 4)
     assert model.eval().encode(torch.randn(2, 3, 64, 96)).maps.shape == (2, 48, 4, 6)
 
 
 def test_a_network_says_for_which_size_it_is_made():
-    assert CASN(vit(img_size=(128, 64)), hidden_dim=16).input_size == (128, 64)
+    assert CASN(vit(img_size=(128, 64)), hidden_dim=16).preprocessing.size == (128, 64)
     with pytest.raises(ValueError, match=r"not take an image of 32x32.*input_size=\(rows, columns"):
         CASN(vit(), input_size=(32, 32))
 

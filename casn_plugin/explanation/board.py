@@ -6,7 +6,6 @@ from typing import Any
 
 from casn_plugin.evidence import Evidence, evidence_of
 from casn_plugin.explanation.fixed_pairs import FixedPairs
-from casn_plugin.loading import Preprocessing
 from casn_plugin.model import CASN
 from casn_plugin.retrieval import RANKINGS
 
@@ -54,13 +53,13 @@ class AttentionBoard:
                 stacklevel=2,
             )
 
-    def log(self, writer: Any, model: CASN, preprocessing: Preprocessing, epoch: int) -> None:
+    def log(self, writer: Any, model: CASN, epoch: int) -> None:
         """Draws the attention that the model has now; the pictures are read the first time."""
         if not self._number:
             return
         if self._pairs is None:
             self._pairs = FixedPairs(*self._sets, self._number)
-        mosaic = self._pairs.mosaic(model, preprocessing)
+        mosaic = self._pairs.mosaic(model)
         similar = evidence_of(model.pair_classifier) is Evidence.SIMILARITY
         tag = f"Attention{' of similarity' if similar else ''}/{self.name}"
         writer.add_image(tag, mosaic, epoch, dataformats="HWC")

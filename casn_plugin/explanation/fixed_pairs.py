@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from casn_plugin.explanation.pictures import pair_mosaic
 from casn_plugin.identities import same_person
-from casn_plugin.loading import Preprocessing, encode_images
+from casn_plugin.loading import encode_images
 from casn_plugin.model import CASN
 from casn_plugin.ranking import pair_attention
 
@@ -38,20 +38,17 @@ class FixedPairs:
         self.second = torch.stack([second["img"] for _, second in items])
         self.same = [same_person(first["pid"], second["pid"]) for first, second in items]
 
-    def mosaic(
-        self, model: CASN, preprocessing: Preprocessing
-    ) -> Float[np.ndarray, "all_rows all_columns 3"]:
+    def mosaic(self, model: CASN) -> Float[np.ndarray, "all_rows all_columns 3"]:
         """Returns one RGB picture of all pairs and their attention, as the model is now.
 
         Args:
             model: the CASN, which is left as found.
-            preprocessing: how the images were normalised.
         """
         maps = pair_attention(
             model, encode_images(model, self.first), encode_images(model, self.second)
         )
-        pictures = preprocessing.pictures(self.first), preprocessing.pictures(self.second)
-        return pair_mosaic(*pictures, *maps, self.same)
+        first, second = map(model.preprocessing.pictures, (self.first, self.second))
+        return pair_mosaic(first, second, *maps, self.same)
 
 
 def choose_pairs(

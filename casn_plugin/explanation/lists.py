@@ -15,10 +15,10 @@ from casn_plugin.doors import check_share
 from casn_plugin.evaluation import RankedLists, ranked_lists
 from casn_plugin.evidence import Evidence, evidence_of
 from casn_plugin.explanation.figures import Drawn, plot_ranking
-from casn_plugin.explanation.pair import IMAGENET, PairExplanation, explain_pairs
+from casn_plugin.explanation.pair import PairExplanation, explain_pairs
 from casn_plugin.explanation.pictures import verdict
 from casn_plugin.identities import UNKNOWN, same_person
-from casn_plugin.loading import Encoded, Preprocessing, encode_loader, image_loader, read_item
+from casn_plugin.loading import Encoded, encode_loader, image_loader, read_item
 from casn_plugin.model import as_casn
 from casn_plugin.ranking import RankingOptions, fused_distmats
 
@@ -153,7 +153,6 @@ class ExplainedRankings(Sequence[RankingExplanation]):
         gallery: the gallery, likewise.
         ranked: their ranked lists.
         topk: matches to explain for each query.
-        preprocessing: how the images were normalised.
         row_threshold: t, the share of a map's maximum above which a row counts as attended.
 
     Raises:
@@ -174,7 +173,6 @@ class ExplainedRankings(Sequence[RankingExplanation]):
         ranked: RankedLists,
         *,
         topk: int = 5,
-        preprocessing: Preprocessing = IMAGENET,
         row_threshold: float = ROW_THRESHOLD,
     ) -> None:
         if topk < 1:
@@ -188,7 +186,6 @@ class ExplainedRankings(Sequence[RankingExplanation]):
         self.topk = topk
         self._query = query
         self._gallery = gallery
-        self._preprocessing = preprocessing
         self.row_threshold = row_threshold
 
     def __len__(self) -> int:
@@ -243,7 +240,6 @@ class ExplainedRankings(Sequence[RankingExplanation]):
             item.img,
             [each.img for each in items],
             [same_person(item.pid, each.pid) for each in items],
-            self._preprocessing,
             self.row_threshold,
         )
         matches = [
@@ -252,7 +248,7 @@ class ExplainedRankings(Sequence[RankingExplanation]):
         ]
         return RankingExplanation(
             query=row,
-            picture=self._preprocessing.pictures(item.img[None])[0],
+            picture=self.model.preprocessing.pictures(item.img[None])[0],
             pid=item.pid,
             camid=item.camid,
             ap=float(ranked.ap[row]),
@@ -268,7 +264,6 @@ def explain_ranking(
     gallery: Any,
     *,
     topk: int = 5,
-    preprocessing: Preprocessing = IMAGENET,
     row_threshold: float = ROW_THRESHOLD,
     ranking: RankingOptions | None = None,
 ) -> ExplainedRankings:
@@ -286,7 +281,6 @@ def explain_ranking(
             have them. Images may be all that :func:`explain_pair` takes.
         gallery: the gallery, likewise.
         topk: matches to explain for each query.
-        preprocessing: as in :func:`explain_pair`.
         row_threshold: t, the share of a map's maximum above which a row counts as attended.
         ranking: how distances of features and of attention become one ranking; its `gallery_dir`
             is not used.
@@ -308,9 +302,8 @@ def explain_ranking(
     casn = as_casn(model)
     check_share("row_threshold", row_threshold)
     ranking = RankingOptions() if ranking is None else ranking
-    preprocessing = preprocessing.for_model(casn)
-    query = image_loader("query", query, preprocessing)
-    gallery = image_loader("gallery", gallery, preprocessing)
+    query = image_loader("query", query, casn.preprocessing)
+    gallery = image_loader("gallery", gallery, casn.preprocessing)
 
     def encoded(loader: Any, name: str) -> Encoded:
         hidden = None if ranking.compute.progress else True
@@ -333,7 +326,6 @@ def explain_ranking(
         gallery.dataset,
         ranked,
         topk=topk,
-        preprocessing=preprocessing,
         row_threshold=row_threshold,
     )
 

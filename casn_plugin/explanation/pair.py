@@ -13,14 +13,14 @@ from casn_plugin.doors import check_share
 from casn_plugin.evidence import Evidence, evidence_of, probabilities
 from casn_plugin.explanation.figures import Drawn, plot_pair
 from casn_plugin.explanation.pictures import AttendedImage
-from casn_plugin.loading import Image, Preprocessing, encode_images
+from casn_plugin.loading import encode_images
 from casn_plugin.model import CASN, as_casn
+from casn_plugin.preprocessing import Image
 from casn_plugin.ranking import pair_attention, pair_scores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-IMAGENET = Preprocessing()
 """Pictures of the model's own size, normalised as ImageNet's are."""
 
 
@@ -121,7 +121,6 @@ def explain_pair(
     second: Image,
     *,
     same: bool | None = None,
-    preprocessing: Preprocessing = IMAGENET,
     row_threshold: float = ROW_THRESHOLD,
 ) -> PairExplanation:
     """Returns why the model takes two images for the same or for different persons.
@@ -132,11 +131,9 @@ def explain_pair(
     Args:
         model: a CASN, or one in nn.DataParallel.
         first: a normalised (3, rows, columns) tensor as the model takes it, a PIL image, or the
-            path of a picture.
+            path of a picture; the model's `preprocessing` prepares the latter two.
         second: likewise.
         same: whether both show one identity, where it is known.
-        preprocessing: size that pictures and paths are brought to, by default the model's
-            `input_size`; and what they are normalised with, and tensors were.
         row_threshold: t, the share of a map's maximum above which a row counts as attended.
 
     Raises:
@@ -154,14 +151,13 @@ def explain_pair(
     """
     casn = as_casn(model)
     check_share("row_threshold", row_threshold)
-    preprocessing = preprocessing.for_model(casn)
-    imgs = [preprocessing.load(image) for image in (first, second)]
+    imgs = [casn.preprocessing.load(image) for image in (first, second)]
     if imgs[0].shape != imgs[1].shape:
         raise ValueError(
             f"both images must be of one size, got {tuple(imgs[0].shape)} and "
             f"{tuple(imgs[1].shape)}: bring them to one, or give pictures and a size"
         )
-    return explain_pairs(casn, imgs[0], imgs[1:], [same], preprocessing, row_threshold)[0]
+    return explain_pairs(casn, imgs[0], imgs[1:], [same], row_threshold)[0]
 
 
 def explain_pairs(
@@ -169,7 +165,6 @@ def explain_pairs(
     query: Tensor,
     gallery: Sequence[Tensor],
     same: Sequence[bool | None],
-    preprocessing: Preprocessing,
     row_threshold: float,
 ) -> list[PairExplanation]:
     """Returns the pairs of one query with some gallery images, explained.
@@ -179,7 +174,6 @@ def explain_pairs(
         query: a normalised (3, rows, columns) image.
         gallery: such images of its size, or none.
         same: whether each of them shows the query's identity; None where that is not known.
-        preprocessing: what the images were normalised with.
         row_threshold: t.
 
     Raises:
@@ -190,14 +184,14 @@ def explain_pairs(
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, 8))
         >>> model = CASN(net, forward=lambda net, imgs: (None, net(imgs).mean((2, 3))))
         >>> query, *gallery = torch.rand(3, 3, 64, 32)
-        >>> pairs = explain_pairs(model, query, gallery, [True, None], IMAGENET, 0.2)
+        >>> pairs = explain_pairs(model, query, gallery, [True, None], 0.2)
         >>> [pair.same for pair in pairs]
         [True, None]
     """
     if not gallery:
         return []
     imgs = torch.stack([each.detach().cpu() for each in (query, *gallery)])
-    pictures = preprocessing.pictures(imgs)
+    pictures = model.preprocessing.pictures(imgs)
     encoding = encode_images(model, imgs)
     second = encoding[1:]
     repeated = encoding[torch.zeros(len(second), dtype=torch.long)]

@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from casn_plugin.doors import check_count, check_kind, check_settings, check_tensor, check_weight
+from casn_plugin.doors import check_count, check_kind, check_tensor, check_weight
 from casn_plugin.encoding import Encoding, Encodings
-from casn_plugin.loading import Image, Preprocessing, encode_images
+from casn_plugin.loading import encode_images
 from casn_plugin.model import CASN, as_casn
+from casn_plugin.preprocessing import Image, Preprocessing
 from casn_plugin.ranking.contents import Rows, picked
 from casn_plugin.ranking.fingerprint import changes, fingerprint
 from casn_plugin.ranking.index import GalleryIndex
@@ -31,7 +32,7 @@ class EncodedAgain:
         gallery: the features: an index (made with ``maps=False``), an encoding, or a tensor.
         pictures: one an image: paths, or whatever :meth:`Preprocessing.load` takes. By default the
             names of the index, which are paths where a loader of torchreid has filled it.
-        preprocessing: how pictures became what the model takes.
+        preprocessing: how pictures became what the model takes; by default the model's.
         batch_size: pictures that are encoded at a time.
         tolerance: how far features may be off, as a share of their length.
         max_memory: bytes of maps that are held: of the images encoded last, which a search looks
@@ -78,8 +79,8 @@ class EncodedAgain:
                 "pictures must be given for a gallery that is no index: it has no names"
             )
         self._pictures = pictures
-        preprocessing = check_settings("preprocessing", preprocessing, Preprocessing)
-        self._preprocessing = preprocessing.for_model(self._model)
+        preprocessing = self._model.preprocessing if preprocessing is None else preprocessing
+        self._preprocessing = check_kind("preprocessing", preprocessing, Preprocessing)
         self._batch_size = int(check_count("batch_size", batch_size))
         self._tolerance = float(check_weight("tolerance", tolerance))
         self._max_memory = check_count("max_memory", max_memory, most=2**63 - 1)

@@ -7,9 +7,9 @@ import torch
 from planted import SIZE, TinyBackbone, people, tiny_casn, tiny_forward
 from torch import nn
 
-from casn_plugin import CASN, Similarity, explain_pair, explain_ranking
+from casn_plugin import CASN, Preprocessing, Similarity, explain_pair, explain_ranking
 from casn_plugin.explanation import AttentionBoard, html_report, plot_pair, plot_ranking
-from casn_plugin.loading import Preprocessing, encode_loader, image_loader
+from casn_plugin.loading import encode_loader, image_loader
 from casn_plugin.retrieval import LabelledEncodings, retrieve, side_by_side
 
 SIMILAR = "similarity of both features (no pair classifier was trained)"
@@ -109,5 +109,5 @@ class Data:
 def test_tensorboard_keeps_them_apart(evidence, tag):
     data, writer = Data(people()), Writer()
     board = AttentionBoard("some", data, data, 2)
-    board.log(writer, model_of(evidence), Preprocessing(SIZE), 0)
+    board.log(writer, model_of(evidence), 0)
     assert writer.tag == tag

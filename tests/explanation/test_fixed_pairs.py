@@ -32,16 +32,16 @@ def test_the_mosaic_shows_the_chosen_pairs_as_the_model_is_now():
     assert pairs.same == [True, False, True]
     assert torch.equal(pairs.first, torch.stack([data[::3][i][0] for i, _ in chosen]))
     assert torch.equal(pairs.second, torch.stack([data[j][0] for _, j in chosen]))
-    preprocessing = Preprocessing(mean=(0.1, 0.2, 0.3), std=(2.0, 2.0, 2.0))
+    model.preprocessing = Preprocessing(SIZE, (0.1, 0.2, 0.3), (2.0, 2.0, 2.0))
     shown = []
     for _ in range(2):
         encodings = [model.encode(imgs) for imgs in (pairs.first, pairs.second)]
         expected = pair_mosaic(
-            *(preprocessing.pictures(imgs) for imgs in (pairs.first, pairs.second)),
+            *(model.preprocessing.pictures(imgs) for imgs in (pairs.first, pairs.second)),
             *pair_attention(model, *encodings),
             pairs.same,
         )
-        shown.append(pairs.mosaic(model, preprocessing))
+        shown.append(pairs.mosaic(model))
         np.testing.assert_array_equal(shown[-1], expected)
         model.backbone.features[3].weight.data.neg_()  # it has learned
     assert (shown[0] != shown[1]).any()

@@ -130,9 +130,9 @@ def test_a_query_without_a_match_is_said_to_have_none(detector):
 
 def test_any_mean_and_std_is_undone(tiny):
     pair = patched(2, 1), PIL.Image.new("RGB", SIZE[::-1], (0, 255, 0))
-    preprocessing = Preprocessing(mean=(0.1, 0.5, 0.9), std=(1.0, 0.5, 0.25))
+    tiny.preprocessing = Preprocessing(SIZE, (0.1, 0.5, 0.9), (1.0, 0.5, 0.25))
     data = [(pair[0], 1, 0)], [(pair[1], 1, 1)]
-    ranked = explain_ranking(tiny, *data, preprocessing=preprocessing)[0]
+    ranked = explain_ranking(tiny, *data)[0]
     np.testing.assert_allclose(ranked.picture, np.asarray(pair[0]) / 255, atol=1e-6)
     shown = ranked.matches[0].pair.second.picture
     np.testing.assert_allclose(shown, np.asarray(pair[1]) / 255, atol=1e-6)

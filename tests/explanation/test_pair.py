@@ -11,7 +11,7 @@ from planted import SIZE, detecting_casn, patched, tiny_casn
 from torch import nn
 
 from casn_plugin import Preprocessing, explain_pair
-from casn_plugin.loading import IMAGENET_MEAN, IMAGENET_STD
+from casn_plugin.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from casn_plugin.ranking import pair_attention
 
 
@@ -90,7 +90,8 @@ def test_pictures_paths_and_tensors_are_one(tiny, tmp_path):
     # resized to the model's size, or to the size that is asked for
     large = pictures[0].resize((50, 90))
     assert explain_pair(tiny, large, pictures[1]).first.picture.shape == (*SIZE, 3)
-    smaller = explain_pair(tiny, large, large, preprocessing=Preprocessing((48, 24)))
+    tiny.preprocessing = Preprocessing((48, 24))
+    smaller = explain_pair(tiny, large, large)
     assert smaller.first.picture.shape == (48, 24, 3)
 
 
@@ -104,10 +105,11 @@ def test_a_photo_is_turned_upright(tiny, tmp_path):
 
 def test_any_mean_and_std_is_undone(tiny):
     pair = patched(2, 1), PIL.Image.new("RGB", SIZE[::-1], (0, 255, 0))
-    preprocessing = Preprocessing(mean=(0.1, 0.5, 0.9), std=(1.0, 0.5, 0.25))
-    found = explain_pair(tiny, *pair, preprocessing=preprocessing)
+    usual = explain_pair(tiny, *pair)
+    tiny.preprocessing = Preprocessing(SIZE, (0.1, 0.5, 0.9), (1.0, 0.5, 0.25))
+    found = explain_pair(tiny, *pair)
     np.testing.assert_allclose(found.first.picture, np.asarray(pair[0]) / 255, atol=1e-6)
-    assert found.probability != explain_pair(tiny, *pair).probability
+    assert found.probability != usual.probability
 
 
 def test_the_model_is_left_as_found(tiny):

@@ -18,8 +18,17 @@ import torch.distributed as dist
 import torchreid
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader
 
-from casn_plugin import CASN, ImageCASNEngine, PairSampler, RankingOptions
+from casn_plugin import (
+    CASN,
+    BatchPairs,
+    ImageCASNEngine,
+    MetricOptions,
+    PairSampler,
+    RankingOptions,
+    SiameseAttentionLoss,
+)
 from casn_plugin.processes import Processes, launched
 from casn_plugin.shares import SharedSampler
 from casn_plugin.training import Interrupted
@@ -96,7 +105,11 @@ def make(
     torch.manual_seed(1)
     model = CASN(Net(norms, dropout), input_size=SIZE, hidden_dim=8)
     torch.manual_seed(Processes.found().rank)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+    metric = options.get("metric")
+    beside = [] if metric is None else [*metric.modules.parameters()]
+    optimizer = torch.optim.SGD(
+        [*model.parameters(), *beside], lr=0.05, momentum=0.9, weight_decay=1e-3
+    )
     options = {"lambda_ia": 0.5, "lambda_sa": 0.5, "logged_pairs": 2, **options}
     return ImageCASNEngine(datamanager, wrap(model), optimizer, use_gpu=False, **options)
 
@@ -125,18 +138,45 @@ def own_norms(folder, name):
     return trained(folder, name, norms=True)
 
 
+class Proxies(nn.Module):
+    """A metric loss with parameters of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proxies = nn.Parameter(torch.arange(40.0).view(5, 8).cos())
+
+    def forward(self, features, pids):
+        return (features - self.proxies[pids]).square().mean()
+
+
 def balanced(folder, name):
-    """torchreid's own sampler of balanced batches, dealt to both."""
-    engine, seen = make(folder, lambda_sa=0.0, balanced=True), []
-    parse = engine.parse_data_for_train
+    """torchreid's own sampler of balanced batches, dealt to both, and every loss that there is.
+
+    One process takes as the parts of a batch what the two have drawn.
+    """
+    alone = Processes.found().count == 1
+    engine = make(
+        folder, balanced=True, metric=MetricOptions(metric_loss=Proxies()),
+        siamese=SiameseAttentionLoss(pairs=BatchPairs()), accumulate=2 if alone else 1,
+    )  # fmt: skip
+    loader, seen, parse = engine.train_loader, [], engine.parse_data_for_train
+    names = [row[0] for row in loader.dataset.train]
+    drawn = [torch.load(f"{folder}/balanced-2-{rank}.pt")["rows"] for rank in range(2 * alone)]
+    batches = [own + other for own, other in zip(*drawn, strict=True)] if alone else []
 
     def parse_data_for_train(data):
-        seen.append(data["pid"].tolist())
+        seen.append([names.index(path) for path in data["impath"]])
         return parse(data)
 
     engine.parse_data_for_train = parse_data_for_train
-    engine.run(save_dir=f"{folder}/{name}", max_epoch=2)
-    return {**state(engine), "pids": seen, "drawn": len(engine.train_loader)}
+    for epoch in range(2):
+        if alone:
+            some = batches[epoch * len(batches) // 2 : (epoch + 1) * len(batches) // 2]
+            engine.train_loader = DataLoader(loader.dataset, batch_sampler=some)
+        engine.run(save_dir=f"{folder}/{name}", start_epoch=epoch, max_epoch=epoch + 1)
+    proxies = {"proxies": engine.metric.metric_loss.proxies.detach().clone()}
+    found = state(engine)
+    return {**found, "weights": found["weights"] | proxies, "rows": seen, "drawn": len(loader)}
 
 
 def in_parts(folder, name):

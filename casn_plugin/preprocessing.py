@@ -1,0 +1,108 @@
+"""How pictures become what a model takes: size and colours."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from casn_plugin.doors import check_size, check_tensor, check_weight
+from casn_plugin.picturefiles import read_picture
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Image = Tensor | PIL.Image.Image | str | os.PathLike[str]
+"""A normalised (3, rows, columns) tensor as the model takes it, a picture, or its path."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How pictures become what the model takes, and how that becomes a picture again.
+
+    Attributes:
+        size: (rows, columns) that pictures and paths are brought to. Tensors are taken as they
+            are.
+        mean: what pictures are normalised with, and tensors were: by default ImageNet's.
+        std: likewise, positive.
+
+    Raises:
+        TypeError: a size that is no two integers, mean or std of something else than numbers.
+        ValueError: mean or std that are not three finite numbers, a std that is not positive.
+
+    Example:
+        >>> Preprocessing((4, 2)).load(PIL.Image.new("RGB", (8, 8))).shape
+        torch.Size([3, 4, 2])
+    """
+
+    size: tuple[int, int]
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a mean or std that can't be."""
+        check_size("size", self.size)
+        for name, numbers in (("mean", self.mean), ("std", self.std)):
+            if not hasattr(numbers, "__len__") or isinstance(numbers, str | bytes | dict):
+                raise TypeError(f"{name} must be three numbers, got {numbers!r}")
+            for number in numbers:
+                check_weight(name, abs(number) if isinstance(number, int | float) else number)
+        if len(self.mean) != 3 or len(self.std) != 3 or not min(self.std) > 0:
+            raise ValueError(
+                f"mean and std must be three numbers, std positive, got {self.mean} and {self.std}"
+            )
+        for name, value in (("size", self.size), ("mean", self.mean), ("std", self.std)):
+            object.__setattr__(self, name, tuple(value))  # lists and tuples are equal then
+
+    @classmethod
+    def of(cls, datamanager: Any) -> "Preprocessing":
+        """Returns how a torchreid data manager prepares test images.
+
+        The colours are ImageNet's where it does not say.
+        """
+        prepared = getattr(datamanager, "transform_te", None)
+        size = datamanager.height, datamanager.width
+        for transform in reversed(getattr(prepared, "transforms", [prepared])):
+            if hasattr(transform, "mean") and hasattr(transform, "std"):
+                return cls(size, transform.mean, transform.std)
+        return cls(size)
+
+    def load(self, image: Image) -> Float[Tensor, "3 rows columns"]:
+        """Returns a normalised image, upright, and otherwise as torchreid prepares test images.
+
+        Raises:
+            TypeError: an image of none of the kinds.
+            ValueError: a tensor of another shape, or a picture of values whose range is not
+                known, such as floats.
+            OSError: a path that is no picture, one of a rare format, or a damaged one.
+        """
+        from torchvision.transforms import functional as transforms
+
+        if isinstance(image, Tensor):
+            return check_tensor("an image", image, "3 rows columns")
+        if not isinstance(image, str | os.PathLike | PIL.Image.Image):
+            raise TypeError(
+                f"an image must be a tensor, a PIL image or a path, got {type(image).__name__}"
+            )
+        upright = read_picture(image)
+        resized = transforms.to_tensor(transforms.resize(upright, list(self.size)))
+        normalised: Tensor = transforms.normalize(resized, list(self.mean), list(self.std))
+        return normalised
+
+    def pictures(
+        self, imgs: Float[Tensor, "images 3 rows columns"]
+    ) -> Float[np.ndarray, "images rows columns 3"]:
+        """Returns normalised images as RGB pictures in [0, 1], channels last.
+
+        Example:
+            >>> Preprocessing((2, 2)).pictures(torch.zeros(1, 3, 2, 2))[0, 0, 0].round(3).tolist()
+            [0.485, 0.456, 0.406]
+        """
+        rgb = imgs.detach().float().cpu() * torch.tensor(self.std)[:, None, None]
+        rgb = (rgb + torch.tensor(self.mean)[:, None, None]).clamp(0, 1)
+        return np.asarray(rgb.permute(0, 2, 3, 1).numpy(), dtype=np.float64)
