@@ -14,7 +14,7 @@ from casn_plugin.doors import check_count, check_kind, check_tensor, check_weigh
 from casn_plugin.encoding import Encoding, Encodings
 from casn_plugin.loading import encode_images
 from casn_plugin.model import CASN, as_casn
-from casn_plugin.preprocessing import Image, Preprocessing
+from casn_plugin.preprocessing import Image
 from casn_plugin.ranking.contents import Rows, picked
 from casn_plugin.ranking.fingerprint import changes, fingerprint
 from casn_plugin.ranking.index import GalleryIndex
@@ -25,14 +25,13 @@ class EncodedAgain:
 
     It goes wherever ranking takes a gallery, and pays where few maps are needed: with a shortlist,
     or for the topk nearest. Features are those that are kept. What comes out again has to be the
-    same up to rounding: a changed picture, model or preprocessing is an error, and not another map.
+    same up to rounding: a changed picture, model or `preprocessing` is an error, not another map.
 
     Args:
-        model: the model that has encoded the gallery.
+        model: the model that has encoded the gallery; its `preprocessing` prepares pictures.
         gallery: the features: an index (made with ``maps=False``), an encoding, or a tensor.
-        pictures: one an image: paths, or whatever :meth:`Preprocessing.load` takes. By default the
+        pictures: one an image: paths, or whatever `model.preprocessing.load` takes. By default the
             names of the index, which are paths where a loader of torchreid has filled it.
-        preprocessing: how pictures became what the model takes; by default the model's.
         batch_size: pictures that are encoded at a time.
         tolerance: how far features may be off, as a share of their length.
         max_memory: bytes of maps that are held: of the images encoded last, which a search looks
@@ -64,7 +63,6 @@ class EncodedAgain:
         model: CASN,
         gallery: Encodings | Float[Tensor, "images dim"],
         pictures: Sequence[Image] | Float[Tensor, "images 3 rows columns"] | None = None,
-        preprocessing: Preprocessing | None = None,
         *,
         batch_size: int = 32,
         tolerance: float = 0.005,
@@ -79,8 +77,6 @@ class EncodedAgain:
                 "pictures must be given for a gallery that is no index: it has no names"
             )
         self._pictures = pictures
-        preprocessing = self._model.preprocessing if preprocessing is None else preprocessing
-        self._preprocessing = check_kind("preprocessing", preprocessing, Preprocessing)
         self._batch_size = int(check_count("batch_size", batch_size))
         self._tolerance = float(check_weight("tolerance", tolerance))
         self._max_memory = check_count("max_memory", max_memory, most=2**63 - 1)
@@ -156,7 +152,7 @@ class EncodedAgain:
         pictures = self._gallery.names if self._pictures is None else self._pictures
         if len(pictures) != len(self):
             raise ValueError(f"expected {len(self)} pictures, one an image, got {len(pictures)}")
-        imgs = [self._preprocessing.load(pictures[row]) for row in rows]
+        imgs = [self._model.preprocessing.load(pictures[row]) for row in rows]
         sizes = {tuple(img.shape[1:]) for img in imgs}
         if len(sizes) > 1:
             raise ValueError(f"pictures must be of one size, got {sorted(sizes)}")
