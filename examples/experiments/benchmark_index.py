@@ -33,7 +33,7 @@ from benchmark_heads import table
 from benchmark_ranking import cpu_name
 from tqdm import tqdm
 
-from casn_plugin import CASN, EncodedAgain, Encoding, GalleryIndex, Preprocessing
+from casn_plugin import CASN, EncodedAgain, Encoding, GalleryIndex
 from casn_plugin.evaluation import evaluate_rank
 from casn_plugin.loading import encode_images, encode_loader
 from casn_plugin.ranking import fused_distmats
@@ -117,10 +117,11 @@ def costs(args: argparse.Namespace, pictures: list[str]) -> list[list[str]]:
     stride = [False, False, True]  # none in the last block
     backbone = torchvision.models.resnet50(replace_stride_with_dilation=stride).eval()
     model = CASN(backbone, input_size=tuple(args.size))
-    preprocessing = Preprocessing().for_model(model)
     parts = []
     for start in tqdm(range(0, len(pictures), 16), "encoding", leave=False, disable=None):
-        imgs = torch.stack([preprocessing.load(path) for path in pictures[start : start + 16]])
+        imgs = torch.stack(
+            [model.preprocessing.load(path) for path in pictures[start : start + 16]]
+        )
         taken, part = seconds(partial(encode_images, model, imgs))
         parts.append((taken / len(imgs), part))
     queries = parts[0][1][: args.searches]

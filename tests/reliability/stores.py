@@ -144,7 +144,7 @@ def stores() -> dict[str, Case]:
         "EncodedAgain": (
             lambda **given: len(casn_plugin.EncodedAgain(**given)),
             {"model": model, "gallery": part.features, "pictures": [*imgs],
-             "preprocessing": casn_plugin.Preprocessing(), "batch_size": 2, "tolerance": 0.01,
+             "batch_size": 2, "tolerance": 0.01,
              "max_memory": 2**20},
         ),
         "EncodedAgain[rows]": (
