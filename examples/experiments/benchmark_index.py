@@ -12,8 +12,6 @@ the disk is part of.
 """
 
 import argparse
-import contextlib
-import io
 import shutil
 import statistics
 import tempfile
@@ -26,9 +24,7 @@ from typing import Any
 
 import protocols
 import torch
-import torchreid
 import torchvision
-from backbones import build_model
 from benchmark_heads import table
 from benchmark_ranking import cpu_name
 from tqdm import tqdm
@@ -154,14 +150,7 @@ def fresh(model: CASN) -> CASN:
 
 def ranks(args: argparse.Namespace) -> tuple[list[list[str]], list[str]]:
     """Returns rank-1, mAP and what has moved, on a trained model; and the gallery's pictures."""
-    options = protocols.parse_args(["--weights", args.checkpoint, "--device", "cpu"])
-    with contextlib.redirect_stdout(io.StringIO()):
-        manager = torchreid.data.ImageDataManager(
-            sources=options.sources, height=options.height, width=options.width,
-            batch_size_test=64, workers=0, use_gpu=False,
-        )  # fmt: skip
-        model = build_model(options, manager.num_train_pids)
-    loaders = manager.test_loader[options.sources[0]]
+    model, loaders = protocols.trained(args.checkpoint)
     query, q_pids, q_camids = encode_loader(model, loaders["query"])
     gallery, g_pids, g_camids = encode_loader(model, loaders["gallery"])
     pictures = [path for path, *_ in loaders["gallery"].dataset.data]

@@ -11,8 +11,6 @@ Markdown, and saves them with a plot of the memory to --save-dir.
 """
 
 import argparse
-import contextlib
-import io
 import platform
 import time
 import warnings
@@ -21,8 +19,6 @@ from pathlib import Path
 
 import protocols
 import torch
-import torchreid
-from backbones import build_model
 from benchmark_heads import table
 from benchmark_memory import memory
 from benchmark_processes import processes
@@ -38,14 +34,7 @@ from casn_plugin.ranking import Distmats, fused_distmats
 
 def quality(args: argparse.Namespace) -> str:
     """Returns what shortlists and reduced precision cost a trained model on the embedded set."""
-    options = protocols.parse_args(["--weights", args.checkpoint, "--device", args.device])
-    with contextlib.redirect_stdout(io.StringIO()):
-        manager = torchreid.data.ImageDataManager(
-            sources=options.sources, height=options.height, width=options.width,
-            batch_size_test=64, workers=0, use_gpu=False,
-        )  # fmt: skip
-        model = build_model(options, manager.num_train_pids)
-    loaders = manager.test_loader[options.sources[0]]
+    model, loaders = protocols.trained(args.checkpoint, args.device)
     query, q_pids, q_camids = encode_loader(model, loaders["query"])
     gallery, g_pids, g_camids = encode_loader(model, loaders["gallery"])
     rows: list[list[str]] = []

@@ -67,7 +67,7 @@ class Steps:
         if name.startswith("timm:"):
             import timm
 
-            options = {"img_size": size} if "vit" in name else {}
+            options: dict[str, Any] = {"img_size": size} if "vit" in name else {}
             net = timm.create_model(name[5:], num_classes=IDENTITIES, **options)
         else:
             net = torchreid.models.build_model(name, IDENTITIES, pretrained=False, use_gpu=cuda)
@@ -123,9 +123,10 @@ def convolution_backward(
     PyTorch's own formula takes the weights of a grouped convolution for those of a full one: of
     each depthwise layer it counts as many times too much as there are channels.
     """
-    _, _, _, _, transposed, _, _, wanted, *_ = more
+    transposed, wanted = more[4], more[7]
     positions = (imgs if transposed else gradients)[2:]
-    return 2 * gradients[0] * prod(positions) * prod(weights) * sum(wanted[:2])
+    multiplied: int = gradients[0] * prod(positions) * prod(weights) * sum(wanted[:2])
+    return 2 * multiplied
 
 
 def flops(step: Callable[[], None]) -> int:
@@ -136,7 +137,8 @@ def flops(step: Callable[[], None]) -> int:
         FlopCounterMode(display=False, custom_mapping=formulas) as all,
     ):
         step()
-    return all.get_total_flops()
+    counted: int = all.get_total_flops()
+    return counted
 
 
 def saved(steps: Steps, what: str) -> int:
@@ -225,15 +227,15 @@ def costs_of(name: str, args: argparse.Namespace) -> list[str]:
 def settings_of(name: str, args: argparse.Namespace) -> list[list[str]]:
     """Returns the rows of a network: steps under each setting that it has."""
     chosen = [each for each in args.settings if each != "compiled" or name in COMPILED]
-    functions = {}
+    functions: dict[str, Callable[[], None]] = {}
     for setting in chosen:
         each = Steps(name, args, setting).each()
-        functions |= {(setting, what): each[what] for what in (PLAIN, FLOOR, BOTH)}
+        functions |= {f"{setting}, {what}": each[what] for what in (PLAIN, FLOOR, BOTH)}
     seconds = interleaved(functions, args.repeats, args.device)
     rows = []
     for setting in chosen:
-        plain, floor, both = (seconds[setting, what] for what in (PLAIN, FLOOR, BOTH))
-        beside = plain / seconds[chosen[0], PLAIN]
+        plain, floor, both = (seconds[f"{setting}, {what}"] for what in (PLAIN, FLOOR, BOTH))
+        beside = plain / seconds[f"{chosen[0]}, {PLAIN}"]
         rows.append([
             name, setting, f"{1000 * plain:,.0f} ms", f"{beside:.2f}", f"{floor / plain:.2f}",
             f"{both / plain:.2f}",

@@ -34,11 +34,12 @@ class Reads(TorchFunctionMode):
     def __enter__(self) -> "Reads":
         """Starts to count."""
         self._patch.start()
-        return super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def __exit__(self, *error: Any) -> None:
         """Ends it."""
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._patch.stop()
 
     def __torch_function__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:

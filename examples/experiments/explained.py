@@ -10,14 +10,12 @@ queries, and draws the curves.
 """
 
 import argparse
-import contextlib
-import io
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import protocols
 import torch
-import torchreid
-from benchmark_ranking import build_model
 from matplotlib.figure import Figure
 from measurements import class_maps
 from plots import save_small
@@ -39,12 +37,12 @@ SIDES = ("query", "gallery", "both")
 
 
 def maps_of_pairs(
-    model: CASN, first: Encoding, second: Encoding, loaders: tuple[DataLoader, DataLoader]
+    model: CASN, first: Encoding, second: Encoding, loaders: Sequence[DataLoader[Any]]
 ) -> dict[str, Maps]:
     """Returns every kind of map of both pictures of the pairs."""
     similar = torch.nn.Module()
     similar.pair_classifier = Similarity()
-    size = tuple(first.maps.shape[2:])
+    size = first.maps.shape[2], first.maps.shape[3]
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(2, len(first), *size, generator=generator)
     return {
@@ -107,14 +105,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, PairFaithfulness]
     args = parser.parse_args(argv)
     if not Path(args.checkpoint).is_file() or args.pairs < 1:
         parser.error("--checkpoint must be a file and --pairs at least 1")
-    options = protocols.parse_args(["--weights", args.checkpoint])
-    with contextlib.redirect_stdout(io.StringIO()):
-        manager = torchreid.data.ImageDataManager(
-            sources=options.sources, height=options.height, width=options.width,
-            batch_size_test=64, workers=0, use_gpu=False,
-        )  # fmt: skip
-        model = build_model(options, manager.num_train_pids).eval()
-    loaders = manager.test_loader[options.sources[0]]
+    model, loaders = protocols.trained(args.checkpoint)
     (query, *q_ids), (gallery, *g_ids) = (
         encode_loader(model, loaders[part]) for part in ("query", "gallery")
     )
@@ -129,11 +120,11 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, PairFaithfulness]
         columns = chance.argmax(1)[rows]
         sets = [Subset(loaders["query"].dataset, rows.tolist()),
                 Subset(loaders["gallery"].dataset, columns.tolist())]  # fmt: skip
-        some = tuple(DataLoader(each, batch_size=64) for each in sets)
-        imgs = [torch.stack([item["img"] for item in each]) for each in sets]
+        some = [DataLoader(each, batch_size=64) for each in sets]
+        first, second = (torch.cat([batch["img"] for batch in each]) for each in some)
         maps = maps_of_pairs(model, query[rows], gallery[columns], some)
         found = every[kind] = {
-            name: pair_faithfulness(model, *imgs, *both, fill=fill, progress=True)
+            name: pair_faithfulness(model, first, second, *both, fill=fill, progress=True)
             for name, both in maps.items()
         }
         for score, text in (("evidence", "same-identity logit"), ("closeness", "closeness")):

@@ -8,6 +8,8 @@ one model as that example does:
 """
 
 import argparse
+import contextlib
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from scaling import IdentificationByRange, SiameseByRange
 from torch import nn
 
 from casn_plugin import (
+    CASN,
     IdentificationAttentionLoss,
     ImageCASNEngine,
     PairSampler,
@@ -220,6 +223,26 @@ def build_engine(
             cross_camera=not args.one_camera,
         ),
     )  # fmt: skip
+
+
+def trained(checkpoint: str, device: str = "cpu") -> tuple[CASN, dict[str, Any]]:
+    """Returns the model of the example's default run, and loaders of the embedded test set.
+
+    Args:
+        checkpoint: of examples/train_casn_pcb.py's default run.
+        device: where the model is.
+
+    Returns:
+        The model in eval mode, and the loaders of "query" and "gallery".
+    """
+    options = parse_args(["--weights", checkpoint, "--device", device])
+    with contextlib.redirect_stdout(io.StringIO()):
+        manager = torchreid.data.ImageDataManager(
+            sources=options.sources, height=options.height, width=options.width,
+            batch_size_test=64, workers=0, use_gpu=False,
+        )  # fmt: skip
+        model = build_model(options, manager.num_train_pids)
+    return model.eval(), manager.test_loader[options.sources[0]]
 
 
 def _multiply_gradients(module: nn.Module, factor: float) -> None:
