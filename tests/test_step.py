@@ -50,7 +50,7 @@ def on_meta(lab):
 
 def spread(features, pids):
     """A metric loss that reads nothing."""
-    return (features - features[pids.argsort()]).square().mean()
+    return (features * pids[:, None]).square().mean()
 
 
 @pytest.mark.parametrize(
@@ -103,6 +103,8 @@ def test_what_is_counted_as_a_read(on_meta):
         there.nonzero()
     with counted(), pytest.raises(NotImplementedError):
         there.to("cpu")
+    with counted(), pytest.raises(RuntimeError, match="where got tensors of cpu and meta"):
+        torch.where(torch.ones(3).bool(), there, there)
 
 
 def flops_of(run):

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 META = torch.device("meta")
 _ASKING = ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+_MIXING = ("to", "copy_", "__getitem__")  # may be given tensors of the CPU and the device
 
 
 class Reads(TorchFunctionMode):
@@ -17,7 +18,8 @@ class Reads(TorchFunctionMode):
 
     What Python asks for is noted in `calls` and answered with ones; what reads deeper within
     PyTorch (`nonzero`, `equal`, a copy to the CPU) fails. On a GPU, each of them waits until all
-    that was begun has ended. `Tensor.cuda` goes to "meta" too, and autocast is left out there.
+    that was begun has ended. What mixes tensors of the CPU and the device is an error, as there.
+    `Tensor.cuda` goes to "meta" too, and autocast is left out there.
     """
 
     def __init__(self) -> None:
@@ -50,4 +52,12 @@ class Reads(TorchFunctionMode):
         if name in _ASKING and isinstance(args[0], Tensor) and args[0].is_meta:
             self.calls.append(name)
             return getattr(torch.ones(args[0].shape, dtype=args[0].dtype), name)()
+        kinds = {
+            each.device.type
+            for value in (*args, *(kwargs or {}).values())
+            for each in (value if isinstance(value, list | tuple) else [value])
+            if isinstance(each, Tensor) and each.ndim
+        }
+        if len(kinds) > 1 and name not in _MIXING:
+            raise RuntimeError(f"{name} got tensors of {' and '.join(sorted(kinds))}")
         return function(*args, **(kwargs or {}))
