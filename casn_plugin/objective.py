@@ -184,8 +184,9 @@ def loss_terms(
         loss_ia = terms["loss_ia"] = identification_attention_loss(output.masked_scores)
     if output.pair_scores is not None and output.distances is not None:
         consistency_weight = (siamese or SiameseAttentionLoss()).consistency_weight
-        same = same_identity(pids) if output.same is None else output.same
-        same = same.to(output.distances.device)
+        same = output.same
+        if same is None:
+            same = same_identity(pids).to(output.distances.device)
         loss_sa = terms["loss_sa"] = siamese_attention_loss(
             output.pair_scores, output.distances, same, consistency_weight=consistency_weight
         )

@@ -43,6 +43,7 @@ IDENTITIES = 751
 PLAIN, FLOOR, BOTH = "L_ide", "floor", "both losses"
 IA, SA = IdentificationAttentionLoss(), SiameseAttentionLoss()
 LOSSES = {"L_ia": (IA, None), "L_sa": (None, SA), BOTH: (IA, SA)}
+PARTS = ("costs", "settings")
 SETTINGS = ("float32", "channels last", "bfloat16", "compiled")
 COMPILED = {
     "resnet18": [f"layer{number}" for number in range(1, 5)],
@@ -250,7 +251,8 @@ def main(argv: list[str] | None = None) -> list[str]:
     parser.add_argument("--size", nargs=2, type=int, default=[256, 128], help="rows and columns")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=SETTINGS[:3])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS[:3])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     batch = f"{args.batch_size} images of {'x'.join(map(str, args.size))} ({args.device})"
@@ -261,11 +263,11 @@ def main(argv: list[str] | None = None) -> list[str]:
         "Host reads", "Graph breaks",
     ]  # fmt: skip
     tables = []
-    if not args.settings or "float32" in args.settings:
+    if "costs" in args.only:
         rows = [costs_of(name, args) for name in args.networks]
         tables.append(table(f"A training step of {batch}", header, rows))
         print(tables[-1])
-    if len(args.settings) > 1:
+    if "settings" in args.only:
         header = ["Network", "Setting", "L_ide", f"× {args.settings[0]}", "× floor", "× both"]
         rows = [row for name in args.networks for row in settings_of(name, args)]
         tables.append(table(f"Layouts and precisions, {batch}", header, rows))
