@@ -193,7 +193,7 @@ def pair_faithfulness(
     check_count("batch_size", batch_size)
     ascending = _ascending(shares)
     with tqdm(
-        total=4 * len(ascending), desc="Removing pixels", disable=None if progress else True
+        total=4 * (len(ascending) - 1), desc="Removing pixels", disable=None if progress else True
     ) as bar:
         features: list[list[Tensor]] = [[], []]
         for number, (imgs, maps) in enumerate(((query, query_maps), (gallery, gallery_maps))):
@@ -239,20 +239,23 @@ def _ascending(shares: Sequence[float]) -> Float[Tensor, " shares"]:
 def _variants(
     imgs: Tensor, maps: Tensor, shares: Tensor, fill: Fill | Tensor, seed: int
 ) -> Iterator[Tensor]:
-    """Yields images with ever fewer of the most attended pixels, then with ever more of them."""
+    """Yields images with ever fewer of the most attended pixels, then with ever more of them.
+
+    Of these not the first and the last, which have none and all: they are among the others.
+    """
     ranks = pixel_ranks(maps, (imgs.shape[2], imgs.shape[3]), seed=seed).to(imgs.device)
     counts = (shares * ranks[0].numel()).round().tolist()
     for count in counts:
         yield without_pixels(imgs, ranks < count, fill=fill, seed=seed)
-    for count in counts:
+    for count in counts[1:-1]:
         yield without_pixels(imgs, ranks >= count, fill=fill, seed=seed)
 
 
 def _curves(shares: Tensor, scores: Sequence[Tensor]) -> FaithfulnessCurves:
     """Returns the curves of what the variants of images score."""
-    every = torch.stack([*scores], 1)
-    half = every.shape[1] // 2
-    return FaithfulnessCurves(shares, every[:, :half], every[:, half:])
+    fewer, more = scores[: len(shares)], scores[len(shares) :]
+    insertion = torch.stack([fewer[-1], *more, fewer[0]], 1)
+    return FaithfulnessCurves(shares, torch.stack([*fewer], 1), insertion)
 
 
 def _checked(scores: Tensor, images: int) -> Tensor:

@@ -5,6 +5,7 @@ pip install pytorch-metric-learning
 python examples/metric_loop.py
 """
 
+import numpy as np
 import torch
 from pytorch_metric_learning.losses import TripletMarginLoss
 from pytorch_metric_learning.miners import BatchHardMiner
@@ -12,16 +13,12 @@ from pytorch_metric_learning.samplers import MPerClassSampler
 from torch import nn
 from torch.utils.data import DataLoader
 
-from casn_plugin import (
-    BatchPairs,
-    IdentificationAttentionLoss,
-    PairClassifier,
-    SiameseAttentionLoss,
-)
-from casn_plugin.losses import casn_loss, identification_loss
+from casn_plugin import BatchPairs, PairClassifier, SiameseAttentionLoss
+from casn_plugin.losses import IdentificationAttentionLoss, casn_loss, identification_loss
 from casn_plugin.pedestrians import render_pedestrian
 
 torch.manual_seed(0)
+np.random.seed(0)  # of the sampler
 shots = [(person, camera, index) for person in range(8) for camera in (0, 4) for index in range(4)]
 pictures = [render_pedestrian(p + 1, c, i, height=64, width=32)[0] for p, c, i in shots]
 images = [torch.tensor(picture).permute(2, 0, 1) / 127.5 - 1 for picture in pictures]

@@ -202,7 +202,7 @@ def test_a_loop_of_ones_own_learns_by_all_three_losses():
 def test_losses_and_miners_of_pytorch_metric_learning_learn_together_with_ours():
     epochs = epochs_of(EXAMPLES / "metric_loop.py")
     assert len(epochs) == 20
-    for name, share in (("L_ide", 0.7), ("L_t", 0.9), ("L_sa", 0.97)):
+    for name, share in (("L_ide", 0.7), ("L_t", 0.9), ("L_sa", 0.95)):
         assert epochs[-1][name] < share * epochs[0][name], name
 
 

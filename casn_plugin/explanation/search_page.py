@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 from jaxtyping import Float
+from torch import Tensor
 from tqdm import tqdm
 
 from casn_plugin.calibration import Calibration, Interval
@@ -156,9 +157,14 @@ def _cards(
     found: SearchResult, queries: Any, take: Callable[[str], Picture], limit: float | None
 ) -> Iterator[_Query]:
     """Yields queries as the page comes to them, so that one at a time is held."""
+    said = found.probabilities
+    passes = None if limit is None else found.ranking.passing(limit)
     for row, (name, picture) in enumerate(queries):
         shown = _shown(picture)
-        matches = [_match(found, row, place, shown, take, limit) for place in _places(found, row)]
+        matches = [
+            _match(found, row, place, shown, take, said, passes)
+            for place in range(len(found.names[row]))
+        ]
         passing = [match for match in matches if match.passes is not False]
         outcome = (
             "nobody" if not passing
@@ -168,20 +174,16 @@ def _cards(
         yield _Query(row + 1, str(name), outcome, shown, passing, matches[len(passing) :])
 
 
-def _places(found: SearchResult, row: int) -> range:
-    """Returns the places of a query's matches."""
-    return range(len(found.names[row]))
-
-
 def _match(
     found: SearchResult,
     row: int,
     place: int,
     query: Float[np.ndarray, "rows columns 3"],
     take: Callable[[str], Picture],
-    limit: float | None,
+    said: Tensor | None,
+    passes: Tensor | None,
 ) -> _Match:
-    """Returns what the page says of one match."""
+    """Returns what the page says of one match: its probability of all, and whether it passes."""
     ranking, name = found.ranking, found.names[row][place]
     distance, by_features, by_attention = (
         float(each[row, place])
@@ -191,16 +193,15 @@ def _match(
         second = AttendedImage(_shown(take(name)), found.gallery_attention[row, place])
     except (OSError, ValueError):
         second = None
-    said = found.probabilities
     return _Match(
         rank=place + 1,
         name=name,
         said=_said(int(found.pids[row, place]), int(found.camids[row, place])),
-        passes=None if limit is None else bool(ranking.passing(limit)[row, place]),
+        passes=None if passes is None else bool(passes[row, place]),
         first=AttendedImage(query, found.query_attention[row, place]),
         second=second,
         probability=None if said is None else float(said[row, place]),
-        similarity=1 - by_features**2 / 2,
+        similarity=float(found.scores[row, place]),
         distance=distance,
         feature_distance=by_features,
         attention_distance=by_attention,

@@ -154,9 +154,7 @@ def feature_candidates(
     gf: Float[Tensor, "galleries dim"],
     number: int,
     *,
-    allowed: Bool[Tensor, "queries galleries"]
-    | Bool[np.ndarray, "queries galleries"]
-    | None = None,
+    allowed: Allowed | None = None,
 ) -> Int64[Tensor, "queries listed"]:
     """Returns each query's nearest gallery images by the cosine of features, nearest first.
 

@@ -68,7 +68,7 @@ class Contents:
         for entry in manifest.shards:
             shard = self._opened.get(entry.file) or known.get(entry.file)
             shard = shard or Shard.read(folder, entry, verify=verify)
-            kept = np.setdiff1d(np.arange(entry.rows), entry.removed)
+            kept = entry.kept
             self._opened[entry.file] = shard
             names += [shard.names[row] for row in kept]
             pids.append(shard.pids[kept])

@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from casn_plugin.files import replacing
@@ -50,6 +52,11 @@ class Entry:
     rows: int
     images: Common
     removed: list[int] = field(default_factory=list)
+
+    @property
+    def kept(self) -> Int64[np.ndarray, " kept"]:
+        """The rows that are not removed, ascending."""
+        return np.setdiff1d(np.arange(self.rows), self.removed)
 
     def check(self) -> None:
         """Raises ValueError where something is not what a writer would have written."""

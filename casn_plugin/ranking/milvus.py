@@ -345,7 +345,7 @@ class _Keys:
         self._rows: dict[str, np.ndarray] = {}  # of each shard: the index's row of each image
         self._shards, start = [], 0
         for entry in manifest.shards:
-            kept = np.setdiff1d(np.arange(entry.rows), entry.removed)
+            kept = entry.kept
             rows = self._rows.setdefault(entry.file, np.full(entry.rows, -2))
             rows[kept] = np.arange(start, start + len(kept))
             self._shards.append((entry.file, kept))

@@ -81,7 +81,7 @@ class Grid:
             columns=columns,
             panel=max(panel // rows, 1) * rows,
             rows=rows,
-            listed=max(of_pairs // listed, 1),
+            listed=max(of_pairs // 2 // listed, 1),  # distances of features are there meanwhile
             compared=max(budget // (96 * columns + features), 1),
         )
 

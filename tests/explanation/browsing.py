@@ -13,8 +13,9 @@ DRIVER = shutil.which("chromedriver")
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """A browser that has opened a page."""
+def opened(page: str, path: Path) -> Iterator[Any]:
+    """A browser that has opened a page, which is written there, from disk."""
+    path.write_text(page, encoding="utf-8")
     if CHROMIUM is None or DRIVER is None:
         pytest.skip("Chromium and chromedriver are not installed")
     from selenium import webdriver
@@ -37,12 +38,33 @@ def opened(path: Path) -> Iterator[Any]:
         driver.quit()
 
 
+def broken_pictures(browser: Any) -> int:
+    """How many pictures of the page are not shown."""
+    broken = "return [...document.images].filter(i => i.complete && !i.naturalWidth).length"
+    return int(browser.execute_script(broken))
+
+
 def press(browser: Any, *keys: str) -> None:
     """Presses keys, one after the other."""
     from selenium.webdriver.common.action_chains import ActionChains
 
     for key in keys:
         ActionChains(browser).send_keys(key).perform()
+
+
+def reach_toggle(browser: Any) -> tuple[Any, Any, Any]:
+    """The button that shows attention, reached by Tab, and a picture with it and one without."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    seen, plain = (browser.find_element(By.CSS_SELECTOR, f".{name} img")
+                   for name in ("seen", "plain"))  # fmt: skip
+    button = browser.find_element(By.ID, "toggle")
+    for _ in range(20):
+        if browser.switch_to.active_element == button:
+            break
+        press(browser, Keys.TAB)
+    return button, seen, plain
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from browsing import as_wide_as, broken_rules, opened, press
+from browsing import as_wide_as, broken_pictures, broken_rules, opened, press, reach_toggle
 from conftest import TinyBackbone, tiny_forward
 
 from casn_plugin import CASN, explain_ranking
@@ -221,16 +221,13 @@ def test_a_report_is_saved_whole_or_not_at_all(explained, tmp_path, monkeypatch)
 @pytest.fixture(scope="module")
 def browser(page, tmp_path_factory):
     """Headless Chromium that has opened the report from disk."""
-    path = tmp_path_factory.mktemp("report") / "report.html"
-    path.write_text(page, encoding="utf-8")
-    with opened(path) as driver:
+    with opened(page, tmp_path_factory.mktemp("report") / "report.html") as driver:
         yield driver
 
 
 def test_a_browser_shows_it_without_errors(browser):
     assert browser.get_log("browser") == []
-    broken = "return [...document.images].filter(i => i.complete && !i.naturalWidth).length"
-    assert browser.execute_script(broken) == 0
+    assert broken_pictures(browser) == 0
     assert browser.title == "<b>Who</b> & why"
 
 
@@ -244,13 +241,7 @@ def test_it_is_used_by_keyboard_alone(browser):
     press(browser, Keys.ENTER)
     assert browser.execute_script("return location.hash") == "#main"
 
-    seen, plain = (browser.find_element(By.CSS_SELECTOR, f".{name} img")
-                   for name in ("seen", "plain"))  # fmt: skip
-    button = browser.find_element(By.ID, "toggle")
-    for _ in range(20):
-        if browser.switch_to.active_element == button:
-            break
-        press(browser, Keys.TAB)
+    button, seen, plain = reach_toggle(browser)
     assert browser.switch_to.active_element == button
     assert seen.is_displayed() and not plain.is_displayed()
     press(browser, Keys.SPACE)

@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from browsing import as_wide_as, broken_rules, opened, press
+from browsing import as_wide_as, broken_pictures, broken_rules, opened, press, reach_toggle
 from planted import detect, detecting_casn, patched
 from test_report import Structure, pictures_of
 
@@ -272,16 +272,13 @@ def test_it_is_saved_whole(found, folder, queries, tmp_path):
 @pytest.fixture(scope="module")
 def browser(page, tmp_path_factory):
     """Headless Chromium that has opened the page from disk."""
-    path = tmp_path_factory.mktemp("search") / "search.html"
-    path.write_text(page, encoding="utf-8")
-    with opened(path) as driver:
+    with opened(page, tmp_path_factory.mktemp("search") / "search.html") as driver:
         yield driver
 
 
 def test_a_browser_shows_it_without_errors(browser):
     assert browser.get_log("browser") == []
-    broken = "return [...document.images].filter(i => i.complete && !i.naturalWidth).length"
-    assert browser.execute_script(broken) == 0
+    assert broken_pictures(browser) == 0
     assert browser.title == "Who & where?"
 
 
@@ -308,13 +305,7 @@ def test_it_is_used_by_keyboard_alone(browser):
     browser.refresh()
     press(browser, Keys.TAB, Keys.ENTER)
     assert browser.execute_script("return location.hash") == "#main"
-    seen, plain = (browser.find_element(By.CSS_SELECTOR, f".{name} img")
-                   for name in ("seen", "plain"))  # fmt: skip
-    button = browser.find_element(By.ID, "toggle")
-    for _ in range(20):
-        if browser.switch_to.active_element == button:
-            break
-        press(browser, Keys.TAB)
+    _, seen, plain = reach_toggle(browser)
     assert seen.is_displayed() and not plain.is_displayed()
     press(browser, Keys.SPACE)
     assert plain.is_displayed() and not seen.is_displayed()

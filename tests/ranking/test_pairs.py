@@ -105,8 +105,7 @@ def test_tiles_keep_to_their_memory():
             if event.name() == "[memory]":
                 total += event.nbytes()
                 held.append(total)
-        most = 1.35 if function is functions[-1] else 1.2  # the search holds its lists beside them
-        assert max_memory / 20 < max(held) - 4 * 150 * 150 < most * max_memory
+        assert max_memory / 20 < max(held) - 4 * 150 * 150 < 1.2 * max_memory
 
 
 def test_two_processes_rank_as_one_does_bit_for_bit(tmp_path):
