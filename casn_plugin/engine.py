@@ -25,7 +25,6 @@ from casn_plugin.checkpoint import (
 )
 from casn_plugin.checks import CheckedData, check_datamanager, check_optimizer, check_processes
 from casn_plugin.doors import check_count, check_kind, check_settings, check_weight
-from casn_plugin.evaluation import RankedLists
 from casn_plugin.explanation import AttentionBoard, ExplainedRankings, log_results
 from casn_plugin.losses import IdentificationAttentionLoss
 from casn_plugin.model import as_casn
@@ -43,6 +42,7 @@ from casn_plugin.pedestrians import load_pedestrians
 from casn_plugin.preprocessing import Preprocessing
 from casn_plugin.processes import Processes
 from casn_plugin.randomness import preserved_random_state
+from casn_plugin.ranked import RankedLists
 from casn_plugin.ranking import RankingOptions, Reciprocity
 from casn_plugin.retrieval import FeatureMetric, retrieve, side_by_side
 from casn_plugin.siamese import SiameseAttentionLoss
@@ -97,7 +97,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             do; NaN where these are too few), "auc" of the pair classifier, and "evidence", the
             words for what that was.
         ranked: of the last evaluation: data set, then who came where in the fused ranking:
-            see :class:`casn_plugin.evaluation.RankedLists` and :meth:`explain`.
+            see :class:`casn_plugin.ranked.RankedLists` and :meth:`explain`.
         history: one dictionary an epoch, the mean of every loss term in it, and the number of
             steps "skipped" where there were such.
         best: the highest rank-1 so far, a share.

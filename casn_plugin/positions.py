@@ -35,6 +35,12 @@ class Entries(NamedTuple):
         found: np.ndarray = self.present & ~self.match
         return found
 
+    def junk_among(self, row: int, number: int) -> Bool[np.ndarray, " counted"]:
+        """Returns which of so many entries are left out of one query's ranking."""
+        junk = np.zeros(number, dtype=bool)
+        junk[self.same[row, self.junk[row]]] = True
+        return junk
+
 
 class Counted:
     """Which gallery entries count, and as what, for each query.
@@ -208,3 +214,29 @@ def order_of(
     order = np.argsort(row.numpy())
     kept: np.ndarray = order[~junk[order]]
     return kept
+
+
+def in_places(
+    distmat: Float[Tensor, "queries counted"], entries: Entries, found: Found
+) -> Int64[np.ndarray, "queries slots"]:
+    """Returns where matches stand; where that is not sure, by ordering the row.
+
+    Args:
+        distmat: as for :func:`positions`.
+        entries: likewise.
+        found: what it has found.
+
+    Example:
+        >>> counted = Counted((1, 3), [7], [7, 8, 7], None, None, True, ())
+        >>> distmat, entries = torch.tensor([[0.0, 0.0, 0.2]]), counted.entries(slice(0, 1))
+        >>> in_places(distmat, entries, positions(distmat, entries))
+        array([[1, 3]])
+    """
+    place = found.positions.copy()
+    for row in np.flatnonzero(found.unsure).tolist():
+        match = np.zeros(distmat.shape[1], dtype=bool)
+        match[entries.same[row, entries.match[row]]] = True
+        order = order_of(distmat[row], entries.junk_among(row, match.size))
+        here = np.flatnonzero(match[order]) + 1
+        place[row, : len(here)] = here
+    return place

@@ -15,13 +15,12 @@ from casn_plugin.calibration import Calibration, calibrate, true_accept_rates
 from casn_plugin.doors import check_count, check_kind, check_weight
 from casn_plugin.encoding import Encoding, Encodings
 from casn_plugin.evaluation import (
-    RankedLists,
     evaluate_rank,
-    ranked_lists,
     verification_auc,
 )
 from casn_plugin.evidence import evidence_of
 from casn_plugin.identities import Ids, as_ids, pairs_by_identity
+from casn_plugin.ranked import RankedLists, ranked_lists
 from casn_plugin.ranking import (
     FeatureDistances,
     RankingOptions,

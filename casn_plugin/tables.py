@@ -15,9 +15,9 @@ from torch import Tensor
 
 from casn_plugin.doors import check_lengths, check_weight
 from casn_plugin.encoding import Encodings
-from casn_plugin.evaluation import RankedLists
 from casn_plugin.files import replacing
 from casn_plugin.identities import as_ids
+from casn_plugin.ranked import RankedLists
 from casn_plugin.ranking import GalleryIndex, Ranking, Reranked, SearchResult
 
 RANKING_COLUMNS = (

@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader
 import casn_plugin.engine
 import casn_plugin.retrieval
 from casn_plugin import CASN, ImageCASNEngine, Preprocessing
-from casn_plugin.evaluation import Evaluation, ranked_lists
+from casn_plugin.evaluation import Evaluation
 from casn_plugin.explanation import FixedPairs, log_results
 from casn_plugin.loading import encode_loader
+from casn_plugin.ranked import ranked_lists
 from casn_plugin.ranking import Compute, RankingOptions
 from casn_plugin.retrieval import RANKINGS
 

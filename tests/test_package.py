@@ -18,8 +18,8 @@ ROOMS = (
     "files", "picturefiles", "doors", "preprocessing", "loaders", "randomness", "processes",
     "identities", "scores", "kernels", "layouts", "hooks", "attention", "batch_pairs", "losses",
     "siamese", "sampler", "shares", "encoding", "basis", "evidence", "positions", "evaluation",
-    "calibration", "quality", "heads", "tryout", "taps", "backbones", "model", "objective",
-    "loading", "imputation", "faithfulness", "export", "pretrained",
+    "ranked", "calibration", "quality", "heads", "tryout", "taps", "backbones", "model",
+    "objective", "loading", "imputation", "faithfulness", "export", "pretrained",
     *(f"ranking.{name}" for name in (
         "neighbourhoods", "reranking", "tiles", "compute", "closed_form", "sides", "pairs",
         "candidates", "distances", "fused", "mutual", "search", "company", "manifest", "kept",

@@ -23,7 +23,7 @@ from casn_plugin import (
     ranking_table,
     rerank_neighbours,
 )
-from casn_plugin.evaluation import ranked_lists
+from casn_plugin.ranked import ranked_lists
 from casn_plugin.tables import FEATURE_COLUMNS, RANKING_COLUMNS, Labels, Table
 
 

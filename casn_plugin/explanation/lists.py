@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from casn_plugin.attention import ROW_THRESHOLD
 from casn_plugin.doors import check_share
-from casn_plugin.evaluation import RankedLists, ranked_lists
 from casn_plugin.evidence import Evidence, evidence_of
 from casn_plugin.explanation.figures import Drawn, plot_ranking
 from casn_plugin.explanation.pair import PairExplanation, explain_pairs
@@ -20,6 +19,7 @@ from casn_plugin.explanation.pictures import verdict
 from casn_plugin.identities import UNKNOWN, same_person
 from casn_plugin.loading import Encoded, encode_loader, image_loader, read_item
 from casn_plugin.model import as_casn
+from casn_plugin.ranked import RankedLists, ranked_lists
 from casn_plugin.ranking import RankingOptions, fused_distmats
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class ExplainedRankings(Sequence[RankingExplanation]):
         ValueError: topk below 1, or lists of another number of queries or a longer gallery.
 
     Attributes:
-        ranked: :class:`~casn_plugin.evaluation.RankedLists`; `failures`, `best` and `worst` of
+        ranked: :class:`~casn_plugin.ranked.RankedLists`; `failures`, `best` and `worst` of
             it pick queries.
         row_threshold: t.
     """

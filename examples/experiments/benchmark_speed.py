@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from casn_plugin import Compute, attention_distmat
 from casn_plugin.basis import encode_head
-from casn_plugin.evaluation import evaluate_rank, ranked_lists
+from casn_plugin.evaluation import evaluate_rank
+from casn_plugin.ranked import ranked_lists
 from casn_plugin.ranking import indicator_flips
 
 
