@@ -23,7 +23,8 @@ ROOMS = (
     *(f"ranking.{name}" for name in (
         "neighbourhoods", "reranking", "tiles", "compute", "closed_form", "sides", "pairs",
         "candidates", "distances", "fused", "mutual", "search", "company", "manifest", "kept",
-        "shards", "filling", "contents", "store", "fingerprint", "index", "milvus", "again",
+        "shards", "filling", "contents", "store", "fingerprint", "index", "connection", "milvus",
+        "again",
     )),
     "ranking", "picturenames", "folders", "tables", "retrieval",
     *(f"explanation.{name}" for name in (

@@ -23,7 +23,7 @@ from casn_plugin.ranking.fused import (
     fuse_distmats,
     fused_distmats,
 )
-from casn_plugin.ranking.index import GalleryIndex, SearchResult
+from casn_plugin.ranking.index import GalleryIndex
 from casn_plugin.ranking.milvus import MilvusFeatures, other_cameras
 from casn_plugin.ranking.mutual import feature_neighbourhood, fused_neighbourhood
 from casn_plugin.ranking.pairs import pair_classifier_of
@@ -34,7 +34,7 @@ from casn_plugin.ranking.reranking import (
     rerank_neighbourhood,
     rerank_neighbours,
 )
-from casn_plugin.ranking.search import Ranking, rank_gallery
+from casn_plugin.ranking.search import Ranking, SearchResult, rank_gallery
 
 __all__ = [
     "Compute",

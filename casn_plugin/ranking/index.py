@@ -3,7 +3,6 @@
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from casn_plugin.doors import check_choice, check_count, check_kind
 from casn_plugin.encoding import Encoding, Encodings
-from casn_plugin.evidence import Evidence, evidence_of
+from casn_plugin.evidence import evidence_of
 from casn_plugin.identities import Ids
 from casn_plugin.loading import encode_images
 from casn_plugin.model import CASN
@@ -29,56 +28,12 @@ from casn_plugin.ranking.fingerprint import fingerprint
 from casn_plugin.ranking.kept import Kept
 from casn_plugin.ranking.manifest import DTYPES, EIGHT_BITS, MANIFEST, Manifest, dtype_name
 from casn_plugin.ranking.pairs import pair_classifier_of
-from casn_plugin.ranking.search import Ranking, rank_gallery
+from casn_plugin.ranking.search import SearchResult, rank_gallery
 from casn_plugin.ranking.shards import Writer
 from casn_plugin.ranking.store import Store
 
 Duplicates = Literal["refuse", "skip"]
 """What becomes of images whose name is taken."""
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """What :meth:`GalleryIndex.search` finds, for each query nearest first.
-
-    Attributes:
-        ranking: rows of the index and the distances.
-        names: names of the images found: fewer than topk where there were fewer candidates.
-        pids: their identities, -1 where none was given, or where there is no image.
-        camids: their cameras, likewise.
-        query_attention: attention maps of the query in each pair, >= 0, unscaled.
-        gallery_attention: attention maps of the image found in each pair.
-        scores: what the evidence says of each pair, NaN where there is no image: z1 − z0 of a
-            pair classifier, of a similarity the cosine.
-
-    ``ranking.evidence`` says what attention is evidence of.
-    """
-
-    ranking: Ranking
-    names: list[list[str]]
-    pids: Int64[np.ndarray, "queries topk"]
-    camids: Int64[np.ndarray, "queries topk"]
-    query_attention: Float[Tensor, "queries topk height width"]
-    gallery_attention: Float[Tensor, "queries topk height width"]
-    scores: Float[Tensor, "queries topk"]
-
-    @property
-    def probabilities(self) -> Float[Tensor, "queries topk"] | None:
-        """The pair classifier's probability of "same identity"; None of a similarity."""
-        by_similarity = self.ranking.evidence is Evidence.SIMILARITY
-        return None if by_similarity else self.scores.sigmoid()
-
-    def matches(self, threshold: float) -> list[list[str]]:
-        """Returns the names that pass, for each query; an empty list says: nobody.
-
-        Args:
-            threshold: as :meth:`Ranking.passing` takes it.
-
-        Raises:
-            TypeError, ValueError: likewise.
-        """
-        passing = self.ranking.passing(threshold).sum(1).tolist()  # distances ascend
-        return [names[:number] for names, number in zip(self.names, passing, strict=True)]
 
 
 class GalleryIndex:

@@ -6,14 +6,10 @@ attention. pymilvus is imported when a collection is opened (``pip install 'casn
 
 import hashlib
 import json
-import logging
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +21,7 @@ from tqdm import tqdm
 
 from casn_plugin.doors import check_count, check_finite, check_kind, check_lengths, check_tensor
 from casn_plugin.identities import UNKNOWN, Ids, as_ids
+from casn_plugin.ranking.connection import connect, disconnect, quiet
 from casn_plugin.ranking.index import GalleryIndex
 from casn_plugin.ranking.manifest import Manifest
 
@@ -32,7 +29,6 @@ _OWN = ("key", "features", "name", "pid", "camid")
 _MOST = 16384  # of Milvus: rows of an answer
 _LONGEST = 65535  # of Milvus: bytes of a text
 _MESSAGE = 2**24  # bytes sent at a time
-_opened: Counter[str] = Counter()  # files, and by how many in this process
 
 
 class Updated(NamedTuple):
@@ -111,7 +107,7 @@ class MilvusFeatures:
         self.collection = f"{collection}_{index.manifest.model[:24]}"
         self._index_type = check_kind("index_type", index_type, str)
         self._uri = os.fspath(check_kind("uri", uri, str, os.PathLike))
-        self.client = _client(self._uri, token)
+        self.client = connect(self._uri, token)
         self._closed = False
         if self.client.has_collection(self.collection):
             self.client.load_collection(self.collection)  # as opening a file does not
@@ -130,15 +126,7 @@ class MilvusFeatures:
         if self._closed:
             return
         self._closed = True
-        self.client.close()
-        path = os.path.abspath(self._uri)
-        if not _is_file(self._uri):
-            return
-        _opened[path] -= 1
-        if not _opened[path]:
-            from milvus_lite.server_manager import server_manager_instance
-
-            server_manager_instance.release_server(path)
+        disconnect(self.client, self._uri)
 
     def drop(self) -> None:
         """Deletes the collection."""
@@ -275,7 +263,7 @@ class MilvusFeatures:
         """Yields the keys of the collection."""
         if not self.client.has_collection(self.collection):
             return
-        with _quiet():
+        with quiet():
             batches = self.client.query_iterator(
                 self.collection, batch_size=_MOST, filter="", output_fields=["key"]
             )
@@ -309,7 +297,7 @@ class MilvusFeatures:
         from pymilvus import MilvusException
 
         try:
-            with _quiet():
+            with quiet():
                 found = self.client.search(
                     self.collection, data=vectors, limit=number, filter=one, output_fields=["key"]
                 )
@@ -365,38 +353,6 @@ class _Keys:
         return -2 if rows is None or int(place) >= len(rows) else int(rows[int(place)])
 
 
-def _client(uri: str, token: str) -> Any:
-    """Returns a client of a server, or of a file in this process."""
-    try:
-        from pymilvus import MilvusClient
-    except ImportError as error:
-        raise ImportError("this needs pymilvus: pip install 'casn-plugin[milvus]'") from error
-
-    local = _is_file(uri)
-    if local and not uri.endswith(".db"):
-        raise ValueError(f"uri must be an address, or a path that ends in .db, got {uri!r}")
-    try:
-        with _quiet():
-            if local:
-                Path(uri).parent.mkdir(parents=True, exist_ok=True)
-            client = MilvusClient(uri, token=token, dedicated=True)
-    except Exception as error:  # of pymilvus, milvus-lite and grpc, each its own
-        if "milvus-lite is required" in str(error):
-            raise ImportError(
-                "a file needs milvus-lite: pip install 'casn-plugin[milvus]'"
-            ) from error
-        hint = " (one process at a time can)" if local else ""
-        raise OSError(f"Milvus can't open {uri}{hint}: {error}") from error
-    if local:
-        _opened[os.path.abspath(uri)] += 1
-    return client
-
-
-def _is_file(uri: str) -> bool:
-    """Returns whether it is a path and no address."""
-    return "://" not in uri
-
-
 def _known(index: GalleryIndex, fields: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """Returns what is known of each image: its name, pid, camid and other fields.
 
@@ -429,17 +385,3 @@ def _known(index: GalleryIndex, fields: Mapping[str, Sequence[Any]]) -> list[dic
 def _unit(features: Float[Tensor, "images dim"]) -> Float[np.ndarray, "images dim"]:
     """Returns features of unit length, as Milvus takes them."""
     return np.asarray(F.normalize(features.detach().cpu().to(torch.float32), dim=1))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps pymilvus from writing errors to the terminal that are raised anyway."""
-    loggers = [logging.getLogger(name) for name in ("pymilvus", "milvus_lite")]
-    levels = [each.level for each in loggers]
-    try:
-        for each in loggers:
-            each.setLevel(logging.CRITICAL + 1)
-        yield
-    finally:
-        for each, level in zip(loggers, levels, strict=True):
-            each.setLevel(level)

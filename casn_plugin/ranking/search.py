@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 
 from casn_plugin.attention import ROW_THRESHOLD
@@ -59,6 +60,50 @@ class Ranking:
         """
         check_weight("threshold", threshold)
         return self.distances <= threshold
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What ``GalleryIndex.search`` finds, for each query nearest first.
+
+    Attributes:
+        ranking: rows of the index and the distances.
+        names: names of the images found: fewer than topk where there were fewer candidates.
+        pids: their identities, -1 where none was given, or where there is no image.
+        camids: their cameras, likewise.
+        query_attention: attention maps of the query in each pair, >= 0, unscaled.
+        gallery_attention: attention maps of the image found in each pair.
+        scores: what the evidence says of each pair, NaN where there is no image: z1 − z0 of a
+            pair classifier, of a similarity the cosine.
+
+    ``ranking.evidence`` says what attention is evidence of.
+    """
+
+    ranking: Ranking
+    names: list[list[str]]
+    pids: Int64[np.ndarray, "queries topk"]
+    camids: Int64[np.ndarray, "queries topk"]
+    query_attention: Float[Tensor, "queries topk height width"]
+    gallery_attention: Float[Tensor, "queries topk height width"]
+    scores: Float[Tensor, "queries topk"]
+
+    @property
+    def probabilities(self) -> Float[Tensor, "queries topk"] | None:
+        """The pair classifier's probability of "same identity"; None of a similarity."""
+        by_similarity = self.ranking.evidence is Evidence.SIMILARITY
+        return None if by_similarity else self.scores.sigmoid()
+
+    def matches(self, threshold: float) -> list[list[str]]:
+        """Returns the names that pass, for each query; an empty list says: nobody.
+
+        Args:
+            threshold: as :meth:`Ranking.passing` takes it.
+
+        Raises:
+            TypeError, ValueError: likewise.
+        """
+        passing = self.ranking.passing(threshold).sum(1).tolist()  # distances ascend
+        return [names[:number] for names, number in zip(self.names, passing, strict=True)]
 
 
 # the arguments of fuse_distmats, and what is searched how
