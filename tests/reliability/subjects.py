@@ -37,6 +37,7 @@ from casn_plugin import (
     retrieval,
 )
 from casn_plugin.explanation.pictures import colour_key, overlay, pair_mosaic
+from casn_plugin.ranked import ranked_lists
 
 SIZE = (32, 16)
 Case = tuple[Callable[..., Any], dict[str, Any]]
@@ -211,7 +212,7 @@ def cases() -> dict[str, Case]:
             evaluation.evaluate_rank, {"distmat": distmat, **counted, "max_rank": 5},
         ),
         "ranked_lists": (
-            evaluation.ranked_lists,
+            ranked_lists,
             {"feature_distmat": distmat, "fused_distmat": other, **counted, "topk": 3},
         ),
         "verification_auc": (
