@@ -32,8 +32,11 @@ from typing import Any
 import cv2
 import protocols
 import torch
+from explained import faithfulness_of
+from gradients import gradient_norms, probe
 from measurements import measure
 from results import ROOT, Run, Study, provenance, rounded
+from robustness import robustness
 from studies import FAMILIES, PROTOCOLS, file_of, names_of, runs_of
 from tqdm import tqdm
 
@@ -56,7 +59,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--identities", type=int, help="train on so many first identities only")
     add("--topk", type=int, help="compare the attention of so many nearest by features only")
     add("--max-epoch", type=int, help="epochs to train, by default as the protocol says")
-    add("--study", choices=["table", "choices"], default="table")
+    add("--study", choices=["table", "choices", "evidence"], default="table", help="the rows of "
+        "the paper; one open choice at a time; or how faithful attention is and what changed "
+        "queries cost, of the rows without attention losses and with both")  # fmt: skip
     add("--family", choices=FAMILIES, default="IDE", help="whose rows --study choices varies")
     add("--only", nargs="+", help="rows of the table, or choices, e.g. 'CASN(IDE)', λ2, 'λ2: 0.5'")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -105,6 +110,14 @@ class Trainer(protocols.LabEngine):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, keep_checkpoints=0, **kwargs)
+        self.gradients: list[dict[str, float]] = []
+
+    def train(self, *args: Any, **kwargs: Any) -> None:
+        """Trains one epoch, and notes before it what each loss asks of the tapped layer."""
+        if not self.gradients:
+            self.batch = probe(self.train_loader.dataset.train, self.casn.preprocessing)
+        self.gradients.append(gradient_norms(self, self.batch))
+        super().train(*args, **kwargs)
 
     def test(self, *args: Any, **kwargs: Any) -> float:
         """Does nothing."""
@@ -138,6 +151,9 @@ def run_one(run: Run, study: Study, log: Path) -> None:
         trained = time.perf_counter()
         (name,) = engine.test_loader
         results = None if diverged else measure(engine, name)
+        if results and run["study"] == "evidence":
+            results["robustness"] = robustness(engine, name)
+            results["faithfulness"] = faithfulness_of(engine, name)
     done = {
         **{key: run[key] for key in ("study", "data", "name", "value", "family", "seed")},
         "settings": protocols.settings_of(options),
@@ -145,6 +161,7 @@ def run_one(run: Run, study: Study, log: Path) -> None:
         "device": options.device,
         "results": results,
         "history": engine.history,
+        "gradients": engine.gradients,
         "seconds": {"training": trained - started, "measuring": time.perf_counter() - trained},
     }
     study.add(rounded(done))

@@ -16,6 +16,7 @@ from typing import Any
 
 import protocols
 import torch
+from jaxtyping import Bool, Int64
 from matplotlib.figure import Figure
 from measurements import class_maps
 from plots import save_small
@@ -24,10 +25,16 @@ from tables import markdown
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from casn_plugin import CASN, Encoding, Similarity
+from casn_plugin import CASN, Encoding, ImageCASNEngine, Similarity
 from casn_plugin.explanation import COLOURS
-from casn_plugin.faithfulness import PairFaithfulness, centre_prior, pair_faithfulness
+from casn_plugin.faithfulness import (
+    FaithfulnessCurves,
+    PairFaithfulness,
+    centre_prior,
+    pair_faithfulness,
+)
 from casn_plugin.identities import pairs_by_identity
+from casn_plugin.imputation import Fill
 from casn_plugin.loading import encode_loader
 from casn_plugin.ranking import pair_attention
 
@@ -54,6 +61,79 @@ def maps_of_pairs(
     }
 
 
+def random_pairs(
+    wanted: Bool[Tensor, "queries galleries"], number: int
+) -> tuple[Int64[Tensor, " pairs"], Int64[Tensor, " pairs"]]:
+    """Returns rows and columns of pairs: of so many queries at most, one wanted pair of each."""
+    generator = torch.Generator().manual_seed(1)
+    rows = wanted.any(1).nonzero()[:, 0]
+    rows = rows[torch.randperm(len(rows), generator=generator)[:number]]
+    chance = torch.rand(wanted.shape, generator=generator).masked_fill(~wanted, -1)
+    return rows, chance.argmax(1)[rows]
+
+
+def curves_of_pairs(
+    model: CASN,
+    query: Encoding,
+    gallery: Encoding,
+    loaders: dict[str, DataLoader[Any]],
+    pairs: tuple[Int64[Tensor, " pairs"], Int64[Tensor, " pairs"]],
+    fill: Fill | Tensor = "neighbours",
+) -> dict[str, PairFaithfulness]:
+    """Returns the curves of every kind of map of some pairs.
+
+    Args:
+        model: a trained one.
+        query: encodings of all queries.
+        gallery: likewise.
+        loaders: of "query" and "gallery", in the order of the encodings.
+        pairs: rows of both.
+        fill: what stands where pixels were.
+    """
+    some = [
+        DataLoader(Subset(loaders[part].dataset, rows.tolist()), batch_size=64)
+        for part, rows in zip(("query", "gallery"), pairs, strict=True)
+    ]
+    first, second = (torch.cat([batch["img"] for batch in each]) for each in some)
+    maps = maps_of_pairs(model, query[pairs[0]], gallery[pairs[1]], some)
+    return {
+        name: pair_faithfulness(model, first, second, *both, fill=fill, progress=True)
+        for name, both in maps.items()
+    }
+
+
+def faithfulness_of(engine: ImageCASNEngine, name: str, number: int = 32) -> dict[str, Any]:
+    """Returns how faithful each kind of map of a trained model is, for pairs of one identity.
+
+    By map, score ("evidence" of the pair classifier, "closeness" of the features) and side: the
+    gap of every pair, and the mean deletion and insertion curves.
+    """
+    loaders = engine.test_loader[name]
+    (query, *q_ids), (gallery, *g_ids) = (
+        encode_loader(engine.casn, loaders[part]) for part in ("query", "gallery")
+    )
+    same, counted = pairs_by_identity(q_ids[0], g_ids[0], q_ids[1], g_ids[1])
+    pairs = random_pairs(same & counted, number)
+    found = curves_of_pairs(engine.casn, query, gallery, loaders, pairs)
+    return {
+        name: {
+            score: {side: _numbers(curves) for side, curves in getattr(of, score).items()}
+            for score in ("evidence", "closeness")
+        }
+        for name, of in found.items()
+    }
+
+
+def _numbers(curves: FaithfulnessCurves) -> dict[str, list[float]]:
+    """Returns what is kept of curves, in four digits."""
+    every = {
+        "gap": curves.gap,
+        "deletion": curves.deletion.mean(0),
+        "insertion": curves.insertion.mean(0),
+    }
+    return {key: [float(f"{each:.4g}") for each in values] for key, values in every.items()}
+
+
 def interval(gaps: Tensor) -> str:
     """Returns mean and 95 % interval of the mean, bootstrapped over queries."""
     found = stats.bootstrap((gaps.numpy(),), lambda x, axis: x.mean(axis), n_resamples=2000, rng=0)
@@ -75,8 +155,8 @@ def plot(found: dict[str, PairFaithfulness]) -> Figure:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, kind, text in (
-        (axes[0], "deletion", "most attended pixels removed"),
-        (axes[1], "insertion", "most attended pixels shown"),
+        (axes[0], "deletion", "removed, the most attended first"),
+        (axes[1], "insertion", "shown, the most attended first"),
     ):
         for number, (name, curves) in enumerate(found.items()):
             of_both = curves.evidence["both"]
@@ -85,7 +165,7 @@ def plot(found: dict[str, PairFaithfulness]) -> Figure:
                 100 * of_both.shares, getattr(of_both, kind).mean(0), label=name, ls=style,
                 color=PALETTE[number], lw=2.2 if number == 0 else 1.4,
             )  # fmt: skip
-        axis.set_xlabel(f"% of the {text}")
+        axis.set_xlabel(f"% of the pixels {text}")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("same-identity logit, mean of pairs")
     axes[1].legend(frameon=False)
@@ -113,22 +193,12 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, PairFaithfulness]
     fill = model.preprocessing.black if args.fill == "black" else args.fill
     every = {}
     for kind, wanted in (("one identity", same & counted), ("two identities", ~same & counted)):
-        generator = torch.Generator().manual_seed(1)
-        rows = wanted.any(1).nonzero()[:, 0]
-        rows = rows[torch.randperm(len(rows), generator=generator)[: args.pairs]]
-        chance = torch.rand(wanted.shape, generator=generator).masked_fill(~wanted, -1)
-        columns = chance.argmax(1)[rows]
-        sets = [Subset(loaders["query"].dataset, rows.tolist()),
-                Subset(loaders["gallery"].dataset, columns.tolist())]  # fmt: skip
-        some = [DataLoader(each, batch_size=64) for each in sets]
-        first, second = (torch.cat([batch["img"] for batch in each]) for each in some)
-        maps = maps_of_pairs(model, query[rows], gallery[columns], some)
-        found = every[kind] = {
-            name: pair_faithfulness(model, first, second, *both, fill=fill, progress=True)
-            for name, both in maps.items()
-        }
+        pairs = random_pairs(wanted, args.pairs)
+        found = every[kind] = curves_of_pairs(model, query, gallery, loaders, pairs, fill)
         for score, text in (("evidence", "same-identity logit"), ("closeness", "closeness")):
-            print(f"\n{len(rows)} pairs of {kind}, {text}, {args.fill}\n\n{table(found, score)}")
+            print(
+                f"\n{len(pairs[0])} pairs of {kind}, {text}, {args.fill}\n\n{table(found, score)}"
+            )
     if args.picture:
         save_small(plot(every["one identity"]), args.picture)
     return every

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 LAMBDAS = {"": (0.0, 0.0), "+IA": (0.5, 0.0), "+SA": (0.0, 0.05), "CASN": (0.5, 0.05)}
+WITH_EVIDENCE = ("", "CASN")
+"""What is measured with more care: without attention losses, and with both."""
 FAMILIES = ("IDE", "PCB")
 TITLES = {
     "embedded": "Embedded set of rendered pedestrians",
@@ -82,7 +84,9 @@ def file_of(study: str, data: str, family: str) -> str:
         >>> file_of("table", "ward", "IDE"), file_of("choices", "ward", "PCB")
         ('ward.jsonl', 'ward-choices-PCB.jsonl')
     """
-    return f"{data}.jsonl" if study == "table" else f"{data}-choices-{family}.jsonl"
+    if study == "choices":
+        return f"{data}-choices-{family}.jsonl"
+    return f"{data}.jsonl" if study == "table" else f"{data}-{study}.jsonl"
 
 
 def names_of(run: dict[str, Any]) -> set[str]:
@@ -101,7 +105,8 @@ def runs_of(
     """Returns what tells the runs of a study apart, all rows of a seed before the next seed.
 
     Args:
-        study: "table" for the rows of both families, or "choices" for those of one.
+        study: "table" for the rows of both families, "evidence" for those without attention
+            losses and with both, or "choices" for those of one family.
         data: what the results are called.
         protocol: one of :data:`PROTOCOLS`.
         family: whose rows "choices" varies.
@@ -109,9 +114,10 @@ def runs_of(
         common: options of protocols.py that all runs have; the row's own come before them.
     """
     rows: list[tuple[str, str, str, list[str]]] = []
-    if study == "table":
+    if study != "choices":
+        of_study = LAMBDAS if study == "table" else WITH_EVIDENCE
         for each in FAMILIES:
-            rows += [(name_of(each, losses), "", each, _lambdas(losses)) for losses in LAMBDAS]
+            rows += [(name_of(each, losses), "", each, _lambdas(losses)) for losses in of_study]
     else:
         rows += [
             (choice, value, family, _lambdas(losses) + options)
