@@ -27,7 +27,7 @@ from casn_plugin.hooks import (
     never_computed_again,
     twin,
 )
-from casn_plugin.scores import SCORES, Logits, identity_scores, parts_of
+from casn_plugin.scores import SCORES, Logits, Score, identity_scores, parts_of
 
 
 def identification_loss(
@@ -168,8 +168,9 @@ class IdentificationAttentionLoss(nn.Module):
     differentiable, so the loss trains where the network looks.
 
     Args:
-        score: what Eq. 2 calls y_c: "logit" as in the paper (unbounded below), or "probability"
-            (bounded in [0, 1]).
+        score: what Eq. 2 calls y_c, as :func:`casn_plugin.scores.identity_scores` has it: "logit"
+            as in the paper (unbounded below), "probability" (in [0, 1]), "log-odds" or
+            "above-chance".
         mask_scale: α of the soft mask, its steepness.
         mask_threshold: β of the soft mask, a share of the map's maximum.
         fill: the value that a hidden pixel takes: a number or a tensor that broadcasts to
@@ -197,7 +198,7 @@ class IdentificationAttentionLoss(nn.Module):
 
     def __init__(
         self,
-        score: Literal["logit", "probability"] = "probability",
+        score: Score = "probability",
         mask_scale: float = 10.0,
         mask_threshold: float = 0.5,
         fill: float | Tensor = 0.0,

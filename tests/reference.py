@@ -55,16 +55,20 @@ def identification_attention_loss(
 ) -> float:
     """Eq. 2, L_ia = y_c of the masked image, as the mean over images.
 
-    y_c is the true identity's logit, or with score="probability" its softmax probability.
+    y_c is the true identity's logit, its softmax probability p, the log-odds of p, or how far
+    log p is above that of guessing.
     """
-    if score not in ("logit", "probability"):
-        raise ValueError(f"score must be 'logit' or 'probability', not {score!r}")
     total = 0.0
     for scores, pid in zip(masked_logits, pids, strict=True):
-        if score == "logit":
-            total += float(scores[pid])
-        else:
-            total += math.exp(log_softmax(scores)[pid])
+        log_p = log_softmax(scores)[pid]
+        p = math.exp(log_p)
+        readings = {
+            "logit": float(scores[pid]),
+            "probability": p,
+            "log-odds": math.log(p / (1 - p)),
+            "above-chance": max(0.0, log_p - math.log(1 / len(scores))),
+        }
+        total += readings[score]
     return float(total / len(pids))
 
 

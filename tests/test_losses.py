@@ -1,6 +1,7 @@
 """Each loss against the reference, and as a part of somebody else's training loop."""
 
 import copy
+import math
 import subprocess
 import sys
 
@@ -24,7 +25,7 @@ from casn_plugin.losses import (
     pair_loss,
     siamese_attention_loss,
 )
-from casn_plugin.scores import identity_scores
+from casn_plugin.scores import SCORES, identity_scores
 
 PIDS = torch.tensor([0, 0, 3, 4])
 
@@ -38,12 +39,36 @@ def test_identification_loss_agrees_with_the_reference():
     assert identification_loss(parts, pids, label_smoothing=0.1).item() == pytest.approx(both)
 
 
-@pytest.mark.parametrize("score", ["logit", "probability"])
+@pytest.mark.parametrize("score", SCORES)
 def test_identification_attention_loss_agrees_with_the_reference(score):
     logits = torch.randn(4, 5, dtype=torch.float64)
     expected = reference.identification_attention_loss(logits.numpy(), PIDS.tolist(), score)
     loss = identification_attention_loss(identity_scores(logits, PIDS, score))
     assert loss.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_only_the_logit_moves_with_all_logits_of_an_image(score):
+    """What Eq. 1 does not see, a reading of Eq. 2 can't be lowered by, but for the logit."""
+    logits, pids = torch.randn(4, 5, dtype=torch.float64), PIDS
+    moved = identity_scores(logits - 3, pids, score)
+    expected = identity_scores(logits, pids, score) - (3 if score == "logit" else 0)
+    torch.testing.assert_close(moved, expected)
+
+
+def test_readings_of_the_score_where_it_is_sure_and_where_it_guesses():
+    sure = torch.tensor([[60.0, 0.0, 0.0]], requires_grad=True)
+    found = identity_scores(sure, torch.tensor([0]), "log-odds")
+    assert found.item() == pytest.approx(60 - math.log(2))  # log(1 - p) alone would be -inf
+    (gradient,) = torch.autograd.grad(found.sum(), sure)
+    torch.testing.assert_close(gradient, torch.tensor([[1.0, -0.5, -0.5]]))
+    guessing = torch.tensor([[-1.0, 0.0, 0.0]], requires_grad=True)
+    found = identity_scores([guessing, sure], torch.tensor([0]), "above-chance")
+    assert found.item() == pytest.approx(math.log(3) / 2)  # one part guesses, the other is sure
+    (gradient,) = torch.autograd.grad(found.sum(), guessing)
+    assert not gradient.any()
+    with pytest.raises(ValueError, match="log-odds need two classes or more, got logits of 1"):
+        identity_scores(torch.zeros(2, 1), torch.tensor([0, 0]), "log-odds")
 
 
 def test_identity_scores_of_parts_are_summed_as_logits_and_averaged_as_probabilities():
@@ -248,7 +273,7 @@ def test_bad_input_says_what_was_expected(unchecked):
         SiameseAttentionLoss()(PairClassifier(8), activations.mean((2, 3)), PIDS[:3], activations)
     with pytest.raises(ValueError, match=r"pids must lie in \[0, 4\)"):
         identity_scores(torch.rand(4, 4), PIDS)
-    with pytest.raises(ValueError, match="'logit' or 'probability', got 'loss'"):
+    with pytest.raises(ValueError, match="'log-odds' or 'above-chance', got 'loss'"):
         IdentificationAttentionLoss("loss")
     with pytest.raises(ValueError, match="'network' or 'attention', got 'all'"):
         IdentificationAttentionLoss(trains="all")

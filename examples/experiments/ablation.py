@@ -37,7 +37,7 @@ from gradients import gradient_norms, probe
 from measurements import measure
 from results import ROOT, Run, Study, provenance, rounded
 from robustness import robustness
-from studies import FAMILIES, PROTOCOLS, file_of, names_of, runs_of
+from studies import FAMILIES, PROTOCOLS, STUDIES, file_of, names_of, runs_of
 from tqdm import tqdm
 
 from casn_plugin.engine import EMBEDDED_DATASET
@@ -59,9 +59,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--identities", type=int, help="train on so many first identities only")
     add("--topk", type=int, help="compare the attention of so many nearest by features only")
     add("--max-epoch", type=int, help="epochs to train, by default as the protocol says")
-    add("--study", choices=["table", "choices", "evidence"], default="table", help="the rows of "
-        "the paper; one open choice at a time; or how faithful attention is and what changed "
-        "queries cost, of the rows without attention losses and with both")  # fmt: skip
+    add("--study", choices=STUDIES, default="table", help="the rows of the paper; one open "
+        "choice at a time; how faithful attention is and what changed queries cost, of the rows "
+        "without attention losses and with both; or readings of Eq. 2")  # fmt: skip
     add("--family", choices=FAMILIES, default="IDE", help="whose rows --study choices varies")
     add("--only", nargs="+", help="rows of the table, or choices, e.g. 'CASN(IDE)', λ2, 'λ2: 0.5'")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])

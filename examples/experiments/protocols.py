@@ -28,6 +28,7 @@ from casn_plugin import (
     SiameseAttentionLoss,
 )
 from casn_plugin.processes import Processes, launched, started
+from casn_plugin.scores import SCORES
 
 # what a result does not depend on
 _PLACES = {"root", "save_dir", "resume", "test_only", "visrank", "rerank", "device", "workers"}
@@ -59,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--label-smooth", action=yes_no, help="smooth the labels of L_ide (Eq. 1 does not)")
     add("--eval-freq", type=int, help="epochs between checkpoints with evaluation; -1: at the end")
     add = parser.add_argument_group("identification attention").add_argument
-    add("--score", choices=["probability", "logit"], default="probability", help="y_c of Eq. 2")
+    add("--score", choices=SCORES, default="probability", help="y_c of Eq. 2")
     add("--mask-scale", type=float, default=10.0, help="alpha of the soft mask")
     add("--mask-threshold", type=float, default=0.5, help="beta of the soft mask")
     add("--ia-trains", choices=["attention", "network"], default="attention", help="what L_ia "

@@ -6,6 +6,7 @@ A row or a choice is a list of options of protocols.py; a run is one of them wit
 from collections.abc import Iterator
 from typing import Any
 
+STUDIES = ("table", "choices", "evidence", "readings")
 LAMBDAS = {"": (0.0, 0.0), "+IA": (0.5, 0.0), "+SA": (0.0, 0.05), "CASN": (0.5, 0.05)}
 WITH_EVIDENCE = ("", "CASN")
 """What is measured with more care: without attention losses, and with both."""
@@ -58,6 +59,16 @@ CHOICES: dict[str, dict[str, dict[str, list[str]]]] = {
     },
 }
 
+READINGS: dict[str, list[str]] = {
+    f"{score}, {trains} trained, λ1 {weight}": [
+        "--score", score, "--ia-trains", trains, "--lambda-ia", weight,
+    ]
+    for score, weights in (("log-odds", ("0.5", "0.01")), ("above-chance", ("0.5", "0.01")))
+    for trains in ("attention", "network")
+    for weight in weights
+}  # fmt: skip
+"""Of Eq. 2, readings that a common shift of the logits does not change: options of CASN's row."""
+
 
 def name_of(family: str, losses: str) -> str:
     """Returns what the paper's Table 3 calls a row.
@@ -84,9 +95,9 @@ def file_of(study: str, data: str, family: str) -> str:
         >>> file_of("table", "ward", "IDE"), file_of("choices", "ward", "PCB")
         ('ward.jsonl', 'ward-choices-PCB.jsonl')
     """
-    if study == "choices":
-        return f"{data}-choices-{family}.jsonl"
-    return f"{data}.jsonl" if study == "table" else f"{data}-{study}.jsonl"
+    if study == "table":
+        return f"{data}.jsonl"
+    return f"{data}-{study}.jsonl" if study == "evidence" else f"{data}-{study}-{family}.jsonl"
 
 
 def names_of(run: dict[str, Any]) -> set[str]:
@@ -106,7 +117,7 @@ def runs_of(
 
     Args:
         study: "table" for the rows of both families, "evidence" for those without attention
-            losses and with both, or "choices" for those of one family.
+            losses and with both, "choices" or "readings" for those of one family.
         data: what the results are called.
         protocol: one of :data:`PROTOCOLS`.
         family: whose rows "choices" varies.
@@ -114,7 +125,12 @@ def runs_of(
         common: options of protocols.py that all runs have; the row's own come before them.
     """
     rows: list[tuple[str, str, str, list[str]]] = []
-    if study != "choices":
+    if study == "readings":
+        rows += [
+            ("score of Eq. 2", value, family, _lambdas("CASN") + options)
+            for value, options in READINGS.items()
+        ]
+    elif study != "choices":
         of_study = LAMBDAS if study == "table" else WITH_EVIDENCE
         for each in FAMILIES:
             rows += [(name_of(each, losses), "", each, _lambdas(losses)) for losses in of_study]
