@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tables import markdown
+from rows import markdown
 from torch import Tensor, nn
 
 from casn_plugin import Encoding, PairClassifier

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tables import markdown
+from rows import markdown
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

@@ -17,16 +17,14 @@ from typing import Any
 import protocols
 import torch
 from jaxtyping import Bool, Int64
-from matplotlib.figure import Figure
 from measurements import class_maps
-from plots import save_small
+from plots import plot_faithfulness, save_small
+from rows import markdown
 from scipy import stats
-from tables import markdown
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from casn_plugin import CASN, Encoding, ImageCASNEngine, Similarity
-from casn_plugin.explanation import COLOURS
 from casn_plugin.faithfulness import (
     FaithfulnessCurves,
     PairFaithfulness,
@@ -39,7 +37,6 @@ from casn_plugin.loading import encode_loader
 from casn_plugin.ranking import pair_attention
 
 Maps = tuple[Tensor, Tensor]
-PALETTE = (*COLOURS.values(), "#009E73", "#555555")  # the rest of Okabe and Ito's
 SIDES = ("query", "gallery", "both")
 
 
@@ -150,28 +147,6 @@ def table(found: dict[str, PairFaithfulness], score: str) -> str:
     return markdown(["Map", *(f"pixels of {side}" for side in SIDES)], rows)
 
 
-def plot(found: dict[str, PairFaithfulness]) -> Figure:
-    """Returns the mean curves of the evidence where pixels of both pictures go, or come."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, kind, text in (
-        (axes[0], "deletion", "removed, the most attended first"),
-        (axes[1], "insertion", "shown, the most attended first"),
-    ):
-        for number, (name, curves) in enumerate(found.items()):
-            of_both = curves.evidence["both"]
-            style = "-" if number == 0 else ("--", ":", "-.", (0, (1, 4)))[number - 1]
-            axis.plot(
-                100 * of_both.shares, getattr(of_both, kind).mean(0), label=name, ls=style,
-                color=PALETTE[number], lw=2.2 if number == 0 else 1.4,
-            )  # fmt: skip
-        axis.set_xlabel(f"% of the pixels {text}")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("same-identity logit, mean of pairs")
-    axes[1].legend(frameon=False)
-    return figure
-
-
 def main(argv: list[str] | None = None) -> dict[str, dict[str, PairFaithfulness]]:
     """Measures, prints and draws; returns the curves of pairs of one and of two identities."""
     parser = argparse.ArgumentParser(
@@ -200,7 +175,14 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, PairFaithfulness]
                 f"\n{len(pairs[0])} pairs of {kind}, {text}, {args.fill}\n\n{table(found, score)}"
             )
     if args.picture:
-        save_small(plot(every["one identity"]), args.picture)
+        means = {
+            name: {"deletion": curves.deletion.mean(0).tolist(),
+                   "insertion": curves.insertion.mean(0).tolist()}
+            for name, found in every["one identity"].items()
+            for curves in (found.evidence["both"],)
+        }  # fmt: skip
+        figure = plot_faithfulness({"": means}, "same-identity logit, mean of pairs")
+        save_small(figure, args.picture)
     return every
 
 

@@ -11,6 +11,10 @@ from PIL import Image
 from studies import FAMILIES, LAMBDAS, name_of
 
 from casn_plugin.explanation import COLOURS
+from casn_plugin.faithfulness import SHARES
+
+PALETTE = (*COLOURS.values(), "#009E73", "#555555")
+"""The package's colours, and more of Okabe and Ito's."""
 
 
 def save_small(picture: Figure | np.ndarray | Image.Image, path: Path) -> None:
@@ -144,6 +148,79 @@ def plot_memory(
     axes.minorticks_off()
     axes.legend(loc="upper left", fontsize="small")
     axes.set_title(f"Peak memory of ranking an index on disk, 64 queries ({device})")
+    return figure
+
+
+def plot_robustness(
+    panels: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]],
+) -> Figure:
+    """Returns mAP over the strength of each change, means and ranges of the seeds.
+
+    Args:
+        panels: by the label of a change and by "row, ranking", the mAPs of the seeds at each
+            strength, in percent.
+    """
+    figure = Figure(figsize=(2.6 * len(panels), 6), layout="constrained", dpi=100)
+    kinds = ("features", "fused")
+    every = figure.subplots(len(kinds), len(panels), sharey=True, squeeze=False)
+    lines = {}
+    for column, (label, curves) in enumerate(panels.items()):
+        for at, kind in enumerate(kinds):
+            axes = every[at][column]
+            of_kind = {
+                name.removesuffix(f", {kind}"): values
+                for name, values in curves.items()
+                if name.endswith(f", {kind}")
+            }
+            for number, (name, by_strength) in enumerate(of_kind.items()):
+                strengths = list(by_strength)
+                values = np.array(list(by_strength.values()))
+                style = "-" if "CASN" in name else "--"
+                (lines[name],) = axes.plot(
+                    strengths, values.mean(1), style, marker="o", markersize=3,
+                    color=PALETTE[number],
+                )  # fmt: skip
+                axes.fill_between(
+                    strengths, values.min(1), values.max(1), color=PALETTE[number], alpha=0.12
+                )
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+        every[-1][column].set_xlabel(label)
+    for at, kind in enumerate(kinds):
+        every[at][0].set_ylabel(f"mAP (%), {kind}")
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines))
+    return figure
+
+
+def plot_faithfulness(
+    panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]],
+    score: str = "closeness of the features",
+) -> Figure:
+    """Returns mean scores while the most attended pixels go (left of each pair), and come (right).
+
+    Args:
+        panels: by the name of a row and the kind of map, its "deletion" and "insertion" at
+            :data:`casn_plugin.faithfulness.SHARES`.
+        score: what the curves are of.
+    """
+    figure = Figure(figsize=(9, 0.6 + 3 * len(panels)), layout="constrained", dpi=100)
+    every = figure.subplots(len(panels), 2, sharex=True, sharey="row", squeeze=False)
+    lines = {}
+    for row, (name, maps) in enumerate(panels.items()):
+        for axes, way, text in zip(
+            every[row], ("deletion", "insertion"), ("removed", "shown"), strict=True
+        ):
+            for number, (kind, curves) in enumerate(maps.items()):
+                style = ("-", "--", ":", "-.", (0, (1, 4)))[number]
+                (lines[kind],) = axes.plot(
+                    [100 * share for share in SHARES], curves[way], linestyle=style,
+                    color=PALETTE[number], linewidth=2.2 if number == 0 else 1.4,
+                )  # fmt: skip
+            axes.spines[["top", "right"]].set_visible(False)
+            if row == len(panels) - 1:
+                axes.set_xlabel(f"% of the pixels {text}, the most attended first")
+        every[row][0].set_ylabel(f"{name}\n{score}".strip())
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines))
     return figure
 
 

@@ -172,8 +172,8 @@ def changed(
     }
 
 
-def robustness(engine: ImageCASNEngine, name: str) -> dict[str, Any]:
-    """Returns how well a trained model ranks changed queries, by features and fused.
+def robustness(engine: ImageCASNEngine, name: str, change: bool = True) -> dict[str, Any]:
+    """Returns how well a trained model ranks queries, as they are and changed, by both rankings.
 
     Of "none" and of each change and strength, for "features" (of unit length) and "fused": rank-1
     and AP of every query, None where it has no match.
@@ -191,8 +191,9 @@ def robustness(engine: ImageCASNEngine, name: str) -> dict[str, Any]:
         return _ranked(engine, encode_loader(model, rows), gallery)
 
     found: dict[str, Any] = {"none": ranked(imgs)}
-    for change, by_strength in changed(imgs, masks, pids, camids).items():
-        found[change] = {str(share): ranked(each) for share, each in by_strength.items()}
+    every = changed(imgs, masks, pids, camids) if change else {}
+    for kind, by_strength in every.items():
+        found[kind] = {str(share): ranked(each) for share, each in by_strength.items()}
     return found
 
 
