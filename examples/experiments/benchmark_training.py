@@ -226,14 +226,14 @@ def costs_of(name: str, args: argparse.Namespace) -> list[str]:
 
 
 def settings_of(name: str, args: argparse.Namespace) -> list[list[str]]:
-    """Returns the rows of a network: steps under each setting that it bears without a CASN."""
+    """Returns the rows of a network: steps under each setting that it bears."""
     chosen = [each for each in args.settings if each != "compiled" or name in COMPILED]
     functions: dict[str, Callable[[], None]] = {}
     for setting in tuple(chosen):
         each = Steps(name, args, setting).each()
         try:
-            each[PLAIN]()
-        except RuntimeError:  # the network itself: torchreid's PCB views maps that lie otherwise
+            each[BOTH]()
+        except RuntimeError:  # torchreid's PCB views features that lie otherwise, and can't
             chosen.remove(setting)
             continue
         functions |= {f"{setting}, {what}": each[what] for what in (PLAIN, FLOOR, BOTH)}
