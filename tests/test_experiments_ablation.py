@@ -26,7 +26,17 @@ def report(lab) -> str:
 def test_the_ablation_resumes_and_reports(ablation, lab, market_root, capsys):
     arguments = [
         *("--data", "market1501", "--name", "market", "--root", str(market_root)),
-        *("--protocol", "mobile", "--only", "IDE", "CASN(PCB)", "--seeds", "0", "--max-epoch", "1"),
+        *(
+            "--backbone",
+            "mobilenet_v2",
+            "--only",
+            "IDE",
+            "CASN(PCB)",
+            "--seeds",
+            "0",
+            "--max-epoch",
+            "1",
+        ),
         *("--jobs", "1", "--device", "cpu", "--results", "results", *SMALL),
     ]
     ablation.main(arguments)
@@ -101,7 +111,7 @@ def test_some_choices_or_some_of_their_values(ablation):
 def test_by_range_is_an_option_that_results_tell(ablation, lab, market_root):
     arguments = [
         *("--data", "market1501", "--name", "market", "--root", str(market_root)),
-        *("--study", "choices", "--only", "scale of the profiles", "--protocol", "slim"),
+        *("--study", "choices", "--only", "scale of the profiles", "--backbone", "resnet_slim"),
         *("--seeds", "0", "--max-epoch", "1", "--jobs", "1", "--device", "cpu"),
         *("--results", "results", *SMALL),
     ]
@@ -176,7 +186,7 @@ def test_bad_options_of_the_ablation(ablation, lab, options, message, capsys):
 def test_a_run_that_fails_is_named_and_the_others_are_done(ablation, lab, market_root):
     arguments = [
         *("--data", "market1501", "--name", "market", "--root", str(market_root), "--only", "PCB"),
-        *("--protocol", "slim", "--seeds", "0", "--max-epoch", "1", "--jobs", "1"),
+        *("--backbone", "resnet_slim", "--seeds", "0", "--max-epoch", "1", "--jobs", "1"),
         *("--device", "cpu", "--results", "results", *SMALL),
     ]
     with pytest.raises(SystemExit, match=r"1 runs failed:\nPCB  seed 0: .*see log"):

@@ -130,7 +130,7 @@ def test_evidence_is_measured_of_each_run_and_reported(lab, market_root, monkeyp
     ablation = lab("ablation")
     arguments = [
         *("--data", "market1501", "--name", "market", "--root", str(market_root)),
-        *("--protocol", "slim", "--max-epoch", "1", "--jobs", "1", "--device", "cpu"),
+        *("--backbone", "resnet_slim", "--max-epoch", "1", "--jobs", "1", "--device", "cpu"),
         *("--results", "results"),
     ]
     ablation.main([*arguments, "--study", "evidence", "--seeds", "0", "1", "--only", "IDE",

@@ -12,7 +12,7 @@ On any image data set of torchreid below --root, as the paper trains it:
 On pictures in Market-1501's layout, small and quick, with ImageNet's MobileNetV2:
 
     python examples/experiments/ablation.py --data market1501 --name ward --root ward \
-        --protocol mobile --weights mobilenet_v2-b0353104.pth
+        --backbone mobilenet_v2 --weights mobilenet_v2-b0353104.pth
 
 Each run becomes a line of a file below --results, and is skipped where it is there. With
 --study choices, one choice that the paper leaves open is changed at a time. The tables and plots
@@ -53,8 +53,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", default="embedded", help="'embedded', or a data set of torchreid below --root")
     add("--root", default="", help="folder of torchreid's data sets")
     add("--name", help="what the results are called, by default as the data")
-    add("--protocol", choices=PROTOCOLS, help="networks and training: 'slim' from scratch on a CPU "
-        "(embedded), 'mobile' with MobileNetV2, 'paper' (all other data)")  # fmt: skip
+    add("--backbone", choices=PROTOCOLS, help="of the rows IDE, and what goes with it for PCB: "
+        "'resnet_slim' from scratch on a CPU (by default of the embedded data), 'mobilenet_v2' at "
+        "160x64, or 'resnet50' as the paper trains (of all other data)")  # fmt: skip
     add("--weights", help="initial weights, as train_casn_pcb.py takes them")
     add("--identities", type=int, help="train on so many first identities only")
     add("--topk", type=int, help="compare the attention of so many nearest by features only")
@@ -100,9 +101,9 @@ def _runs(args: argparse.Namespace) -> list[Run]:
     for option in ("root", "weights", "identities", "topk", "max_epoch"):
         if value := getattr(args, option):
             common += [f"--{option.replace('_', '-')}", str(value)]
-    protocol = args.protocol or ("slim" if embedded else "paper")
+    backbone = args.backbone or ("resnet_slim" if embedded else "resnet50")
     common += args.options
-    return runs_of(args.study, args.name, protocol, args.family, args.seeds, common)
+    return runs_of(args.study, args.name, backbone, args.family, args.seeds, common)
 
 
 class Trainer(protocols.LabEngine):

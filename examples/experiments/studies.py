@@ -16,14 +16,15 @@ TITLES = {
     "ward": "WARD (Martinel and Micheloni, 2012): real pictures of 70 people, three cameras",
 }
 _MOBILE = ["--height", "160", "--width", "64", "--optim", "sgd", "--lr", "0.03"]
-# options of each family; "slim" and "mobile" train ten epochs, as the embedded preset does
+# options of each family, by the backbone of IDE; the small ones train ten epochs, as the embedded
+# preset does
 PROTOCOLS: dict[str, dict[str, list[str]]] = {
-    "slim": {"IDE": ["--backbone", "resnet_slim"], "PCB": ["--backbone", "pcb_slim"]},
-    "mobile": {
+    "resnet_slim": {"IDE": ["--backbone", "resnet_slim"], "PCB": ["--backbone", "pcb_slim"]},
+    "mobilenet_v2": {
         "IDE": ["--backbone", "mobilenet_v2", *_MOBILE],
         "PCB": ["--backbone", "mobilenet_pcb", *_MOBILE],
     },
-    "paper": {"IDE": ["--preset", "market1501-ide"], "PCB": ["--preset", "market1501-pcb"]},
+    "resnet50": {"IDE": ["--preset", "market1501-ide"], "PCB": ["--preset", "market1501-pcb"]},
 }
 # by the row of the table that is varied, the smallest that has the choice
 CHOICES: dict[str, dict[str, dict[str, list[str]]]] = {
@@ -111,7 +112,7 @@ def names_of(run: dict[str, Any]) -> set[str]:
 
 
 def runs_of(
-    study: str, data: str, protocol: str, family: str, seeds: list[int], common: list[str]
+    study: str, data: str, backbone: str, family: str, seeds: list[int], common: list[str]
 ) -> list[dict[str, Any]]:
     """Returns what tells the runs of a study apart, all rows of a seed before the next seed.
 
@@ -119,7 +120,7 @@ def runs_of(
         study: "table" for the rows of both families, "evidence" for those without attention
             losses and with both, "choices" or "readings" for those of one family.
         data: what the results are called.
-        protocol: one of :data:`PROTOCOLS`.
+        backbone: one of :data:`PROTOCOLS`.
         family: whose rows "choices" varies.
         seeds: one run of each row for each.
         common: options of protocols.py that all runs have; the row's own come before them.
@@ -147,7 +148,7 @@ def runs_of(
             "value": value,
             "family": of,
             "seed": seed,
-            "argv": [*PROTOCOLS[protocol][of], "--seed", str(seed), *options, *common],
+            "argv": [*PROTOCOLS[backbone][of], "--seed", str(seed), *options, *common],
         }
         for seed in seeds
         for name, value, of, options in rows
