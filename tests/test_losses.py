@@ -67,7 +67,9 @@ def test_readings_of_the_score_where_it_is_sure_and_where_it_guesses():
     assert found.item() == pytest.approx(math.log(3) / 2)  # one part guesses, the other is sure
     (gradient,) = torch.autograd.grad(found.sum(), guessing)
     assert not gradient.any()
-    with pytest.raises(ValueError, match="log-odds need two classes or more, got logits of 1"):
+    two = identity_scores(torch.tensor([[1.0, 3.0]]), torch.tensor([0]), "log-odds")
+    assert two.item() == pytest.approx(-2)
+    with pytest.raises(ValueError, match="^log-odds need two classes or more, got logits of 1"):
         identity_scores(torch.zeros(2, 1), torch.tensor([0, 0]), "log-odds")
 
 
@@ -273,6 +275,16 @@ def test_bad_input_says_what_was_expected(unchecked):
         SiameseAttentionLoss()(PairClassifier(8), activations.mean((2, 3)), PIDS[:3], activations)
     with pytest.raises(ValueError, match=r"pids must lie in \[0, 4\)"):
         identity_scores(torch.rand(4, 4), PIDS)
+    with pytest.raises(ValueError, match="^score must be .* got 'odds'"):
+        identity_scores(torch.rand(4, 5), PIDS, "odds")
+    with pytest.raises(ValueError, match="of one length, got 5 and 4"):
+        identity_scores(torch.rand(5, 5), PIDS)
+    with pytest.raises(TypeError, match="^logits must be"):
+        identity_scores(torch.ones(4, 5, dtype=torch.int64), PIDS)
+    with pytest.raises(TypeError, match="^pids must be"):
+        identity_scores(torch.rand(4, 5), PIDS.float())
+    with pytest.raises(ValueError, match=r"^logits must be a \(B, classes\) tensor"):
+        identity_scores([torch.rand(4, 5), torch.rand(4, 6)], PIDS)
     with pytest.raises(ValueError, match="'log-odds' or 'above-chance', got 'loss'"):
         IdentificationAttentionLoss("loss")
     with pytest.raises(ValueError, match="'network' or 'attention', got 'all'"):
