@@ -8,7 +8,6 @@ import contextlib
 import inspect
 import math
 import os
-import os.path as osp
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,6 +25,7 @@ from casn_plugin.checkpoint import (
 from casn_plugin.checks import CheckedData, check_datamanager, check_optimizer, check_processes
 from casn_plugin.doors import check_count, check_kind, check_settings, check_weight
 from casn_plugin.explanation import AttentionBoard, ExplainedRankings, log_results
+from casn_plugin.heap import kept_heap
 from casn_plugin.losses import IdentificationAttentionLoss
 from casn_plugin.model import as_casn
 from casn_plugin.objective import MetricOptions, loss_terms
@@ -223,8 +223,9 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         self._check_data(self.train_loader.dataset)
         self._checkpoints = self._checkpoints_in(options["save_dir"])
         self.writer = self.writer if self.processes.leads else silent_writer()
+        heap = kept_heap() if self._device.type == "cpu" else contextlib.nullcontext()
         try:
-            with self.processes.one_voice(), self._checkpoints.locked(), self._interruption:
+            with self.processes.one_voice(), self._checkpoints.locked(), self._interruption, heap:
                 super().run(*args, **kwargs)
         finally:
             self._checkpoints = None
@@ -374,7 +375,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
                 self.datamanager.data_type,
                 width=self.datamanager.width,
                 height=self.datamanager.height,
-                save_dir=osp.join(save_dir, "visrank_" + dataset_name),
+                save_dir=os.path.join(save_dir, "visrank_" + dataset_name),
                 topk=visrank_topk,
             )
         return results["fused"]["cmc"][0], results["fused"]["mAP"]
@@ -425,7 +426,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
 
     def _checkpoints_in(self, save_dir: str) -> Checkpoints:
         keep = max(self.keep_checkpoints, 1)
-        return Checkpoints(osp.join(save_dir, "model"), keep, self.processes)
+        return Checkpoints(os.path.join(save_dir, "model"), keep, self.processes)
 
     def resume(self, fpath: str | os.PathLike[str]) -> int:
         """Returns the epoch to start from, having loaded a checkpoint of this engine.

@@ -228,10 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     study = Study(args.results / file_of(args.study, args.name, args.family))
     todo = [run for run in args.runs if not is_done(study, run)]
     print(f"{len(todo)} of {len(args.runs)} runs to do, {args.jobs} at a time")
-    # fresh processes; large tensors stay in the heap, which spares the CPU their page faults
     context = multiprocessing.get_context("spawn")
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**32))
-    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**33))
     devices = context.Queue()
     for number in range(args.jobs):
         devices.put(number % torch.cuda.device_count() if args.device == "cuda" else None)

@@ -30,6 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from casn_plugin import CASN, IdentificationAttentionLoss, SiameseAttentionLoss
+from casn_plugin.heap import kept_heap
 from casn_plugin.hooks import constant_parameters, frozen_batchnorm
 from casn_plugin.losses import identification_loss
 from casn_plugin.objective import loss_terms
@@ -259,7 +260,15 @@ def main(argv: list[str] | None = None) -> list[str]:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS[:3])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--heap", choices=("kept", "system"), default="system", help="whether "
+        "freed memory of the host stays, as the engine sees to it on a CPU")  # fmt: skip
     args = parser.parse_args(argv)
+    with kept_heap() if args.heap == "kept" else nullcontext():
+        return measured(args)
+
+
+def measured(args: argparse.Namespace) -> list[str]:
+    """Returns the tables, which are printed."""
     batch = f"{args.batch_size} images of {'x'.join(map(str, args.size))} ({args.device})"
     steps = ("floor", "L_ia", "L_sa", "both")
     ratios = [f"× {what}" for what in steps]
