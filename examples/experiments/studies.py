@@ -64,11 +64,14 @@ READINGS: dict[str, list[str]] = {
     f"{score}, {trains} trained, λ1 {weight}": [
         "--score", score, "--ia-trains", trains, "--lambda-ia", weight,
     ]
-    for score, weights in (("log-odds", ("0.5", "0.01")), ("above-chance", ("0.5", "0.01")))
+    for score, weights in (("log-odds", ("0.5", "0.015")), ("above-chance", ("0.5", "0.02")))
     for trains in ("attention", "network")
     for weight in weights
 }  # fmt: skip
-"""Of Eq. 2, readings that a common shift of the logits does not change: options of CASN's row."""
+"""Of Eq. 2, readings that a common shift of the logits does not change: options of CASN's row.
+
+With the smaller λ1, their share of the gradient at the tapped map is about that of the probability.
+"""
 
 
 def name_of(family: str, losses: str) -> str:
