@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from conftest import MOBILENET, WARD
 from engines import SIZE, Backbone, Recorder, make_engine, manager, seed_all
 from torch import nn
 
+import casn_plugin.engine
 from casn_plugin import (
     CASN,
     IdentificationAttentionLoss,
@@ -188,6 +190,22 @@ def test_autocast_on_the_cpu(market_root, tmp_path):
     recorder = Recorder(engine)
     engine.run(save_dir=str(tmp_path), max_epoch=1)
     assert np.isfinite(recorder.of("loss")).all()
+
+
+def test_freed_memory_stays_while_it_trains_on_the_cpu(market_root, tmp_path, monkeypatch):
+    said = []
+
+    @contextmanager
+    def kept_heap():
+        said.append("kept")
+        yield
+        said.append("given back")
+
+    monkeypatch.setattr(casn_plugin.engine, "kept_heap", kept_heap)
+    engine = make_engine(market_root)
+    monkeypatch.setattr(engine, "train", lambda *_, **__: said.append("trains"))
+    engine.run(save_dir=str(tmp_path), max_epoch=1)
+    assert said == ["kept", "trains", "given back"]
 
 
 def test_two_targets_and_several_sources(market_root, tmp_path, monkeypatch):

@@ -33,7 +33,8 @@ before = faults()
 with kept_heap():
     torch.ones(2**24)
     kept, held = faults(), resident()
-after, released = faults(), resident()
+released = resident()
+after = faults()
 print(before, kept, after, held - released)
 """
 
