@@ -170,7 +170,10 @@ def test_evidence_is_measured_of_each_run_and_reported(lab, market_root, monkeyp
     means = [np.nanmean(np.array(run["results"]["robustness"]["shift"]["0.2"]["features"]["ap"],
                                  dtype=float)) for run in base.values()]  # fmt: skip
     assert shift[2] == f"{100 * np.mean(means):.1f}"
-    assert sum(row[2:3] == ["same-identity logit"] for row in rows) == 1  # not of the row IDE
+    of_logits = [row[:4] for row in rows if row[2:3] == ["same-identity logit"]]
+    assert of_logits == [  # not of the row IDE
+        ["CASN(IDE)", "2", "same-identity logit", sides] for sides in ("one picture", "both")
+    ]
     assert sum(row[:1] == [value] for row in rows) == 1
     assert Path("images", "robustness_market.png").is_file()
     assert Path("images", "faithfulness_market.png").is_file()

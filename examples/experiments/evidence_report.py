@@ -12,7 +12,7 @@ from rows import Row, markdown, names_in, of_row, protocol, results_of
 from studies import FAMILIES, READINGS, TITLES, name_of
 
 SCORES = {"evidence": "same-identity logit", "closeness": "closeness of the features"}
-SIDES = ("query", "gallery", "both")
+SIDES = {"one picture": ("query", "gallery"), "both": ("both",)}
 NONE = ("none",)
 
 
@@ -81,16 +81,18 @@ def evidence_report(data: str, runs: list[Run], images: Path) -> list[str]:
         f"### Does attention mark what decides? {data}",
         "Pairs of one identity, one of each of some queries. Gap: area under the insertion curve "
         "less area under the deletion curve, in units of the score; chance is 0. Pixels are "
-        "removed from both pictures. “Siamese” is Grad-CAM of the pair classifier, which is "
-        "untrained in rows without L_sa: they have no same-identity logit. “Cosine” is Grad-CAM "
-        "of the features' cosine, “identification” that of each picture's highest scoring "
-        "identity:",
+        "removed from one picture of a pair (the mean of query and gallery picture), or from both: "
+        "what is left of both may then be alike because little is. “Siamese” is Grad-CAM of the "
+        "pair classifier, which is untrained in rows without L_sa: they have no same-identity "
+        "logit. “Cosine” is Grad-CAM of the features' cosine, “identification” that of each "
+        "picture's highest scoring identity:",
         markdown(
-            ["", "seeds", "score", *_maps(runs), "Siamese less centre"],
+            ["", "seeds", "score", "pixels of", *_maps(runs), "Siamese less centre"],
             [
-                _faithfulness_cells(name, row, score)
+                _faithfulness_cells(name, row, score, sides)
                 for name, row in rows.items()
                 for score in SCORES
+                for sides in SIDES
                 if both_have(row, row)[0] and (score == "closeness" or name not in FAMILIES)
             ],
         ),
@@ -203,19 +205,21 @@ def _maps(runs: list[Run]) -> list[str]:
     return list(next(run["results"]["faithfulness"] for run in runs if run["results"]))
 
 
-def _gaps(row: Row, name: str, score: str) -> np.ndarray:
-    every = results_of(row, "faithfulness", name, score, "both", "gap")
-    return np.array(every, dtype=float)
+def _gaps(row: Row, name: str, score: str, sides: str) -> np.ndarray:
+    """Returns the (seeds, pairs) gaps of one kind of map, where pixels of some pictures go."""
+    every = [results_of(row, "faithfulness", name, score, side, "gap") for side in SIDES[sides]]
+    gaps: np.ndarray = np.array(every, dtype=float).mean(0)
+    return gaps
 
 
-def _faithfulness_cells(name: str, row: Row, score: str) -> list[str]:
+def _faithfulness_cells(name: str, row: Row, score: str, sides: str) -> list[str]:
     row = both_have(row, row)[0]
     maps = _maps([*row.values()])
-    less = _gaps(row, maps[0], score) - _gaps(row, "centre", score)
+    gaps = {each: _gaps(row, each, score, sides) for each in maps}
     return [
-        name, str(len(row)), SCORES[score],
-        *(interval(_gaps(row, each, score)).number() for each in maps),
-        interval(less).number(),
+        name, str(len(row)), SCORES[score], sides,
+        *(interval(gaps[each]).number() for each in maps),
+        interval(gaps[maps[0]] - gaps["centre"]).number(),
     ]  # fmt: skip
 
 
@@ -228,7 +232,7 @@ def _faithfulness_picture(data: str, rows: Mapping[str, Row], images: Path) -> s
         panels[name] = {
             kind: {
                 way: np.array(
-                    results_of(row, "faithfulness", kind, "closeness", "both", way), dtype=float
+                    results_of(row, "faithfulness", kind, "closeness", "query", way), dtype=float
                 )
                 .mean(0)
                 .tolist()
@@ -238,7 +242,7 @@ def _faithfulness_picture(data: str, rows: Mapping[str, Row], images: Path) -> s
         }
     name = f"faithfulness_{data}.png"
     save_small(plot_faithfulness(panels), images / name)
-    return f"![Closeness while pixels go, and come]({images.name}/{name})"
+    return f"![Closeness of pairs while pixels of the query go, and come]({images.name}/{name})"
 
 
 def _shares(row: Row, term: str) -> np.ndarray:

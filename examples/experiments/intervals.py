@@ -36,9 +36,9 @@ class Interval(NamedTuple):
 
         Example:
             >>> Interval(0.012, -0.004, 0.03).number()
-            '0.01 [-0.00, 0.03]'
+            '0.012 [-0.004, 0.030]'
         """
-        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 def interval(values: Float[np.ndarray, "seeds queries"], *, seed: int = 0) -> Interval:
