@@ -15,9 +15,9 @@ import casn_plugin
 ROOT = Path(casn_plugin.__file__).parent
 # from the bottom; a wing's own files likewise, its face above them
 ROOMS = (
-    "files", "picturefiles", "doors", "preprocessing", "loaders", "randomness", "processes",
-    "identities", "scores", "kernels", "layouts", "hooks", "attention", "batch_pairs", "losses",
-    "siamese", "sampler", "shares", "encoding", "basis", "evidence", "positions", "evaluation",
+    "packages", "files", "picturefiles", "doors", "preprocessing", "loaders", "randomness",
+    "processes", "identities", "scores", "kernels", "layouts", "hooks", "attention",
+    "batch_pairs", "losses", "siamese", "sampler", "shares", "encoding", "basis", "evidence", "positions", "evaluation",
     "ranked", "calibration", "quality", "heads", "tryout", "taps", "backbones", "model",
     "objective", "loading", "imputation", "faithfulness", "export", "pretrained",
     *(f"ranking.{name}" for name in (
