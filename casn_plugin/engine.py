@@ -8,7 +8,6 @@ import contextlib
 import inspect
 import math
 import os
-import os.path as osp
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -78,8 +77,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         siamese: its settings, of which `row_threshold` holds in ranking too.
         metric: a metric loss beside L_ide; its own parameters belong into the optimizer too.
         ranking: how distances of features and of attention become one ranking.
-        autocast: run the forward pass under autocast in this dtype; on CUDA, float16 is trained
-            with a gradient scaler.
+        autocast: dtype of a forward pass under autocast; float16 on CUDA with a gradient scaler.
         logged_pairs: so many fixed pairs of the first target's test images, half of them of one
             identity, are drawn with their attention to TensorBoard after every epoch; 0: none.
             Data sets that list no images in `.data`, as torchreid's do: none, and a warning.
@@ -377,7 +375,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
                 self.datamanager.data_type,
                 width=self.datamanager.width,
                 height=self.datamanager.height,
-                save_dir=osp.join(save_dir, "visrank_" + dataset_name),
+                save_dir=os.path.join(save_dir, "visrank_" + dataset_name),
                 topk=visrank_topk,
             )
         return results["fused"]["cmc"][0], results["fused"]["mAP"]
@@ -428,7 +426,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
 
     def _checkpoints_in(self, save_dir: str) -> Checkpoints:
         keep = max(self.keep_checkpoints, 1)
-        return Checkpoints(osp.join(save_dir, "model"), keep, self.processes)
+        return Checkpoints(os.path.join(save_dir, "model"), keep, self.processes)
 
     def resume(self, fpath: str | os.PathLike[str]) -> int:
         """Returns the epoch to start from, having loaded a checkpoint of this engine.

@@ -17,7 +17,8 @@ ROOT = Path(casn_plugin.__file__).parent
 ROOMS = (
     "packages", "files", "picturefiles", "doors", "preprocessing", "loaders", "randomness",
     "processes", "identities", "scores", "kernels", "layouts", "hooks", "attention",
-    "batch_pairs", "losses", "siamese", "sampler", "shares", "encoding", "basis", "evidence", "positions", "evaluation",
+    "batch_pairs", "losses", "siamese",
+    "sampler", "shares", "encoding", "basis", "evidence", "positions", "evaluation",
     "ranked", "calibration", "quality", "heads", "tryout", "taps", "backbones", "model",
     "objective", "loading", "imputation", "faithfulness", "export", "pretrained",
     *(f"ranking.{name}" for name in (
