@@ -27,6 +27,7 @@ from casn_plugin.explanation import plot_curves
 from casn_plugin.files import replacing
 from casn_plugin.packages import without_gpu
 from casn_plugin.processes import Processes, launched, started
+from casn_plugin.training import Interrupted
 
 # isort: split
 import torchreid  # after the engine, which keeps it from warning of what is not used
@@ -191,8 +192,12 @@ def run(engine: ImageCASNEngine, args: argparse.Namespace, **options: Any) -> di
         start_epoch = engine.resume(args.resume) if args.resume else 0
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(f"--resume: {error}") from error
-    engine.run(save_dir=args.save_dir, start_epoch=start_epoch, max_epoch=args.max_epoch,
-               eval_freq=args.eval_freq, test_only=args.test_only, **options)  # fmt: skip
+    try:
+        engine.run(save_dir=args.save_dir, start_epoch=start_epoch, max_epoch=args.max_epoch,
+                   eval_freq=args.eval_freq, test_only=args.test_only, **options)  # fmt: skip
+    except Interrupted:
+        print("Here: with the same command and --resume")
+        raise
     if not engine.processes.leads:
         return engine.results
     saved = {"args": vars(args), "results": engine.results, "history": engine.history}
@@ -215,4 +220,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # while pictures are rendered or read: the engine has its own
+        sys.exit(130)

@@ -37,7 +37,7 @@ ROOMS = (
         "colours", "looks", "cameras", "surfaces", "solids", "body", "street", "picture",
         "dataset",
     )),
-    "pedestrians", "engine",
+    "pedestrians", "engine", "__main__",
 )  # fmt: skip
 WITHOUT_EXAMPLES = {
     "engine",
