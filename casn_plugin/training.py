@@ -291,7 +291,7 @@ class Epoch:
         ([2, 3], 3)
         >>> epoch.add({"loss": 4.1751, "loss_ide": 4.1271, "loss_ia": 0.0155, "acc": 12.5})
         >>> epoch.line(lr=0.001, epochs_left=0)
-        'Epoch 1:  L 4.18    L_ide 4.13    L_ia 0.0155  acc 12.5%  lr 0.001  left 0:00:00'
+        'Epoch 1  L 4.175  L_ide 4.127  L_ia 0.015  acc 12.50%  lr 0.001  left 0:00:00'
     """
 
     def __init__(
@@ -373,13 +373,13 @@ class Epoch:
             epochs_left: that follow, and take as long.
         """
         means, batches = self.means(), max(self.done - self._resumed.get("batches", 0), 1)
-        words = [f"{name} {means[term]:<#6.3g}" for term, name in _SHOWN.items() if term in means]
-        words += [f"acc {means['acc']:4.1f}%"] if "acc" in means else []
+        words = [f"{name} {_short(means[term])}" for term, name in _SHOWN.items() if term in means]
+        words += [f"acc {_short(means['acc'])}%"] if "acc" in means else []
         words += [f"skipped {self._skipped}"] if self._skipped else []
         seconds = (time.monotonic() - self._began) / batches * len(self) * epochs_left
         minutes, second = divmod(round(seconds), 60)
         left = f"left {minutes // 60}:{minutes % 60:02}:{second:02}"
-        line = "  ".join([f"{self.title}:", *words, f"lr {lr:.3g}", left])
+        line = "  ".join([self.title, *words, f"lr {lr:.2g}", left])
         return line if len(line) <= 100 else re.sub(" +", " ", line)
 
     def interrupted_state(self) -> dict[str, Any]:
@@ -390,6 +390,11 @@ class Epoch:
         inner = {"batches": self.done, "terms": self._terms, "random_state": random_state()}
         inner |= {"rows": self._rows, "skipped": self._skipped}
         return {**self._begun, "interrupted": inner}
+
+
+def _short(value: float) -> str:
+    """Returns a number in five characters, as far as it can be."""
+    return f"{value:.{max(0, 4 - len(str(int(abs(value)))))}f}"
 
 
 def pictures_of(names: Sequence[str] | None, imgs: Tensor, limit: int = 4) -> str:

@@ -1,7 +1,9 @@
 """The examples that users copy, from the command line to their files, on small data."""
 
+import contextlib
 import importlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -37,21 +39,59 @@ def market(root: Path, *options: object) -> list[str]:
     return [str(option) for option in common]
 
 
-def test_train_from_the_command_line(market_root):
+def said_to_a_terminal(command: list[str]) -> tuple[int, str]:
+    """Runs a program in a terminal; returns its exit status and all that it showed."""
+    import pty  # not on Windows
+
+    own, terminal = pty.openpty()
+    with subprocess.Popen(command, stdout=terminal, stderr=terminal) as process:
+        os.close(terminal)
+        said = b""
+        with contextlib.suppress(OSError):  # the end
+            while part := os.read(own, 65536):
+                said += part
+    os.close(own)
+    return process.returncode, said.decode()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_train_from_the_command_line(market_root, terminal):
     options = [
         *("--preset", "market1501-pcb", "--backbone", "pcb_slim", "--weights", "none"),
-        *("--workers", "0", "--device", "cpu", "--root", str(market_root), "--max-epoch", "1"),
+        *("--workers", "0", "--device", "cpu", "--root", str(market_root), "--max-epoch", "2"),
     ]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(SCRIPT), *options, "--save-dir", "log"],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "features  attention      fused" in done.stdout
+    command = [sys.executable, str(SCRIPT), *options, "--save-dir", "log"]
+    if terminal:
+        status, said = said_to_a_terminal(command)
+        assert "Epoch 1/2:   0%|" in said and "batch/s" in said and "query:" in said
+    else:
+        done = subprocess.run(command, capture_output=True, text=True)
+        status, said = done.returncode, done.stdout
+        assert done.stderr == "" and "%|" not in said and "batch/s" not in said
+    assert status == 0 and "Warning" not in said, said
+    epochs = re.findall(r"^.*Epoch \d/2  L .*$", said.replace("\r", "\n"), re.MULTILINE)
+    assert len(epochs) == 2 and all(len(line) <= 100 for line in epochs), said
+    terms = r"Epoch 2/2  L \S+  L_ide \S+  L_ia \S+  L_sa \S+  acc \S+%  lr 0.03  left 0:00:00"
+    assert re.search(terms, epochs[1]) and "epoch: [" not in said
+    assert "features  attention      fused" in said
     names = {path.name for path in Path("log").iterdir()}
     assert {"model", "results.json", "curves_market1501.png", "pairs_market1501.png"} <= names
-    checkpoint = Path("log", "model", "model.pth.tar-1")
-    assert torch.load(checkpoint, weights_only=True)["epoch"] == 1
+    checkpoint = Path("log", "model", "model.pth.tar-2")
+    assert torch.load(checkpoint, weights_only=True)["epoch"] == 2
+
+
+def test_an_interrupted_rendering_is_kept(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--device", "cpu"]
+    done = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while len(list(tmp_path.glob(".*.partial/*/*.jpg"))) < 3 and done.poll() is None:
+        time.sleep(0.05)
+    done.send_signal(signal.SIGINT)
+    said, errors = done.communicate(timeout=60)
+    assert done.returncode == 130 and errors == "", errors
+    assert "of 2048 pictures are kept in" in said
+    (partial,) = tmp_path.glob(".*.partial")
+    kept = list(partial.glob("bounding_box_train/*.jpg"))
+    assert len(kept) >= 3 and all(cv2.imread(str(path)).shape == (128, 64, 3) for path in kept)
 
 
 def test_resume_and_test_only(example, small, market_root):
@@ -89,6 +129,7 @@ def test_ctrl_c_loses_nothing_and_resume_goes_on(example, small, market_root):
     said, errors = done.communicate(timeout=60)
     assert done.returncode == 128 + signal.SIGINT, errors
     assert "Traceback" not in errors and 'The last checkpoint is "log/model/' in said
+    assert "Here: with the same command and --resume" in said and "once more" in said
     trained = len(list(Path("log").glob("model/model*")))
     assert trained >= 1
     options = ["--preset", "market1501-pcb", "--backbone", "pcb_slim", "--weights", "none"]
