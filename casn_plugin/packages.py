@@ -69,6 +69,29 @@ def without_gpu() -> str:
     return f"torch {torch.__version__} finds no GPU that it can use"
 
 
+def check_device(name: str) -> torch.device:
+    """Returns a device by its name.
+
+    Raises:
+        ValueError: it names none, or a GPU that PyTorch does not find.
+
+    Example:
+        >>> check_device("cpu")
+        device(type='cpu')
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"expected a device such as cpu or cuda, got {name}") from error
+    if device.type == "cuda":
+        why = without_gpu()
+        if not why and (device.index or 0) >= torch.cuda.device_count():
+            why = f"there are {torch.cuda.device_count()}"
+        if why:
+            raise ValueError(f"expected a GPU that is there, got {name}: {why}")
+    return device
+
+
 def warn_of_unused_gpu(wanted: bool = True) -> None:
     """Warns where a GPU is wanted, this machine has NVIDIA's driver, and PyTorch finds none."""
     why = without_gpu() if wanted else ""

@@ -25,12 +25,12 @@ from casn_plugin.checkpoint import checkpoint_in, load_weights
 from casn_plugin.doors import check_count, check_weight
 from casn_plugin.explanation import plot_curves
 from casn_plugin.files import replacing
-from casn_plugin.packages import without_gpu
+from casn_plugin.packages import needed, without_gpu
 from casn_plugin.processes import Processes, launched, started
 from casn_plugin.training import Interrupted
 
-# isort: split
-import torchreid  # after the engine, which keeps it from warning of what is not used
+with needed(quiet="Cython evaluation"):  # which is not used here
+    import torchreid
 
 # Section 4 and Eq. 1 of the paper; docs/protocols.md says what it leaves open
 PAPER = dict(batch_size=16, max_epoch=40, stepsize=30, optim="sgd", lr=0.03, label_smooth=False,

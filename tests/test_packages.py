@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from casn_plugin.packages import needed, warn_of_unused_gpu, without_gpu
+from casn_plugin.packages import check_device, needed, warn_of_unused_gpu, without_gpu
 
 
 @pytest.mark.parametrize(
@@ -73,3 +73,17 @@ def test_a_gpu_that_is_not_used_is_said(monkeypatch, built_with, said):
         monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
         warn_of_unused_gpu()  # it is used
     assert without_gpu() == ""
+
+
+def test_devices_that_are_not_there_are_refused(monkeypatch):
+    assert check_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="a GPU that is there, got cuda: torch"):
+        check_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert check_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match="got cuda:2: there are 2"):
+        check_device("cuda:2")
+    with pytest.raises(ValueError, match="a device such as cpu or cuda, got gpu"):
+        check_device("gpu")
