@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -41,9 +42,12 @@ def market(root: Path, *options: object) -> list[str]:
 
 def said_to_a_terminal(command: list[str]) -> tuple[int, str]:
     """Runs a program in a terminal; returns its exit status and all that it showed."""
-    import pty  # not on Windows
+    import fcntl  # these three are not on Windows
+    import pty
+    import termios
 
     own, terminal = pty.openpty()
+    fcntl.ioctl(own, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     with subprocess.Popen(command, stdout=terminal, stderr=terminal) as process:
         os.close(terminal)
         said = b""
