@@ -14,14 +14,9 @@ from functools import partial
 from typing import Any
 
 import torch
-import torchreid
 from torch import Tensor, nn
 
-from casn_plugin.checkpoint import (
-    Checkpoints,
-    TrainingState,
-    checkpoint_in,
-)
+from casn_plugin.checkpoint import Checkpoints, TrainingState, checkpoint_in
 from casn_plugin.checks import CheckedData, check_datamanager, check_optimizer, check_processes
 from casn_plugin.doors import check_count, check_kind, check_settings, check_weight
 from casn_plugin.explanation import AttentionBoard, ExplainedRankings, log_results
@@ -29,6 +24,7 @@ from casn_plugin.heap import kept_heap
 from casn_plugin.losses import IdentificationAttentionLoss
 from casn_plugin.model import as_casn
 from casn_plugin.objective import MetricOptions, loss_terms
+from casn_plugin.packages import needed, warn_of_unused_gpu
 from casn_plugin.parallel import (
     WholeBatch,
     encode_together,
@@ -37,7 +33,7 @@ from casn_plugin.parallel import (
     silent_writer,
     with_own_random_state,
     with_random_states,
-)
+)  # fmt: skip
 from casn_plugin.pedestrians import load_pedestrians
 from casn_plugin.preprocessing import Preprocessing
 from casn_plugin.processes import Processes
@@ -47,6 +43,9 @@ from casn_plugin.ranking import RankingOptions, Reciprocity
 from casn_plugin.retrieval import FeatureMetric, retrieve, side_by_side
 from casn_plugin.siamese import SiameseAttentionLoss
 from casn_plugin.training import Epoch, FiniteSteps, Interrupted, Interruption, pictures_of
+
+with needed(quiet="Cython evaluation"):  # ours counts without it
+    import torchreid
 
 EMBEDDED_DATASET = "casn_pedestrians"
 """The name under which torchreid finds the embedded data set."""
@@ -73,14 +72,13 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         scheduler: stepped once an epoch; None keeps the learning rate.
         use_gpu: use CUDA where there is one. The model is the caller's to move.
         label_smooth: label smoothing in L_ide.
-        lambda_ia: λ1, weight of the identification attention loss.
-        lambda_sa: λ2, weight of the Siamese attention loss.
-        identification: the settings of L_ia.
-        siamese: the settings of L_sa, of which `row_threshold` holds in ranking too.
+        lambda_ia: λ1, weight of the identification attention loss L_ia.
+        lambda_sa: λ2, weight of the Siamese attention loss L_sa.
+        identification: its settings.
+        siamese: its settings, of which `row_threshold` holds in ranking too.
         metric: a metric loss beside L_ide; its own parameters belong into the optimizer too.
         ranking: how distances of features and of attention become one ranking.
-        autocast: run the forward pass under autocast in this dtype; on CUDA, float16 is trained
-            with a gradient scaler.
+        autocast: dtype of a forward pass under autocast; float16 on CUDA with a gradient scaler.
         logged_pairs: so many fixed pairs of the first target's test images, half of them of one
             identity, are drawn with their attention to TensorBoard after every epoch; 0: none.
             Data sets that list no images in `.data`, as torchreid's do: none, and a warning.
@@ -160,6 +158,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         )  # fmt: skip
         model = self._whole.model
         super().__init__(datamanager, model, optimizer, scheduler, use_gpu, label_smooth)
+        warn_of_unused_gpu(use_gpu)
         self.casn = casn
         casn.preprocessing = Preprocessing.of(datamanager)
         self.lambda_ia = lambda_ia
@@ -200,6 +199,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
     def run(self, *args: Any, **kwargs: Any) -> None:
         """Trains and ranks as torchreid's ``run()`` does, with the same arguments.
 
+        A line is printed an epoch; with `print_freq`, torchreid's every so many batches too.
         Before the first step the data are checked. After every epoch, before it is evaluated, a
         checkpoint is written to ``save_dir/model``: those of the last epochs and the best are
         kept. SIGINT and SIGTERM finish the step, write a checkpoint, and end the run.
@@ -212,10 +212,11 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             Interrupted: a signal.
         """
         bound = inspect.signature(super().run).bind(*args, **kwargs)
+        bound.arguments.setdefault("print_freq", math.inf)
         bound.apply_defaults()
         options = bound.arguments
         if options["test_only"]:
-            super().run(*args, **kwargs)
+            super().run(**options)
             return
         if not options["ranks"] or min(options["ranks"]) < 1:
             raise ValueError(f"ranks must be at least 1, got {options['ranks']}")
@@ -226,7 +227,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         heap = kept_heap() if self._device.type == "cpu" else contextlib.nullcontext()
         try:
             with self.processes.one_voice(), self._checkpoints.locked(), self._interruption, heap:
-                super().run(*args, **kwargs)
+                super().run(**options)
         finally:
             self._checkpoints = None
 
@@ -236,11 +237,11 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         fixbase_epoch: int = 0,
         open_layers: str | Sequence[str] | None = None,
     ) -> None:
-        """Trains one epoch, with a progress bar on a terminal, and saves its checkpoint."""
+        """Trains an epoch, with a progress bar on a terminal; prints a line, saves a checkpoint."""
         loader, resumed, self._resumed = self.train_loader, self._resumed, {}
         title = f"Epoch {self.epoch + 1}/{self.max_epoch}"
         self._epoch = Epoch(loader, title, interruption=self._interruption, resumed=resumed)
-        self.train_loader = self._epoch
+        self.train_loader, lr = self._epoch, self.get_current_lr()
         with self._interruption.deferred():
             try:
                 super().train(print_freq, fixbase_epoch, open_layers)
@@ -252,6 +253,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             finally:
                 self.train_loader = loader
             self.history.append({"epoch": self.epoch + 1, **self._epoch.means()})
+            print(self._epoch.line(lr, self.max_epoch - self.epoch - 1), flush=True)
             if self._checkpoints is not None and self.keep_checkpoints:
                 self._checkpoints.save(self._state(self.epoch + 1))
             self._interruption.agree()

@@ -17,6 +17,7 @@ from casn_plugin.encoding import Encoding, with_mirrored
 from casn_plugin.files import replacing
 from casn_plugin.hooks import place_of, twin
 from casn_plugin.model import as_casn
+from casn_plugin.packages import needed
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -112,13 +113,9 @@ def export_onnx(
         ValueError: likewise.
         OSError: a folder or file that can't be written.
     """
-    try:
+    with needed("onnx"):
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"ONNX files need {error.name}: pip install onnx onnxscript", name=error.name
-        ) from error
     traced = traced_encoder(model, batch_size=batch_size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter's own

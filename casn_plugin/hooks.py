@@ -396,5 +396,7 @@ def place_of(module: nn.Module, default: Tensor | None = None) -> Place:
         >>> place_of(nn.Linear(2, 2).double())
         Place(device=device(type='cpu'), dtype=torch.float64)
     """
-    first = next(module.parameters(), torch.empty(0) if default is None else default)
+    for parameter in module.parameters():  # torch 2.5 can't export next() with a default
+        return Place(parameter.device, parameter.dtype)
+    first = torch.empty(0) if default is None else default
     return Place(first.device, first.dtype)

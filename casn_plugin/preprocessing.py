@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from casn_plugin.doors import check_size, check_tensor, check_weight
+from casn_plugin.packages import needed
 from casn_plugin.picturefiles import read_picture
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -86,7 +87,8 @@ class Preprocessing:
                 known, such as floats.
             OSError: a path that is no picture, one of a rare format, or a damaged one.
         """
-        from torchvision.transforms import functional as transforms
+        with needed():
+            from torchvision.transforms import functional as transforms
 
         if isinstance(image, Tensor):
             return check_tensor("an image", image, "3 rows columns")

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from casn_plugin.files import replacing
 from casn_plugin.heads import Forward
 from casn_plugin.layouts import Reshape
 from casn_plugin.model import CASN, as_casn
+from casn_plugin.packages import needed
 from casn_plugin.preprocessing import Preprocessing
 
 WEIGHTS, ABOUT = "model.safetensors", "casn.json"
 _BUILDERS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "torchreid": ("torchreid.reid.models", "build_model", {"pretrained": False}),
+    "torchreid": ("torchreid", "models.build_model", {"pretrained": False}),
     "timm": ("timm", "create_model", {"pretrained": False}),
-    "torchvision": ("torchvision.models", "get_model", {"weights": None}),
+    "torchvision": ("torchvision", "models.get_model", {"weights": None}),
 }
 """How each library makes a network by its name: no weights are downloaded."""
 
@@ -67,7 +69,8 @@ class Network:
             ModuleNotFoundError: its library is not installed.
         """
         module, function, fixed = _BUILDERS[self.library]
-        make = getattr(importlib.import_module(module), function)
+        with needed():
+            make = attrgetter(function)(importlib.import_module(module))
         return check_kind("the network", make(self.name, **{**self.options, **fixed}), nn.Module)  # type: ignore[no-any-return]
 
 

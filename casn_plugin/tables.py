@@ -1,7 +1,6 @@
 """Rankings and features as tables, for pandas, CSV, JSON and Parquet; columns keep their names."""
 
 import csv
-import importlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from casn_plugin.doors import check_lengths, check_weight
 from casn_plugin.encoding import Encodings
 from casn_plugin.files import replacing
 from casn_plugin.identities import as_ids
+from casn_plugin.packages import needed
 from casn_plugin.ranked import RankedLists
 from casn_plugin.ranking import GalleryIndex, Ranking, Reranked, SearchResult
 
@@ -78,7 +78,8 @@ class Table:
         Raises:
             ImportError: pandas is not installed.
         """
-        pandas = _optional("pandas")
+        with needed("tables"):
+            import pandas
         return pandas.DataFrame({
             name: values if values.ndim == 1 else [*values]
             for name, values in self.columns.items()
@@ -105,9 +106,11 @@ class Table:
             with replacing(path) as place, place.open("w", **how) as file:
                 _TEXT[suffix](file, self)
         elif suffix == ".parquet":
-            arrow, parquet = _optional("pyarrow"), _optional("pyarrow.parquet")
-            table = arrow.table({
-                name: values if values.ndim == 1 else arrow.FixedSizeListArray.from_arrays(
+            with needed("tables"):
+                import pyarrow
+                from pyarrow import parquet
+            table = pyarrow.table({
+                name: values if values.ndim == 1 else pyarrow.FixedSizeListArray.from_arrays(
                     values.ravel(), values.shape[1]
                 )
                 for name, values in self.columns.items()
@@ -272,13 +275,3 @@ def _labels(
                 f"{least if length is None else length}, one an image, got {len(values)}"
             )
     return found
-
-
-def _optional(name: str) -> Any:
-    """Imports what only tables need."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f"this needs {name.partition('.')[0]}: pip install 'casn-plugin[tables]'"
-        ) from error

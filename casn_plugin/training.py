@@ -1,8 +1,11 @@
 """What keeps hours of training: no step with numbers that are none, no stop that loses an epoch."""
 
 import math
+import os
+import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -53,10 +56,12 @@ class Interruption:
         self.own: int | None = None
         self._deferred = False
         self._found: dict[int, Any] = {}
+        self._process = 0
 
     def __enter__(self) -> "Interruption":
         """Takes over the signals."""
         self.signum = self.own = None
+        self._process = os.getpid()
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGINT, signal.SIGTERM):
                 self._found[signum] = signal.signal(signum, self._handle)
@@ -91,6 +96,8 @@ class Interruption:
             raise Interrupted(128 + self.signum)
 
     def _handle(self, signum: int, _: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a loader's, which ends with its loader
+            return
         if not self._deferred or self.own is not None:
             raise Interrupted(128 + signum)
         self.own = signum
@@ -257,6 +264,10 @@ def _not_finite(numbers: dict[str, float]) -> list[str]:
     return [f"{name} is {each}" for name, each in numbers.items() if not math.isfinite(each)]
 
 
+# the terms in an epoch's line, and what they are called there
+_SHOWN = {"loss": "L", "loss_ide": "L_ide", "loss_t": "L_t", "loss_ia": "L_ia", "loss_sa": "L_sa"}
+
+
 class Epoch:
     """The batches of one epoch, from where an interrupted run has ended, and the terms' means.
 
@@ -278,6 +289,9 @@ class Epoch:
         >>> epoch = Epoch([1, 2, 3], "Epoch 1", resumed={"batches": 1})
         >>> list(epoch), epoch.done
         ([2, 3], 3)
+        >>> epoch.add({"loss": 4.1751, "loss_ide": 4.1271, "loss_ia": 0.0155, "acc": 12.5})
+        >>> epoch.line(lr=0.001, epochs_left=0)
+        'Epoch 1  L 4.175  L_ide 4.127  L_ia 0.015  acc 12.50%  lr 0.001  left 0:00:00'
     """
 
     def __init__(
@@ -306,6 +320,7 @@ class Epoch:
                 f"processes, got {self._rows}: within an epoch, a run goes on with the same"
             )
         self.done = self._resumed.get("batches", 0)
+        self._began = time.monotonic()
 
     def __len__(self) -> int:
         """Returns the number of batches of the whole epoch."""
@@ -350,6 +365,23 @@ class Epoch:
         means = {name: total / count for name, (total, count) in self._terms.items()}
         return means | ({"skipped": self._skipped} if self._skipped else {})
 
+    def line(self, lr: float, epochs_left: int) -> str:
+        """Returns the means in a line of at most 100 columns, with the time that is left to train.
+
+        Args:
+            lr: the learning rate of this epoch.
+            epochs_left: that follow, and take as long.
+        """
+        means, batches = self.means(), max(self.done - self._resumed.get("batches", 0), 1)
+        words = [f"{name} {_short(means[term])}" for term, name in _SHOWN.items() if term in means]
+        words += [f"acc {_short(means['acc'])}%"] if "acc" in means else []
+        words += [f"skipped {self._skipped}"] if self._skipped else []
+        seconds = (time.monotonic() - self._began) / batches * len(self) * epochs_left
+        minutes, second = divmod(round(seconds), 60)
+        left = f"left {minutes // 60}:{minutes % 60:02}:{second:02}"
+        line = "  ".join([self.title, *words, f"lr {lr:.2g}", left])
+        return line if len(line) <= 100 else re.sub(" +", " ", line)
+
     def interrupted_state(self) -> dict[str, Any]:
         """Returns what a checkpoint within this epoch holds in place of a finished epoch's state.
 
@@ -358,6 +390,11 @@ class Epoch:
         inner = {"batches": self.done, "terms": self._terms, "random_state": random_state()}
         inner |= {"rows": self._rows, "skipped": self._skipped}
         return {**self._begun, "interrupted": inner}
+
+
+def _short(value: float) -> str:
+    """Returns a number in five characters, as far as it can be."""
+    return f"{value:.{max(0, 4 - len(str(int(abs(value)))))}f}"
 
 
 def pictures_of(names: Sequence[str] | None, imgs: Tensor, limit: int = 4) -> str:

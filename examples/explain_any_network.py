@@ -11,11 +11,19 @@ compared with all others: ranking.png is the list of those nearest, pair.png exp
 import argparse
 from pathlib import Path
 
-import torchreid
 import torchvision
 
 from casn_plugin import CASN, Similarity, explain_pair, explain_ranking
 from casn_plugin.checkpoint import load_weights
+from casn_plugin.packages import needed
+
+with needed(quiet="Cython evaluation"):  # which is not used here
+    import torchreid
+
+
+def networks() -> list[str]:
+    """Returns the names of all networks: torchreid's, then torchvision's."""
+    return [*torchreid.models.__model_factory, *torchvision.models.list_models()]
 
 
 def load_model(name: str, weights: str | None) -> CASN:
@@ -32,13 +40,23 @@ def load_model(name: str, weights: str | None) -> CASN:
 
 def main(argv: list[str] | None = None) -> None:
     """Ranks all other pictures by their similarity with the first, and explains it."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, usage="%(prog)s [options] QUERY PICTURE ...",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("--network", default="osnet_x1_0")
     parser.add_argument("--weights", help="of the trained network; without, all it says is random")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder of the figures")
     parser.add_argument("pictures", nargs="+", help="the query, then the gallery")
     args = parser.parse_args(argv)
     query, *gallery = args.pictures
+    if not gallery:
+        parser.error("a query and at least one other picture are expected")
+    missing = [file for file in (*args.pictures, args.weights) if file and not Path(file).is_file()]
+    if missing:
+        parser.error(f"there is no file {missing[0]}")
+    if args.network not in networks():
+        parser.error(f"--network: expected one of {', '.join(networks())}, got {args.network}")
     model = load_model(args.network, args.weights)
     unknown = [(picture, -1, -1) for picture in gallery]
     (found,) = explain_ranking(model, [(query, -1, -1)], unknown)

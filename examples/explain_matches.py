@@ -23,8 +23,9 @@ KEPT = ("preset", "root", "backbone")
 def main(argv: list[str] | None = None) -> list[Path]:
     """Ranks with the checkpoint and saves a page for each data set; returns their paths."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        description=__doc__, usage="%(prog)s --checkpoint FILE [options]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     add = parser.add_argument
     add("--checkpoint", required=True, help="checkpoint of a trained model")
     add("--out", default="report.html", help="file to write; of several data sets, one each")

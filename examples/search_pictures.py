@@ -12,6 +12,7 @@ found is calibrated on labelled pictures of other people, once: --calibrate FOLD
 
 import argparse
 import json
+import re
 import time
 from functools import partial
 from pathlib import Path
@@ -19,14 +20,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from explain_any_network import load_model
+from explain_any_network import load_model, networks
 from train_casn_pcb import PRESETS, build_backbone, make_parser
 
 from casn_plugin import CASN, GalleryIndex, folders, ranking_table
 from casn_plugin.calibration import load_calibration, save_calibration
 from casn_plugin.checkpoint import load_checkpoint, load_weights
+from casn_plugin.doors import check_count, check_fraction, check_weight
 from casn_plugin.explanation import save_search_page
 from casn_plugin.loading import encode_images
+from casn_plugin.packages import check_device
 from casn_plugin.picturenames import MARKET1501, fields_of, read_name
 from casn_plugin.pretrained import from_pretrained
 from casn_plugin.ranking import MilvusFeatures, feature_candidates
@@ -70,11 +73,36 @@ def candidates(args: argparse.Namespace, index: GalleryIndex, features: torch.Te
     return feature_candidates(features, gallery, args.candidates, allowed=allowed)
 
 
+def check_options(args: argparse.Namespace) -> None:
+    """Raises ValueError for what can't be, before anything is loaded or encoded."""
+    for option in ("gallery", "calibrate"):
+        folder = getattr(args, option)
+        if folder is not None and not Path(folder).is_dir():
+            raise ValueError(f"--{option}: there is no folder {folder}")
+    if args.query and not any(Path(path).is_file() for path in args.query):
+        raise ValueError(f"--query: there is no file {args.query[0]}")
+    if args.weights and not Path(args.weights).is_file():
+        raise ValueError(f"--weights: there is no file {args.weights}")
+    if args.network and args.network not in networks():
+        raise ValueError(f"--network: expected one of {', '.join(networks())}, got {args.network}")
+    check_count("--topk", args.topk)
+    check_count("--candidates", args.candidates)
+    check_count("--workers", args.workers, least=0)
+    check_fraction("--false-alarm-rate", args.false_alarm_rate)
+    check_weight("--threshold", args.threshold or 0)
+    for table, endings in ((args.json, (".json", ".jsonl")), (args.csv, (".csv",))):
+        if table and Path(table).suffix not in endings:
+            raise ValueError(f"expected a table that ends in {' or '.join(endings)}, got {table}")
+    re.compile(args.pattern)
+    check_device(args.device)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Searches, writes the page and the tables, and prints who was found."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        description=__doc__, usage="%(prog)s --gallery FOLDER --checkpoint FILE [options]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     add = parser.add_argument
     add("--gallery", required=True, help="folder of pictures, at any depth")
     add("--query", nargs="+", default=[], metavar="FILE", help="whom to search for")
@@ -103,6 +131,10 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--checkpoint: there is no file {args.checkpoint}")
     if args.filter and not args.milvus:
         parser.error("--filter is an expression of Milvus: it needs --milvus")
+    try:
+        check_options(args)
+    except (ValueError, re.error) as error:
+        parser.error(str(error))
     named = load_model(args.network, args.weights) if args.network else None
     model = (named or trained_model(args.checkpoint)).to(args.device).eval()
     index_folder = partial(folders.index_folder, model=model, pattern=args.pattern,

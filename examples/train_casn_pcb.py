@@ -13,18 +13,24 @@ cores with torchrun (docs/processes.md):
 import argparse
 import json
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchreid
 from torch import nn
 
 from casn_plugin import CASN, ImageCASNEngine, PairSampler, RankingOptions
-from casn_plugin.checkpoint import load_weights
+from casn_plugin.checkpoint import checkpoint_in, load_weights
+from casn_plugin.doors import check_count, check_weight
 from casn_plugin.explanation import plot_curves
 from casn_plugin.files import replacing
+from casn_plugin.packages import needed, without_gpu
 from casn_plugin.processes import Processes, launched, started
+from casn_plugin.training import Interrupted
+
+with needed(quiet="Cython evaluation"):  # which is not used here
+    import torchreid
 
 # Section 4 and Eq. 1 of the paper; docs/protocols.md says what it leaves open
 PAPER = dict(batch_size=16, max_epoch=40, stepsize=30, optim="sgd", lr=0.03, label_smooth=False,
@@ -45,7 +51,8 @@ PRESETS["embedded"] = dict(
 
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the options."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    about = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(description=about, usage="%(prog)s [options]")
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="embedded", help="data, network and training")
     add("--root", default="", help="folder of torchreid's data sets")
@@ -74,23 +81,45 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> argpa
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no CUDA device is available here")
+    if args.device == "cuda" and without_gpu():
+        parser.error(f"--device cuda: {without_gpu()}")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.resume = args.save_dir if args.resume == "newest" else args.resume
-    if args.batch_size % (2 * started()):
-        parser.error(f"--batch-size must be even, got {args.batch_size / started():g} a process")
-    for option, file in (("resume", args.resume), ("weights", args.weights)):
-        if file and file not in ("imagenet", "none") and not Path(file).exists():
-            parser.error(f"--{option}: there is no file {file}")
     if args.test_only and not args.resume and args.weights in ("imagenet", "none"):
         parser.error("--test-only ranks with a model: name it with --resume or --weights FILE")
+    try:
+        check_numbers(args)
+        for file in {args.resume, args.weights} - {None, "imagenet", "none"}:
+            with redirect_stdout(None):
+                checkpoint_in(file)
+    except (OSError, ValueError) as error:
+        parser.error(str(error).partition("\n")[0])
+    for folder in filter(None, (args.save_dir, args.gallery_dir)):
+        if Path(folder).is_file():
+            parser.error(f"a folder is expected for --save-dir and --gallery-dir, got {folder}")
+    known = "pcb_slim", "ide", *vars(torchreid.models)["__model_factory"]
+    if args.backbone not in known:
+        parser.error(f"--backbone: expected {', '.join(known)}, got {args.backbone}")
     for name in {*args.sources} & {"market1501", "cuhk03", "dukemtmcreid", "msmt17"}:
         folder = Path(args.root).expanduser() / name.replace("mcreid", "mc-reid")
         if not folder.is_dir():  # torchreid would make it, and try to download
             parser.error(f"--root: {name} is expected in {folder}, and there is no such folder; "
                          "none is downloaded here: docs/protocols.md has the layouts")  # fmt: skip
     return args
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raises ValueError for numbers that can't be."""
+    check_count("--max-epoch", args.max_epoch, least=0)
+    check_count("--workers", args.workers, least=0)
+    check_count("--seed", args.seed, least=0)
+    check_weight("--lambda-ia", args.lambda_ia)
+    check_weight("--lambda-sa", args.lambda_sa)
+    if check_count("--batch-size", args.batch_size) % (2 * started()):
+        each = f"{args.batch_size / started():g} a process"
+        raise ValueError(f"--batch-size must be even, got {each}")
+    most = args.batch_size // (2 * started())
+    check_count("--accumulate, of the pairs in a batch,", args.accumulate, most=most)
 
 
 class SlimPCB(torchreid.models.pcb.PCB):  # type: ignore[misc]
@@ -113,7 +142,7 @@ def build_backbone(args: argparse.Namespace, num_classes: int) -> nn.Module:
     download, gpu = args.weights == "imagenet" and not args.resume, args.device == "cuda"
     try:
         backbone = torchreid.models.build_model(name, num_classes, "softmax", download, gpu)
-    except Exception as error:  # an unknown name; or each model fails to download in its own way
+    except Exception as error:  # each model fails to download in its own way
         raise SystemExit(f"--backbone {name}: {error}. If weights could not be downloaded, name "
                          "them, --weights FILE (of https://download.pytorch.org/models/resnet50-19c"
                          "8e357.pth for pcb_p6), or use --weights none.") from error  # fmt: skip
@@ -163,8 +192,12 @@ def run(engine: ImageCASNEngine, args: argparse.Namespace, **options: Any) -> di
         start_epoch = engine.resume(args.resume) if args.resume else 0
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(f"--resume: {error}") from error
-    engine.run(save_dir=args.save_dir, start_epoch=start_epoch, max_epoch=args.max_epoch,
-               eval_freq=args.eval_freq, test_only=args.test_only, **options)  # fmt: skip
+    try:
+        engine.run(save_dir=args.save_dir, start_epoch=start_epoch, max_epoch=args.max_epoch,
+                   eval_freq=args.eval_freq, test_only=args.test_only, **options)  # fmt: skip
+    except Interrupted:
+        print("Here: with the same command and --resume")
+        raise
     if not engine.processes.leads:
         return engine.results
     saved = {"args": vars(args), "results": engine.results, "history": engine.history}
@@ -187,4 +220,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # while pictures are rendered or read: the engine has its own
+        sys.exit(130)

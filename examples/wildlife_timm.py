@@ -28,10 +28,12 @@ from casn_plugin import (
     attention_distmat,
     fuse_distmats,
 )
+from casn_plugin.doors import check_count
 from casn_plugin.evaluation import evaluate_rank
 from casn_plugin.loading import encode_loader
 from casn_plugin.losses import identification_loss
 from casn_plugin.objective import loss_terms
+from casn_plugin.packages import check_device
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
@@ -74,7 +76,8 @@ def train(model: CASN, data: Pictures, args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Trains and ranks; returns the mAP of features, attention and both fused."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    about = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(usage="%(prog)s --root FOLDER [options]", description=about)
     parser.add_argument("--root", type=Path, required=True, help="folder with the metadata.csv")
     parser.add_argument("--model", default="resnet18", help="a convolutional network of timm")
     parser.add_argument("--pretrained", action="store_true", help="download timm's weights")
@@ -84,6 +87,16 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
+    if not (args.root / "metadata.csv").is_file():
+        parser.error(f"--root: there is no file {args.root / 'metadata.csv'}")
+    if ":" not in args.model and not timm.is_model(args.model):  # hf-hub:... is asked for there
+        parser.error(f"--model: timm has no {args.model}: timm.list_models() names all")
+    try:
+        for name in ("size", "epochs", "batch_size"):
+            check_count(f"--{name.replace('_', '-')}", getattr(args, name))
+        check_device(args.device)
+    except ValueError as error:
+        parser.error(str(error))
     torch.manual_seed(0)
     with (args.root / "metadata.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

@@ -15,10 +15,10 @@ import casn_plugin
 ROOT = Path(casn_plugin.__file__).parent
 # from the bottom; a wing's own files likewise, its face above them
 ROOMS = (
-    "files", "picturefiles", "doors", "preprocessing", "loaders", "randomness", "heap",
+    "packages", "files", "picturefiles", "doors", "preprocessing", "loaders", "randomness", "heap",
     "processes", "identities", "scores", "kernels", "layouts", "hooks", "attention",
-    "batch_pairs", "losses",
-    "siamese", "sampler", "shares", "encoding", "basis", "evidence", "positions", "evaluation",
+    "batch_pairs", "losses", "siamese",
+    "sampler", "shares", "encoding", "basis", "evidence", "positions", "evaluation",
     "ranked", "calibration", "quality", "heads", "tryout", "taps", "backbones", "model",
     "objective", "loading", "imputation", "faithfulness", "export", "pretrained",
     *(f"ranking.{name}" for name in (
@@ -37,7 +37,7 @@ ROOMS = (
         "colours", "looks", "cameras", "surfaces", "solids", "body", "street", "picture",
         "dataset",
     )),
-    "pedestrians", "engine",
+    "pedestrians", "engine", "__main__",
 )  # fmt: skip
 WITHOUT_EXAMPLES = {
     "engine",

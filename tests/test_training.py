@@ -1,5 +1,6 @@
 """Steps that stay finite, signals that wait, epochs that go on where they ended."""
 
+import os
 import random
 import signal
 import threading
@@ -108,6 +109,18 @@ def test_a_signal_waits_for_the_step_and_the_second_does_not(signum):
     assert signal.getsignal(signum) is found
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_what_was_forked_leaves_signals_to_the_run(capfd):
+    """A loader's processes get Ctrl-C too; who answers is the run."""
+    with Interruption() as interruption, interruption.deferred():
+        child = os.fork()
+        if not child:
+            signal.raise_signal(signal.SIGINT)
+            os._exit(interruption.own is not None)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert interruption.own is None and capfd.readouterr().out == ""
+
+
 def test_other_threads_leave_signals_alone():
     found, seen = signal.getsignal(signal.SIGINT), []
 
@@ -185,6 +198,28 @@ def test_within_an_epoch_batches_stay_as_they_are():
     assert epoch(8, 1, state).means() == {"loss": 1.0, "skipped": 1}  # of as many over all
     with pytest.raises(ValueError, match="batches of 8 images over all its processes, got 4"):
         epoch(4, 1, state)
+
+
+def test_the_line_of_an_epoch_fits_and_says_what_is_left(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("casn_plugin.training.time.monotonic", lambda: clock[0])
+    epoch = Epoch(range(10), "Epoch 100/120", resumed={"batches": 5})
+    terms = ("loss", "loss_ide", "loss_t", "loss_ia", "loss_sa", "loss_bce", "acc", "pair_acc")
+    for value in (1.0, 3.0):
+        epoch.add(dict.fromkeys(terms, value))
+    for _ in epoch:
+        clock[0] += 12.5  # of five batches
+    line = epoch.line(3e-4, epochs_left=20)
+    assert line == (
+        "Epoch 100/120 L 2.000 L_ide 2.000 L_t 2.000 L_ia 2.000 L_sa 2.000 acc 2.000% lr 0.0003 "
+        "left 0:41:40"
+    )  # 5 batches in 62.5 s: 125 s an epoch
+    epoch.add({name: 100.0 if name == "acc" else 12345.0 for name in terms})
+    assert len(epoch.line(1.234e-5, epochs_left=2000)) <= 100
+    few = Epoch(range(2), "Epoch 1/9")
+    few.add(None)
+    few.add({"loss": 4.175, "acc": 100.0})
+    assert few.line(0.1, 0).startswith("Epoch 1/9  L 4.175  acc 100.0%  skipped 1  lr 0.1  left")
 
 
 def test_pictures_are_named_by_what_is_wrong_with_them():

@@ -3,7 +3,7 @@
 As all figures of this wing they belong to no window: save them with ``figure.savefig(path)``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from casn_plugin.doors import check_count, check_kind
@@ -42,7 +42,7 @@ def plot_curves(
     check_count("max_rank", max_rank)
     if not all(isinstance(entry, Mapping) and "epoch" in entry for entry in history):
         raise ValueError(f"history must be dictionaries with an 'epoch', got {history!r:.80}")
-    figure = Figure(figsize=(9, 3.6), layout="constrained", dpi=120)
+    figure = Figure(figsize=(9, 4.2), layout="constrained", dpi=120)
     left, right = figure.subplots(1, 2)
     epochs = [entry["epoch"] for entry in history]
     terms = {
@@ -57,12 +57,31 @@ def plot_curves(
             values = [entry.get(term, float("nan")) for entry in history]
             left.plot(epochs, values, marker="o", markersize=3, label=label)
     left.set_xlabel("epoch")
+    left.xaxis.get_major_locator().set_params(integer=True)
     left.set_ylabel("mean over the epoch")
     left.grid(alpha=0.3)
     if left.lines:
         left.legend(fontsize=8)
     _plot_cmc(right, {name: results[name] for name in COLOURS}, max_rank)
+    figure.supxlabel("\n".join(_said_of(history)), fontsize=8)
     return figure
+
+
+def _said_of(history: Sequence[Mapping[str, float | int]]) -> Iterator[str]:
+    """Yields what is said under the curves, as far as these terms are among them."""
+    terms = {term for entry in history for term in entry}
+    if "loss_ia" in terms:
+        yield (
+            "L_ia is the score that a person's own identity keeps once what was attended is "
+            "masked: it rises as identities are learnt,\nand stays low where attention covers "
+            "all that tells them."
+        )
+    if "attention_distance" in terms:
+        yield (
+            "Attention distance: how unlike two pictures of one person are attended, row by row. "
+            "L_bce: same person or not."
+        )
+    yield "On the right: the share of queries whose person is found up to a rank."
 
 
 def plot_cmc(results: Mapping[str, Any], *, max_rank: int = 20) -> "Figure":

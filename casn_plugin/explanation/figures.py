@@ -82,8 +82,9 @@ def plot_pair(
     _plot_aligned(axes[3], first, second, names)
     said = "" if evidence is None else f"\nEvidence: {evidence}."
     figure.supxlabel(
-        f"{details}\nBright: {(evidence or Evidence.TRAINED).marks}. t: rows that reach more than "
-        f"{first.row_threshold:.0%} of the strongest count. Grey: what differs.{said}".strip(),
+        f"{details}\nBright: {(evidence or Evidence.TRAINED).marks}; beside it, how strongly in "
+        f"each row. t: rows that reach more than {first.row_threshold:.0%} of the strongest count."
+        f" Grey: what differs.{said}".strip(),
         fontsize=8,
     )
     return figure
@@ -129,12 +130,16 @@ def plot_ranking(
     if apart:
         widths.insert(1 + number - apart, 0.25)
     width = wide * sum(widths) + 0.4
-    figure = Figure(figsize=(width, 3 * tall + 1.5), layout="constrained", dpi=110)
+    figure = Figure(figsize=(width, 3 * tall + 1.7), layout="constrained", dpi=110)
     title = textwrap.fill(headline, int(9 * width))  # 9 letters of its size fill an inch
     figure.suptitle(title, fontsize=12, fontweight="bold")
-    if evidence is not None:
-        words = textwrap.fill(f"Evidence: {evidence}", int(15 * width))
-        figure.supxlabel(words, fontsize=8)
+    words = (
+        f"Frames: green and whole, the same person; red and broken, another. Bright: "
+        f"{(evidence or Evidence.TRAINED).marks}. In brackets: the rank by features alone."
+    )
+    said = [words] if evidence is None else [words, f"Evidence: {evidence}."]
+    filled = [textwrap.fill(each, int(15 * width)) for each in said]
+    figure.supxlabel("\n".join(filled), fontsize=8)
     axes: Any = figure.subplots(3, len(widths), squeeze=False, width_ratios=widths)
     for axis in axes[:, 1 + number - apart] if apart else ():
         axis.remove()

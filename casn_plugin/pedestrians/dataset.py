@@ -1,14 +1,14 @@
 """The set on disk: rendered once, moved into its place in one step, checked at every use."""
 
+import contextlib
 import json
 import os
-import shutil
-import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+from filelock import FileLock
 from tqdm import tqdm
 
 from casn_plugin.pedestrians.cameras import CAMERAS
@@ -113,36 +113,44 @@ def mask_path(img_path: str) -> str:
 
 
 def _write(path: Path, image: np.ndarray, *options: int) -> None:
+    """Writes a picture, whole or not at all."""
     done, data = cv2.imencode(path.suffix, image, options)
     if not done:
         raise RuntimeError(f"cv2 cannot encode {path.name}")
-    path.write_bytes(data.tobytes())
+    partial = path.with_suffix(".tmp")
+    partial.write_bytes(data.tobytes())
+    partial.replace(path)
 
 
 def _render_all(folder: Path, plan: _Plan, progress: bool) -> None:
-    """Renders the set beside `folder` and moves it there in one step when it is complete."""
-    partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
+    """Renders the set beside `folder` and moves it there in one step when it is complete.
+
+    What an interrupted run has rendered is kept, and the next one goes on from there; of several
+    at once, one renders and the others wait for it.
+    """
+    partial = folder.parent / f".{folder.name}.partial"
+    for name in (_TRAIN, _QUERY, _GALLERY, _MASKS):
+        (partial / name).mkdir(parents=True, exist_ok=True)
+    hidden = None if progress else True  # None: shown on a terminal
+    done = 0
+    items = plan.items()
     try:
-        for name in (_TRAIN, _QUERY, _GALLERY, _MASKS):
-            (partial / name).mkdir(parents=True)
-        hidden = None if progress else True  # None: shown on a terminal
-        for item in tqdm(plan.items(), desc="Rendering pedestrians", unit="img", disable=hidden):
-            image, mask = render_pedestrian(
-                item.pid, item.camid, item.number,
-                seed=plan.seed, height=plan.height, width=plan.width,
-            )  # fmt: skip
-            path = partial / item.folder / f"{item.name}.jpg"
-            _write(path, image[..., ::-1], cv2.IMWRITE_JPEG_QUALITY, 95)
-            _write(partial / _MASKS / f"{item.name}.png", mask)
-        (partial / "manifest.json").write_text(json.dumps(plan.manifest(), indent=2) + "\n")
-        try:
-            partial.rename(folder)
-        except OSError:
-            # Another process was first; its set is checked like any other that was there before.
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for item in tqdm(items, desc="Rendering pedestrians", unit="img", disable=hidden):
+            path, mask_at = partial / item.folder / f"{item.name}.jpg", partial / _MASKS
+            if not path.exists():  # it is written after its mask
+                image, mask = render_pedestrian(
+                    item.pid, item.camid, item.number,
+                    seed=plan.seed, height=plan.height, width=plan.width,
+                )  # fmt: skip
+                _write(mask_at / f"{item.name}.png", mask)
+                _write(path, image[..., ::-1], cv2.IMWRITE_JPEG_QUALITY, 95)
+            done += 1
+    except BaseException:
+        kept = f"{done} of {len(items)} pictures are kept in {partial}"
+        tqdm.write(f"{kept}: the next time, it goes on from there")
+        raise
+    (partial / "manifest.json").write_text(json.dumps(plan.manifest(), indent=2) + "\n")
+    partial.rename(folder)
 
 
 def _verify(folder: Path, plan: _Plan) -> None:
@@ -245,7 +253,13 @@ def load_pedestrians(
     parent = _cache_folder() if root is None else Path(root)
     folder = parent.expanduser().absolute() / plan.folder
     if not folder.exists():
-        _render_all(folder, plan, progress)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = folder.parent / f".{folder.name}.lock"
+        with FileLock(lock):
+            if not folder.exists():
+                _render_all(folder, plan, progress)
+            with contextlib.suppress(OSError):  # Windows: another process waits for it
+                lock.unlink(missing_ok=True)
     _verify(folder, plan)
 
     lists: dict[str, list[Record]] = {_TRAIN: [], _QUERY: [], _GALLERY: []}

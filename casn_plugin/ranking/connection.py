@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from casn_plugin.packages import needed
+
 _opened: Counter[str] = Counter()  # files, and by how many in this process
 
 
@@ -19,10 +21,8 @@ def connect(uri: str, token: str) -> Any:
         OSError: a file or an address that can't be opened: of a file, one process at a time.
         ValueError: a path that does not end in ".db".
     """
-    try:
+    with needed("milvus"):
         from pymilvus import MilvusClient
-    except ImportError as error:
-        raise ImportError("this needs pymilvus: pip install 'casn-plugin[milvus]'") from error
 
     local = _is_file(uri)
     if local and not uri.endswith(".db"):

@@ -70,16 +70,20 @@ def test_a_ranked_list_sets_the_truth_apart():
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 5])
-def test_the_headline_of_a_ranked_list_fits_its_figure(number):
+def test_the_words_of_a_ranked_list_fit_its_figure(number):
     image = AttendedImage(np.zeros((64, 32, 3)), torch.rand(8, 4))
     headline = "Person 1234 of camera 5: wrong at rank 1, found at rank 19732"
     pairs = [(image, image)] * number
     figure = plot_ranking(image.picture, pairs, [True] * number, [""] * number, headline=headline)
     figure.canvas.draw()
-    (title,) = (text for text in figure.texts if text.get_text())
+    title, below = (text for text in figure.texts if text.get_text())
     assert title.get_text().replace("\n", " ") == headline
-    box = title.get_window_extent()
-    assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height
+    said = below.get_text().replace("\n", " ")
+    assert "red and broken, another" in said and said.endswith("the rank by features alone.")
+    for text in (title, below):
+        box = text.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+        assert box.y0 >= 0 and box.y1 <= figure.bbox.height
 
 
 def test_no_window_toolkit_is_touched():

@@ -1,8 +1,10 @@
 """The set on disk: its lists, its files, its folder, and what happens when it is damaged."""
 
 import json
+import os
 import threading
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -175,45 +177,77 @@ def test_the_cache_folder_follows_the_environment(
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_interrupted_run_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+def test_an_interrupted_run_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, error: type[BaseException]
 ) -> None:
+    whole = load_pedestrians(tmp_path / "whole", **TINY)
     calls = []
 
     def fails(*arguments: int, **size: int) -> Any:
         calls.append(arguments)
         if len(calls) == 7:
-            assert len(list(tmp_path.iterdir())) == 1
             raise error("power cut")
         return render_pedestrian(*arguments, **size)
 
     monkeypatch.setattr(dataset, "render_pedestrian", fails)
     with pytest.raises(error, match="power cut"):
+        load_pedestrians(tmp_path / "cut", **TINY)
+    assert "6 of 30 pictures are kept" in capsys.readouterr().out
+    resumed = load_pedestrians(tmp_path / "cut", **TINY)
+    assert len(calls) == 30 + 1 and len(set(calls)) == 30
+    assert [each.name for each in (tmp_path / "cut").iterdir()] == [
+        each.name for each in (tmp_path / "whole").iterdir()
+    ]
+    for ours, theirs in zip(chain(*resumed), chain(*whole), strict=True):
+        assert Path(ours[0]).read_bytes() == Path(theirs[0]).read_bytes()
+        assert Path(mask_path(ours[0])).read_bytes() == Path(mask_path(theirs[0])).read_bytes()
+
+
+def test_a_picture_that_was_cut_is_rendered_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while a picture is written: what is there under its name is whole."""
+    replaced = []
+
+    def killed(self: Path, target: Path) -> None:
+        replaced.append(target)
+        if len(replaced) == 10:  # the fifth picture, after its mask
+            self.write_bytes(self.read_bytes()[:50])
+            raise KeyboardInterrupt
+        os.replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
         load_pedestrians(tmp_path, **TINY)
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    found = load_pedestrians(tmp_path, **TINY)
+    assert all(read(path).shape == (64, 32, 3) for path, _, _ in chain(*found))
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_two_runs_at_once_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both find no folder, both render, the one that comes second takes the other's set."""
+def test_of_two_runs_at_once_one_renders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both find no folder; the second waits, and takes the first one's set."""
     barrier = threading.Barrier(2, timeout=20)
+    calls = []
 
-    def together(*arguments: int, **size: int) -> Any:
-        if arguments == (1, 0, 0):
-            barrier.wait()
+    def counted(*arguments: int, **size: int) -> Any:
+        calls.append(arguments)
         return render_pedestrian(*arguments, **size)
 
-    monkeypatch.setattr(dataset, "render_pedestrian", together)
+    def load() -> None:
+        barrier.wait()
+        found.append(load_pedestrians(tmp_path, **small))
+
+    monkeypatch.setattr(dataset, "render_pedestrian", counted)
     small = TINY | {"num_train_pids": 1, "num_test_pids": 1, "num_cameras": 2}
     found: list[PedestrianSet] = []
-    threads = [
-        threading.Thread(target=lambda: found.append(load_pedestrians(tmp_path, **small)))
-        for _ in range(2)
-    ]
+    threads = [threading.Thread(target=load) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(found) == 2 and found[0] == found[1]
+    assert len(calls) == len(set(calls)) == 8
     assert len(list(tmp_path.iterdir())) == 1
 
 

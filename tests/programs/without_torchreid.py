@@ -12,7 +12,7 @@ class Blocked:
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "torchreid":
-            raise ModuleNotFoundError(f"{name} is blocked")
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
 
 
 sys.meta_path.insert(0, Blocked())
@@ -30,6 +30,6 @@ assert not loaded, f"the modules load {loaded}"
 try:
     importlib.import_module("casn_plugin.engine")
 except ModuleNotFoundError as error:
-    assert "torchreid" in str(error)
+    assert str(error) == "this needs torchreid: pip install torchreid", error
 else:
     raise AssertionError("the engine needs no torchreid")
