@@ -8,6 +8,7 @@ from docutils.utils.math import latex2mathml
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.ext import autosummary
 from sphinx.ext.napoleon import GoogleDocstring
 
 import casn_plugin
@@ -16,6 +17,7 @@ project = "casn-plugin"
 author = copyright = "the casn-plugin authors"
 version = release = casn_plugin.__version__
 language = "en-GB"
+smartquotes_action = "De"  # not of quotes, which stand in types
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
@@ -109,6 +111,7 @@ def setup(app: Sphinx) -> None:
     """Joins in where Sphinx asks."""
     importlib.import_module("casn_plugin.engine")
     app.connect("autodoc-skip-member", in_its_room_too)
+    autosummary.WELL_KNOWN_ABBREVIATIONS += ("Eq.",)
     GoogleDocstring._parse_attribute_docstring = said_in_words  # type: ignore[method-assign]
     app.connect("missing-reference", find_by_its_end)
     app.add_html_math_renderer("mathml", (inline_math, None), (displayed_math, None))
