@@ -51,7 +51,6 @@ autodoc_typehints_description_target = "documented_params"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 autosummary_generate = False
 napoleon_use_ivar = True
-python_maximum_signature_line_length = 88
 
 myst_enable_extensions = ["amsmath", "dollarmath", "attrs_block", "attrs_inline"]
 myst_heading_anchors = 3

@@ -61,6 +61,12 @@ def built_pages(tmp_path_factory):
     return folder / "html"
 
 
+def written_pages(html: Path) -> list[Path]:
+    """The pages that somebody wrote, not those of source code and indices."""
+    written = [name_of(page).removesuffix(".md") for page in PAGES] + ["tutorials/train"]
+    return [html / f"{name}.html" for name in written]
+
+
 class Block(NamedTuple):
     """A piece of code in a document: where it begins, its language, and its text."""
 
@@ -137,11 +143,28 @@ class Embedding(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer3 = nn.Conv2d(3, 8, 16, 16)
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList([nn.Identity()] * 12)})
         self.classifier = nn.Linear(8, 5)
 
     def embed(self, imgs: torch.Tensor) -> torch.Tensor:
         return self.layer3(imgs).relu().mean((2, 3))
+
+
+class Transformer(nn.Module):
+    """A vision transformer of 16 x 8 patches and a class token, as nobody else names its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 16, 16)
+        self.token = nn.Parameter(torch.randn(1, 1, 16))
+        self.places = nn.Parameter(torch.randn(1, 129, 16))
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 12, enable_nested_tensor=False)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, imgs: torch.Tensor) -> torch.Tensor:
+        tokens = self.patches(imgs).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.token.expand(len(imgs), -1, -1), tokens], 1) + self.places
+        return self.head(self.encoder(tokens)[:, 0])
 
 
 class World:
@@ -159,6 +182,8 @@ class World:
         parts = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
         for own, part in parts.items():
             shutil.copytree(data / part, mine / own)
+        for picture in (data / "bounding_box_test").iterdir():  # eight identities make a PK batch
+            shutil.copy(picture, mine / "train")
         shutil.copytree(data / "bounding_box_test", folder / "pictures")
         shutil.copytree(data / "bounding_box_train", folder / "labelled_pictures")
         first, second, *_ = sorted((data / "query").iterdir())
@@ -248,8 +273,12 @@ class World:
     def guides_export(self) -> dict[str, Any]:
         names: dict[str, Any] = {"found": SimpleNamespace(threshold=1.0)}
         if self.section == "A trained model in a folder":
-            large = torchreid.models.build_model("osnet_x1_0", 751, "softmax", False, False)
+            large = torchreid.models.build_model("osnet_x1_0", 751)
             names["model"] = CASN(large, input_size=(64, 32))
+        if self.section == "A server without autograd":
+            pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+            network = nn.Sequential(nn.Conv2d(3, 8, 5, 4), nn.ReLU(), *pooled)
+            names["model"] = CASN(network, input_size=(64, 32)).eval()
         return names
 
     def guides_own_data(self) -> dict[str, Any]:
@@ -263,7 +292,8 @@ class World:
             features = net.embed(imgs)
             return net.classifier(features), features
 
-        return {"timm": timm, "torchvision": torchvision, "forward": forward}
+        names = {"timm": timm, "torchvision": torchvision, "forward": forward}
+        return names | ({"net": Transformer()} if "Tokens" in self.section else {})
 
     def guides_re_ranking(self) -> dict[str, Any]:
         features = torch.cat([self.query.encoding.features, self.gallery.encoding.features])
@@ -288,10 +318,15 @@ def command_lines(text: str) -> Iterator[list[str]]:
 
 
 def known_options(script: Path) -> set[str]:
-    """Returns the options that a script, or a script it imports from beside it, declares."""
-    text, found = script.read_text(encoding="utf-8"), set[str]()
-    for folder in (script.parent, EXAMPLES, EXAMPLES / "experiments"):
-        for name in re.findall(r"^\s*(?:import|from) (\w+)", text, re.MULTILINE):
-            if (folder / f"{name}.py").is_file() and folder / f"{name}.py" != script:
-                found |= set(re.findall(r"\"(--[\w-]+)\"", (folder / f"{name}.py").read_text()))
-    return found | set(re.findall(r"\"(--[\w-]+)\"", text))
+    """Returns the options that a script declares, or one that it imports and takes further."""
+    waiting, seen, found = [script], set[Path](), set[str]()
+    while waiting:
+        file = waiting.pop()
+        if file in seen or not file.is_file():
+            continue
+        seen.add(file)
+        text = file.read_text(encoding="utf-8")
+        found |= set(re.findall(r"[\"'](--[\w-]+)", text))
+        for name in re.findall(r"[\w]+", " ".join(re.findall(r"^(?:import|from) .*", text, re.M))):
+            waiting += [folder / f"{name}.py" for folder in (EXAMPLES, EXAMPLES / "experiments")]
+    return found

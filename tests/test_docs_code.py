@@ -11,7 +11,7 @@ import torch
 from conftest import EXAMPLES
 from documents import DOCS, PAGES, README, World, blocks, command_lines, name_of, run, sections
 
-import casn_plugin
+import casn_plugin.engine
 
 OPTIONAL = {"qdrant_client", "lancedb"}  # other engines, in recipes
 WITH_PYTHON = [page for page in PAGES if any(each.language == "python" for each in blocks(page))]
@@ -43,6 +43,8 @@ def offline(monkeypatch):
         return build(name, num_classes, *args, **{**kwargs, "pretrained": False, "use_gpu": False})
 
     monkeypatch.setattr(torchreid.models, "build_model", build_anew)
+    few = {"num_train_pids": 2, "num_test_pids": 2, "progress": False}
+    monkeypatch.setattr(casn_plugin.engine.EmbeddedPedestrians, "options", few)
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -87,7 +89,7 @@ def test_the_tutorial_of_the_search_runs(world, example, monkeypatch, capsys):
         capsys.readouterr()
         script.main(given)
     said = capsys.readouterr().out
-    assert "0 encoded, 120 kept" in said and "300 pictures: 300 encoded" in said
+    assert "0 encoded, 60 kept" in said and "150 pictures: 150 encoded" in said
     found = Path("search.html").read_text(encoding="utf-8")
     assert found.count("<article") == 2 and "pairs" in found
 

@@ -6,5 +6,17 @@ const scrolled = () => {
     }
   }
 };
+
+// What the theme leaves unsaid to those who hear the page.
+const said = () => {
+  for (const each of document.querySelectorAll(".caption[role=heading]")) {
+    each.ariaLevel = "2";
+  }
+  for (const [place, name] of [[".sidebar-drawer", "All pages"], [".toc-drawer", "This page"]]) {
+    document.querySelector(place)?.setAttribute("aria-label", name);
+  }
+};
+
+addEventListener("DOMContentLoaded", said);
 addEventListener("load", scrolled);
 addEventListener("resize", scrolled);
