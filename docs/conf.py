@@ -39,6 +39,7 @@ nitpick_ignore_regex = [
 
 html_theme = "furo"
 html_title = "casn-plugin"
+html_favicon = "_static/icon.svg"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
 html_js_files = ["pages.js"]
