@@ -18,6 +18,7 @@ With torchvision's weights of MobileNetV2 it draws what a network that never saw
 """
 
 import argparse
+import copy
 import io
 import os
 import re
@@ -27,6 +28,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
+from method_figure import DARK, LIGHT, Seen, method_figure
 from PIL import Image
 
 DOCS = Path(__file__).parent
@@ -40,9 +43,10 @@ import train_casn_pcb  # noqa: E402
 from plots import plot_memory, save_small  # noqa: E402
 from tables import write_report  # noqa: E402
 
-from casn_plugin import explain_ranking  # noqa: E402
-from casn_plugin.explanation import FixedPairs  # noqa: E402
+from casn_plugin import CASN, IdentificationAttentionLoss, explain_ranking, grad_cam  # noqa: E402
+from casn_plugin.explanation import FixedPairs, PairExplanation, overlay  # noqa: E402
 from casn_plugin.pedestrians import render_pedestrian  # noqa: E402
+from casn_plugin.scores import identity_scores  # noqa: E402
 
 
 def draw_memory() -> None:
@@ -85,20 +89,50 @@ def draw_model(checkpoint: str) -> None:
     explained = engine.explain(name)
     best = next(explained.best()).matches[0].pair
     save_small(best.plot(), IMAGES / "explained_pair.webp")
+    draw_method(engine.casn, best)
     failures = explained.ranked.failures()
     typical = explained[failures[len(failures) // 2]]  # the middle of all failures
     save_small(typical.plot(), IMAGES / "explained_failure.webp")
     query, gallery = (engine.test_loader[name][part].dataset for part in ("query", "gallery"))
     pairs = FixedPairs(query, gallery, engine.logged_pairs)
     mosaic = pairs.mosaic(engine.casn)
-    drawn = (mosaic.clip(0, 1) * 255).round().astype(np.uint8)
-    save_small(drawn, IMAGES / "tensorboard.webp")
+    save_small(as_bytes(mosaic), IMAGES / "tensorboard.webp")
     if shutil.which("chromedriver"):
         with tempfile.TemporaryDirectory() as folder:
             page = str(Path(folder) / "report.html")
             explain_matches.main(["--checkpoint", checkpoint, "--out", page])
             save_small(photograph(Path(page), "#worst"), IMAGES / "report.webp")
         draw_search(checkpoint)
+
+
+def draw_method(trained: CASN, pair: PairExplanation) -> None:
+    """Draws the method, with a pair, its maps, and what L_ia hides of the first picture.
+
+    These people were in no training set: M_n is of the identity that scores highest.
+    """
+    model = copy.deepcopy(trained).requires_grad_(False).eval()
+    model.training = model.backbone.training = True  # so that logits are given
+    picture = pair.first.picture
+    imgs = model.preprocessing.load(Image.fromarray(as_bytes(picture)))[None]
+    output = model(imgs.to(next(model.parameters()).device))
+    pids = torch.stack(list(output.logits)).sum(0).argmax(1)
+    maps = grad_cam(identity_scores(output.logits, pids), output.activations)
+    masked = IdentificationAttentionLoss().mask(imgs, pids, output.logits, output.activations)
+    seen = Seen(
+        [as_bytes(each.picture) for each in (pair.first, pair.second)],
+        as_bytes(overlay(picture[None], maps)[0]),
+        as_bytes(model.preprocessing.pictures(masked.detach())[0]),
+        [as_bytes(each.overlaid) for each in (pair.first, pair.second)],
+        [each.aligned.numpy() for each in (pair.first, pair.second)],
+    )
+    for name, colours in (("light", LIGHT), ("dark", DARK)):
+        drawn = method_figure(seen, colours)
+        (IMAGES / f"method-{name}.svg").write_text(drawn, encoding="utf-8")
+
+
+def as_bytes(picture: np.ndarray) -> np.ndarray:
+    """Returns a picture in [0, 1] as 0 to 255."""
+    return (picture.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def draw_search(checkpoint: str) -> None:

@@ -2,8 +2,8 @@
 """Trains CASN on a PCB backbone and ranks with attention fused in.
 
 Without options on the embedded data set of rendered pedestrians, on the CPU, in minutes; by the
-paper's protocol on one that torchreid reads from --root (docs/protocols.md); on several GPUs or
-cores with torchrun (docs/processes.md):
+paper's protocol on one that torchreid reads from --root (docs/guides/protocols.md); on several GPUs
+or cores with torchrun (docs/guides/processes.md):
 
     python examples/train_casn_pcb.py
     python examples/train_casn_pcb.py --preset market1501-pcb --root reid-data
@@ -32,7 +32,7 @@ from casn_plugin.training import Interrupted
 with needed(quiet="Cython evaluation"):  # which is not used here
     import torchreid
 
-# Section 4 and Eq. 1 of the paper; docs/protocols.md says what it leaves open
+# Section 4 and Eq. 1 of the paper; docs/guides/protocols.md says what it leaves open
 PAPER = dict(batch_size=16, max_epoch=40, stepsize=30, optim="sgd", lr=0.03, label_smooth=False,
              weights="imagenet", eval_freq=10)  # fmt: skip
 NETS = {"ide": dict(backbone="ide", height=288, width=144),
@@ -104,7 +104,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> argpa
         folder = Path(args.root).expanduser() / name.replace("mcreid", "mc-reid")
         if not folder.is_dir():  # torchreid would make it, and try to download
             parser.error(f"--root: {name} is expected in {folder}, and there is no such folder; "
-                         "none is downloaded here: docs/protocols.md has the layouts")  # fmt: skip
+                         "none is downloaded. docs/guides/protocols.md has layouts")  # fmt: skip
     return args
 
 

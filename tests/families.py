@@ -1,7 +1,7 @@
 """Networks of timm and torchvision, small ones of each family, and what must be tapped of them.
 
 The table is written by hand from the code of the two libraries. The same rows make the table of
-docs/networks.md.
+docs/reference/networks.md.
 """
 
 from typing import Any, NamedTuple

@@ -23,7 +23,7 @@ from scipy.io import savemat
 from casn_plugin import CASN, ImageCASNEngine
 from casn_plugin.pedestrians import render_pedestrian
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "protocols.md"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "guides" / "protocols.md"
 HEIGHT, WIDTH = 64, 32
 
 

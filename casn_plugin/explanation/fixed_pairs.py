@@ -17,7 +17,7 @@ from casn_plugin.ranking import pair_attention
 class FixedPairs:
     """Some pairs of a query and a gallery image, the same ones whenever they are looked at.
 
-    They are chosen by :func:`choose_pairs`.
+    They are chosen as `choose_pairs` says.
 
     Args:
         query: the queries: a data set of dictionaries with "img" and "pid", as torchreid's are,

@@ -95,7 +95,7 @@ def mask_path(img_path: str) -> str:
         img_path: Path of an image, as the lists of `load_pedestrians` hold it.
 
     Returns:
-        Path of a grey PNG of the image's size: 255 where the person is seen, 0 elsewhere.
+        Path of a grey PNG of the image's size, 255 where the person is seen, 0 elsewhere.
 
     Raises:
         ValueError: If the path is not that of an image in one of the set's folders.

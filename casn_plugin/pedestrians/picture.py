@@ -127,7 +127,7 @@ def render_pedestrian(
         width: Width of the picture in pixels, at least 16.
 
     Returns:
-        The picture (height, width, 3) in 0..255 and the mask (height, width): 255 where the person
+        The picture (height, width, 3) in 0..255 and the mask (height, width), 255 where the person
         is seen, 0 elsewhere, whatever stands in front of the person included.
 
     Raises:

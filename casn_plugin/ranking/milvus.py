@@ -201,7 +201,7 @@ class MilvusFeatures:
                 for each query (:func:`other_cameras`). "" lets all pass.
 
         Returns:
-            Rows of the index, -1 where fewer pass: for ``index.search(candidates=)``.
+            Rows of the index, -1 where fewer pass, as ``index.search(candidates=)`` takes them.
 
         Raises:
             TypeError: features that are no float tensor, a filter that is no text.

@@ -129,7 +129,7 @@ def fused_neighbourhood(
     """Returns what re-ranking needs to know of fused distances of unit-length vectors.
 
     Each image's attention is compared with its `options.shortlist` nearest by features, by default
-    :data:`LISTED`, and with the image furthest from it by features: its nearest are the nearest of
+    100, and with the image furthest from it by features: its nearest are the nearest of
     these by fused distance, and the furthest is taken for its greatest distance, unless the matrix
     knows a greater one. A distance of two images is the mean of both orders.
 

@@ -1,6 +1,6 @@
 """What CASN taps of networks of timm and torchvision at the size they are made for, as a table.
 
-python examples/experiments/networks.py --write docs/networks.md
+python examples/experiments/networks.py --write docs/reference/networks.md
 
 Without --write it is printed. The networks have new weights: nothing is downloaded. The same
 families, smaller, are tested against a table written by hand, tests/families.py.

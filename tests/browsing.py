@@ -16,6 +16,14 @@ DRIVER = shutil.which("chromedriver")
 def opened(page: str, path: Path) -> Iterator[Any]:
     """A browser that has opened a page, which is written there, from disk."""
     path.write_text(page, encoding="utf-8")
+    with browser_without_network() as driver:
+        driver.get(path.as_uri())
+        yield driver
+
+
+@contextmanager
+def browser_without_network() -> Iterator[Any]:
+    """A browser that reaches this machine alone."""
     if CHROMIUM is None or DRIVER is None:
         pytest.skip("Chromium and chromedriver are not installed")
     from selenium import webdriver
@@ -26,13 +34,13 @@ def opened(page: str, path: Path) -> Iterator[Any]:
     for argument in (
         "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
         "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        "--no-first-run", "--host-resolver-rules=MAP * ~NOTFOUND", "--window-size=1280,1000",
+        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--no-first-run",
+        "--window-size=1280,1000",
     ):  # fmt: skip
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
     try:
-        driver.get(path.as_uri())
         yield driver
     finally:
         driver.quit()
@@ -78,11 +86,16 @@ def as_wide_as(browser: Any, width: int) -> Iterator[None]:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+def in_scheme(browser: Any, scheme: str) -> None:
+    """Shows pages to somebody who prefers "light" or "dark"."""
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+
+
 def broken_rules(browser: Any, scheme: str) -> list[tuple[str, str]]:
     """The rules of accessibility that a page breaks, with everything unfolded."""
     axe = pytest.importorskip("axe_core_python.selenium").Axe()
-    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    in_scheme(browser, scheme)
     browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
     result = axe.run(browser)
     assert "color-contrast" in {each["id"] for each in result["passes"]}
