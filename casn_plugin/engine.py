@@ -259,10 +259,8 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             self._interruption.agree()
         self._interruption.stop()  # it came in the last step, or since
         if self.writer is not None and self.logged_pairs and self.processes.leads:
-            name = next(iter(self.test_loader))
-            self._board = self._board or AttentionBoard(
-                name, *self._test_data(name), self.logged_pairs
-            )
+            name, pairs = next(iter(self.test_loader)), self.logged_pairs
+            self._board = self._board or AttentionBoard(name, *self._test_data(name), pairs)
             self._board.log(self.writer, self.casn, self.epoch + 1)
 
     def forward_backward(self, data: dict[str, Any]) -> dict[str, float]:
