@@ -23,7 +23,8 @@ from scipy.io import savemat
 from casn_plugin import CASN, ImageCASNEngine
 from casn_plugin.pedestrians import render_pedestrian
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "guides" / "protocols.md"
+DOCS = Path(__file__).parents[1] / "docs"
+DOCUMENTS = DOCS / "guides" / "protocols.md", DOCS / "paper.md"
 HEIGHT, WIDTH = 64, 32
 
 
@@ -187,7 +188,8 @@ def test_a_preset_is_the_papers_protocol(example, root, data, net):
 
 
 def test_the_documented_commands_are_all_presets(example, lab, root):
-    text = DOCUMENT.read_text().replace("reid-data", str(root))
+    text = "".join(each.read_text(encoding="utf-8") for each in DOCUMENTS)
+    text = text.replace("reid-data", str(root))
     commands = re.findall(r"^python examples/train_casn_pcb.py (.*)", text, re.MULTILINE)
     parsed = [parse(example, *command.split()) for command in commands]
     assert {args.preset for args in parsed} | {"embedded", "paper"} == set(example.PRESETS)

@@ -7,6 +7,15 @@ const scrolled = () => {
   }
 };
 
+// A figure with its spread, such as 58.2 ± 1.8, stands on one line.
+const figures = () => {
+  for (const each of document.querySelectorAll(".table-wrapper td")) {
+    if (/^[-+]?\d/.test(each.textContent) && each.textContent.length < 30) {
+      each.style.whiteSpace = "nowrap";
+    }
+  }
+};
+
 // What the theme leaves unsaid to those who hear the page.
 const said = () => {
   for (const each of document.querySelectorAll(".caption[role=heading]")) {
@@ -18,5 +27,6 @@ const said = () => {
 };
 
 addEventListener("DOMContentLoaded", said);
+addEventListener("DOMContentLoaded", figures);
 addEventListener("load", scrolled);
 addEventListener("resize", scrolled);
