@@ -147,6 +147,17 @@ def test_links_and_pictures_of_the_readme_exist_here_and_on_an_index():
     assert "](docs" not in nowhere and "responsible use before this is used" in nowhere
 
 
+def test_measured_differences_in_the_pages_are_those_of_the_results():
+    """Each "a ± b" and "a [b, c]" that is said of the paper's losses stands in the tables."""
+    results = (DOCS / "results.md").read_text(encoding="utf-8")
+    number = r"[+-]?\d+\.\d+"
+    for page, least in ((DOCS / "paper.md", 40), (README, 10)):
+        text = " ".join(page.read_text(encoding="utf-8").split())
+        said = re.findall(rf"{number} ± \d+\.\d+|{number} \[{number}, {number}\]", text)
+        assert len(said) >= least
+        assert [each for each in said if each not in results] == [], page
+
+
 def test_the_readme_is_short():
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 120
 
