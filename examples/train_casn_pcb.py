@@ -75,7 +75,9 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+def parse_args(
+    parser: argparse.ArgumentParser, argv: list[str] | None, more_backbones: tuple[str, ...] = ()
+) -> argparse.Namespace:
     """Returns the options, and the preset's where none are given."""
     args = parser.parse_args(argv)
     for name, value in PRESETS[args.preset].items():
@@ -97,7 +99,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> argpa
     for folder in filter(None, (args.save_dir, args.gallery_dir)):
         if Path(folder).is_file():
             parser.error(f"a folder is expected for --save-dir and --gallery-dir, got {folder}")
-    known = "pcb_slim", "ide", *vars(torchreid.models)["__model_factory"]
+    known = "pcb_slim", "ide", *more_backbones, *vars(torchreid.models)["__model_factory"]
     if args.backbone not in known:
         parser.error(f"--backbone: expected {', '.join(known)}, got {args.backbone}")
     for name in {*args.sources} & {"market1501", "cuhk03", "dukemtmcreid", "msmt17"}:

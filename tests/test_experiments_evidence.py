@@ -1,5 +1,6 @@
 """What the laboratory measures as evidence, and what it says that is known of it."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -127,14 +128,23 @@ def test_gradients_at_the_tapped_map_are_those_of_the_terms(lab, market_root):
 
 def test_evidence_is_measured_of_each_run_and_reported(lab, market_root, monkeypatch):
     ablation = lab("ablation")
-    arguments = [
-        *("--data", "market1501", "--name", "market", "--root", str(market_root)),
-        *("--backbone", "resnet_slim", "--max-epoch", "1", "--jobs", "1", "--device", "cpu"),
-        *("--results", "results"),
-    ]
-    ablation.main([*arguments, "--study", "evidence", "--seeds", "0", "--only", "IDE",
-                   "CASN(IDE)", *SMALL])  # fmt: skip
-    study = lab("results").Study(Path("results", "market-evidence.jsonl"))
+    few = partial(ablation.faithfulness_of, number=6)
+    monkeypatch.setattr(ablation, "faithfulness_of", few)
+
+    def made_of(study, *only):
+        arguments = [
+            *("--data", "market1501", "--name", "market", "--root", str(market_root)),
+            *("--backbone", "resnet_slim", "--max-epoch", "1", "--device", "cpu"),
+            *("--study", study, "--seeds", "0", "--only", *only, *SMALL),
+        ]
+        found = lab("results").Study(
+            Path("results", lab("studies").file_of(study, "market", "IDE"))
+        )
+        for run in ablation.parse_args(arguments).runs:
+            ablation.run_one(run, found, Path("log.txt"))
+        return found
+
+    study = made_of("evidence", "IDE", "CASN(IDE)")
     assert [run["name"] for run in study.runs()] == ["CASN(IDE)", "IDE"]
     for run, better in zip(study.runs(), (0.5, 0.0), strict=True):  # a seed that was luckier
         of_all = run["results"]["robustness"]
@@ -149,14 +159,12 @@ def test_evidence_is_measured_of_each_run_and_reported(lab, market_root, monkeyp
     )
     assert set(robust) == {"none", "shift", "crop", "block", "person", "background"}
     curves = made[0]["results"]["faithfulness"]["centre"]["closeness"]["both"]
-    assert len(curves["gap"]) == 12 and curves["deletion"][0] == curves["insertion"][-1]
+    assert len(curves["gap"]) == 6 and curves["deletion"][0] == curves["insertion"][-1]
     assert set(made[0]["gradients"][0]) == {"ide", "ia", "sa"}
     assert set(made[2]["gradients"][0]) == {"ide"} and made[2]["name"] == "IDE"
 
     value = "log-odds, attention trained, λ1 0.5"
-    ablation.main([*arguments, "--study", "readings", "--seeds", "0", "--only",
-                   f"score of Eq. 2: {value}", *SMALL])  # fmt: skip
-    (reading,) = lab("results").Study(Path("results", "market-readings-IDE.jsonl")).runs()
+    (reading,) = made_of("readings", f"score of Eq. 2: {value}").runs()
     assert reading["settings"]["score"] == "log-odds"
     assert list(reading["results"]["robustness"]) == ["none"]
 

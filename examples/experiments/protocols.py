@@ -89,7 +89,7 @@ def make_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Returns the options; those not given are of the preset."""
     parser = make_parser()
-    args: argparse.Namespace = train_casn_pcb.parse_args(parser, argv)
+    args: argparse.Namespace = train_casn_pcb.parse_args(parser, argv, tuple(OWN))
     if args.cuhk03_labeled is None:
         args.cuhk03_labeled = args.preset.startswith("cuhk03-labeled")
     if args.batch_size < 2 or args.batch_size % 2:
