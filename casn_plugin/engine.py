@@ -212,7 +212,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             Interrupted: a signal.
         """
         bound = inspect.signature(super().run).bind(*args, **kwargs)
-        bound.arguments.setdefault("print_freq", math.inf)
+        bound.arguments.setdefault("print_freq", 2**63)  # never
         bound.apply_defaults()
         options = bound.arguments
         if options["test_only"]:

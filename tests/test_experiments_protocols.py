@@ -165,7 +165,7 @@ def test_a_checkpoint_is_ranked_otherwise(protocols, market_root):
 def test_settings_are_all_that_a_result_depends_on(protocols, market_root):
     weights = Path("folder", "weights.pth")
     weights.parent.mkdir()
-    weights.touch()
+    torch.save({}, weights)
     args = protocols.parse_args(market(market_root, "--weights", weights, "--save-dir", "log"))
     settings = protocols.settings_of(args)
     assert settings["weights"] == "weights.pth" and settings["row_threshold"] == 0.2

@@ -21,7 +21,9 @@ def results(lab):
     return lab("results")
 
 
-@pytest.mark.parametrize("name", ["ablation", "results", "scaling", "studies", "tables"])
+@pytest.mark.parametrize(
+    "name", ["ablation", "intervals", "results", "robustness", "rows", "scaling", "studies"]
+)
 def test_doctests(lab, name):
     found = doctest.testmod(lab(name))
     assert found.failed == 0 and found.attempted > 0
@@ -141,12 +143,13 @@ def test_the_documented_results_are_those_of_the_laboratorys_settings(lab):
     results, studies, protocols = lab("results"), lab("studies"), lab("protocols")
     defaults = protocols.settings_of(protocols.parse_args(["--device", "cpu"]))
     for name, runs in results.studies(DOCS / "results").items():
-        protocol = "slim" if runs[0]["data"] == "embedded" else "mobile"
-        common = {"slim": [], "mobile": ["--sources", "market1501"]}[protocol]
+        embedded = runs[0]["data"] == "embedded"
+        backbone = "resnet_slim" if embedded else "mobilenet_v2"
+        common = [] if embedded else ["--sources", "market1501"]
         seeds = sorted({run["seed"] for run in runs})
         study, data, family = (runs[0][key] for key in ("study", "data", "family"))
         assert studies.file_of(study, data, family) == f"{name}.jsonl"
-        wanted = studies.runs_of(study, data, protocol, family, seeds, common)
+        wanted = studies.runs_of(study, data, backbone, family, seeds, common)
         by_key = {(each["name"], each["value"], each["seed"]): each for each in wanted}
         parser = protocols.make_parser()
         for made in runs:
