@@ -168,8 +168,8 @@ def public_names() -> set[str]:
     known = set(map(id, found.values()))
     for room in ROOMS:
         module = importlib.import_module(f"casn_plugin.{room}")
-        if "." in room:
-            continue  # inside of a wing, whose face is its __all__
+        if "." in room or room == "__main__":
+            continue  # inside of a wing, whose face is its __all__; a command
         for name in getattr(module, "__all__", [each for each in vars(module) if each[0] != "_"]):
             value = getattr(module, name)
             own = hasattr(module, "__all__") or getattr(value, "__module__", "") == module.__name__
