@@ -189,7 +189,7 @@ def siamese(draw: Canvas, seen: Seen) -> None:
     draw.text(162, 420, "shared\nweights", "soft")
     draw.arrow((508, 413), (528, 413), (528, 358), (590, 358))
     draw.arrow((508, 437), (528, 437), (528, 492), (590, 492))
-    draw.text(564, 430, "∂(α, f)/∂A", "soft", 13)
+    draw.text(556, 430, "∂(α, f)/∂A", "soft", 13)
     for number, (top, colour) in enumerate(((290, "one"), (432, "two"))):
         draw.picture(594, top, seen.attended[number], colour, "")
         draw.text(676, top + 70, f"M{'12'[number]}", colour)
