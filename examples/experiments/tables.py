@@ -195,7 +195,9 @@ def choices_report(study: str, runs: list[Run], table: list[Run], images: Path) 
         rows.append([*cells, higher(found[1]), auc, str(diverged)])
     head = ["row", "choice", "value", "n"]
     head += ["features, rank-1", "features, mAP", "attention, mAP", "fused, mAP", "higher"]
-    patched = any(run["value"] == "by range" and run["commit"] == "unknown" for run in runs)
+    patched = any(
+        run["value"] == "by range" and "casn_plugin" not in run["versions"] for run in runs
+    )
     note = " “By range” was measured with the package's scaling replaced while it ran, before the "
     note += "laboratory had `--map-scale range`."
     return [
