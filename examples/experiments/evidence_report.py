@@ -28,13 +28,15 @@ def ap_of(row: Row, change: Sequence[str], kind: str) -> np.ndarray:
     return np.array(every, dtype=float)
 
 
+def measured(row: Row) -> Row:
+    """Returns the runs of a row that did not diverge, in the order of their seeds."""
+    return {seed: row[seed] for seed in sorted(row) if row[seed]["results"]}
+
+
 def both_have(row: Row, base: Row) -> tuple[Row, Row]:
-    """Returns the runs of two rows, of the seeds of which neither is missing or has diverged."""
-    seeds = [
-        seed
-        for seed in sorted(row.keys() & base.keys())
-        if row[seed]["results"] and base[seed]["results"]
-    ]
+    """Returns the measured runs of two rows, of the seeds that both have."""
+    row, base = measured(row), measured(base)
+    seeds = [seed for seed in row if seed in base]
     return {seed: row[seed] for seed in seeds}, {seed: base[seed] for seed in seeds}
 
 
@@ -93,7 +95,7 @@ def evidence_report(data: str, runs: list[Run], images: Path) -> list[str]:
                 for name, row in rows.items()
                 for score in SCORES
                 for sides in SIDES
-                if both_have(row, row)[0] and (score == "closeness" or name not in FAMILIES)
+                if measured(row) and (score == "closeness" or name not in FAMILIES)
             ],
         ),
         _faithfulness_picture(data, rows, images),
@@ -149,12 +151,9 @@ def _difference_cells(family: str, row: Row, base: Row) -> list[str]:
 
 def _changes(runs: list[Run]) -> list[tuple[str, str]]:
     """Returns every change and strength of the first run that was measured."""
-    measured = next(run["results"]["robustness"] for run in runs if run["results"])
+    found = next(run["results"]["robustness"] for run in runs if run["results"])
     return [
-        (change, strength)
-        for change in LABELS
-        if change in measured
-        for strength in measured[change]
+        (change, strength) for change in LABELS if change in found for strength in found[change]
     ]
 
 
@@ -174,15 +173,15 @@ def _robustness_cells(
     for row, base in pairs.values():
         for kind in ("features", "fused"):
             found = difference(row, base, (change, strength), kind)
-            known = both_have(base, base)[0]
+            known = measured(base)
             mean = np.nanmean(ap_of(known, (change, strength), kind)) if known else np.nan
             cells += [f"{100 * mean:.1f}", "–" if found is None else found.points()]
     return cells
 
 
 def _robustness_picture(data: str, rows: Mapping[str, Row], images: Path) -> str:
-    measured = {name: both_have(row, row)[0] for name, row in rows.items()}
-    changes = _changes([run for row in measured.values() for run in row.values()])
+    known = {name: measured(row) for name, row in rows.items()}
+    changes = _changes([run for row in known.values() for run in row.values()])
     panels: dict[str, dict[str, dict[float, list[float]]]] = {}
     for change in dict(changes):
         points = {0.0: NONE} | {float(s): (c, s) for c, s in changes if c == change}
@@ -191,7 +190,7 @@ def _robustness_picture(data: str, rows: Mapping[str, Row], images: Path) -> str
                 strength: (100 * np.nanmean(ap_of(row, at, kind), 1)).tolist()
                 for strength, at in points.items()
             }
-            for name, row in measured.items()
+            for name, row in known.items()
             if row
             for kind in ("features", "fused")
         }
@@ -213,7 +212,7 @@ def _gaps(row: Row, name: str, score: str, sides: str) -> np.ndarray:
 
 
 def _faithfulness_cells(name: str, row: Row, score: str, sides: str) -> list[str]:
-    row = both_have(row, row)[0]
+    row = measured(row)
     maps = _maps([*row.values()])
     gaps = {each: _gaps(row, each, score, sides) for each in maps}
     return [
@@ -226,7 +225,7 @@ def _faithfulness_cells(name: str, row: Row, score: str, sides: str) -> list[str
 def _faithfulness_picture(data: str, rows: Mapping[str, Row], images: Path) -> str:
     panels = {}
     for name, row in rows.items():
-        row = both_have(row, row)[0]
+        row = measured(row)
         if not row:
             continue
         panels[name] = {
@@ -250,7 +249,7 @@ def _shares(row: Row, term: str) -> np.ndarray:
     return np.array(
         [
             [norms.get(term, 0.0) / max(sum(norms.values()), 1e-30) for norms in run["gradients"]]
-            for run in both_have(row, row)[0].values()
+            for run in measured(row).values()
         ]
     )
 
@@ -264,14 +263,14 @@ def _gradient_rows(rows: Mapping[str, Row]) -> list[list[str]]:
     return [
         [name, label, *(f"{100 * share:.1f} %" for share in _shares(row, term).mean(0))]
         for name, row in rows.items()
-        if name not in FAMILIES and both_have(row, row)[0]
+        if name not in FAMILIES and measured(row)
         for term, label in (("ia", "λ1 L_ia"), ("sa", "λ2 L_sa"))
     ]
 
 
 def _epochs(row: Row, what: str) -> str:
     """Returns L_ia's share of the gradient, or its value, in three epochs."""
-    known = both_have(row, row)[0]
+    known = measured(row)
     if not known:
         return "–"
     if what == "share":

@@ -92,8 +92,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args: argparse.Namespace = train_casn_pcb.parse_args(parser, argv, tuple(OWN))
     if args.cuhk03_labeled is None:
         args.cuhk03_labeled = args.preset.startswith("cuhk03-labeled")
-    if args.batch_size < 2 or args.batch_size % 2:
-        parser.error(f"--batch-size must be even, got {args.batch_size}")
     if args.identities is not None and args.identities < 2:
         parser.error(f"--identities must be at least 2, got {args.identities}")
     if args.topk is not None and args.topk < 1:
