@@ -46,6 +46,11 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Has the documents built first, so that no process waits for the pages that another builds."""
+    items.sort(key=lambda item: item.name != "test_the_documents_build_and_the_tutorial_runs")
+
+
 class TinyBackbone(nn.Module):
     """A plain module with convolution, BatchNorm, an in-place ReLU and two-layer head."""
 

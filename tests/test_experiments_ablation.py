@@ -17,6 +17,17 @@ def ablation(lab):
     return lab("ablation")
 
 
+def run_here(lab, arguments: list[str]) -> list[dict]:
+    """Returns the runs of a study, which are done in this process: `main` starts one of its own."""
+    ablation, results = lab("ablation"), lab("results")
+    args = ablation.parse_args(arguments)
+    file = lab("studies").file_of(args.study, args.name, args.family)
+    study = results.Study(args.results / file)
+    for run in args.runs:
+        ablation.run_one(run, study, Path("log.txt"))
+    return study.runs()
+
+
 def report(lab) -> str:
     """Writes the report and returns it."""
     lab("tables").main(["--out", "results.md", "--results", "results"])
@@ -71,7 +82,7 @@ def test_the_ablation_resumes_and_reports(ablation, lab, market_root, capsys):
     assert " / 12.3 |" in changed and " / 12.3 |" not in text
 
 
-def test_any_data_set_of_torchreid_a_part_of_it_and_a_shortlist(ablation, lab, market_root):
+def test_any_data_set_of_torchreid_a_part_of_it_and_a_shortlist(lab, market_root):
     """What whoever has Market-1501 runs, but for its size, its weights and the epochs."""
     arguments = [
         *("--data", "market1501", "--root", str(market_root), "--identities", "3", "--topk", "4"),
@@ -79,8 +90,8 @@ def test_any_data_set_of_torchreid_a_part_of_it_and_a_shortlist(ablation, lab, m
         *("--device", "cpu", "--results", "results", "--weights", "none", *SMALL),
         *("--backbone", "resnet_slim"),
     ]
-    ablation.main(arguments)
-    (made,) = lab("results").Study(Path("results", "market1501-3.jsonl")).runs()
+    (made,) = run_here(lab, arguments)
+    assert Path("results", "market1501-3.jsonl").exists()
     settings = made["settings"]
     protocol = settings["preset"], settings["optim"], settings["lr"]
     assert protocol == ("market1501-ide", "sgd", 0.03)
@@ -108,15 +119,15 @@ def test_some_choices_or_some_of_their_values(ablation):
     assert found == [(options[-1], "2 epochs"), (options[-1], "5 epochs"), ("λ2", "0.5")]
 
 
-def test_by_range_is_an_option_that_results_tell(ablation, lab, market_root):
+def test_by_range_is_an_option_that_results_tell(lab, market_root):
     arguments = [
         *("--data", "market1501", "--name", "market", "--root", str(market_root)),
         *("--study", "choices", "--only", "scale of the profiles", "--backbone", "resnet_slim"),
         *("--seeds", "0", "--max-epoch", "1", "--jobs", "1", "--device", "cpu"),
         *("--results", "results", *SMALL),
     ]
-    ablation.main(arguments)
-    (made,) = lab("results").Study(Path("results", "market-choices-IDE.jsonl")).runs()
+    (made,) = run_here(lab, arguments)
+    assert Path("results", "market-choices-IDE.jsonl").exists()
     assert made["settings"]["map_scale"] == "range" and made["value"] == "by range"
     assert "replaced while it ran" not in report(lab)
 

@@ -1,5 +1,6 @@
 """What differences are known to be: 95 % intervals over seeds and queries, and seeds to see one."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -65,13 +66,22 @@ def interval(values: Float[np.ndarray, "seeds queries"], *, seed: int = 0) -> In
     if (known != known[0]).any():
         raise ValueError("queries must have a value with all seeds, or with none")
     values = values[:, known[0]]
-    seeds, queries = values.shape
-    generator = np.random.default_rng(seed)
-    by_seed = generator.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES) / seeds
-    by_query = generator.multinomial(queries, np.full(queries, 1 / queries), RESAMPLES) / queries
+    by_seed, by_query = _drawn(*values.shape, seed)
     means = ((by_seed @ values) * by_query).sum(1)
     low, high = np.quantile(means, [0.025, 0.975])
     return Interval(float(values.mean()), float(low), float(high))
+
+
+@lru_cache(maxsize=8)
+def _drawn(seeds: int, queries: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns how often each seed and each query is drawn, as shares: a row a resampling.
+
+    Reports ask for the same again and again, and drawing is what takes most of the time.
+    """
+    generator = np.random.default_rng(seed)
+    by_seed = generator.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES) / seeds
+    by_query = generator.multinomial(queries, np.full(queries, 1 / queries), RESAMPLES) / queries
+    return by_seed, by_query
 
 
 def seeds_needed(

@@ -18,7 +18,7 @@ SIZE = (64, 64)
 
 
 def count(name: str) -> dict[str, list[int]]:
-    options = {"img_size": SIZE} if "vit" in name else {}
+    options = {"img_size": SIZE, "depth": 4} if "vit" in name else {}
     model = CASN(timm.create_model(name, num_classes=5, **options), input_size=SIZE).train()
     imgs, pids = torch.rand(4, 3, *SIZE), torch.tensor([0, 0, 3, 4])
     identification, siamese = IdentificationAttentionLoss(), SiameseAttentionLoss()

@@ -85,7 +85,8 @@ def test_the_pair_classifier_ranks_in_eval_mode_and_is_left_as_found():
 def test_tiles_keep_to_their_memory():
     from torch.profiler import ProfilerActivity, profile
 
-    encoding = encode(parts, torch.rand(150, 32, 12, 4))
+    number = 80
+    encoding = encode(parts, torch.rand(number, 32, 12, 4))
     halves = Encoding(encoding.features, activations=encoding.maps.half())  # to be converted
     model = Model(PairClassifier(32 * PARTS, 64))
     max_memory = 2**20
@@ -105,7 +106,7 @@ def test_tiles_keep_to_their_memory():
             if event.name() == "[memory]":
                 total += event.nbytes()
                 held.append(total)
-        assert max_memory / 20 < max(held) - 4 * 150 * 150 < 1.2 * max_memory
+        assert max_memory / 20 < max(held) - 4 * number**2 < 1.2 * max_memory
 
 
 def test_two_processes_rank_as_one_does_bit_for_bit(tmp_path):
