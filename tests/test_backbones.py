@@ -27,13 +27,16 @@ SIZES = {"hacnn": (160, 64), "mudeep": (256, 128), "inceptionresnetv2": (160, 12
 
 
 def narrow(name: str) -> nn.Module:
-    """A backbone of the factory; of two, fewer of those features that are read one by one."""
+    """A backbone of the factory; of two, fewer of those features that are read one by one.
+
+    They stay more than channels, so that the way by channels is tried first, and fails on both.
+    """
     if name == "hacnn":
-        return torchreid.models.hacnn.HACNN(5, feat_dim=64, use_gpu=False)
+        return torchreid.models.hacnn.HACNN(5, feat_dim=224, use_gpu=False)
     backbone = build_backbone(name)
     if name == "mudeep":
-        backbone.fc[0], backbone.fc[1] = nn.Linear(256 * 16 * 8, 128), nn.BatchNorm1d(128)
-        backbone.classifier, backbone.feat_dim = nn.Linear(128, 5), 128
+        backbone.fc[0], backbone.fc[1] = nn.Linear(256 * 16 * 8, 320), nn.BatchNorm1d(320)
+        backbone.classifier, backbone.feat_dim = nn.Linear(320, 5), 320
     return backbone
 
 

@@ -283,7 +283,6 @@ def test_real_pictures_with_pretrained_weights(tmp_path):
     net = mobilenet_v2()
     net.load_state_dict(torch.load(MOBILENET, weights_only=True))
     net.classifier[1] = nn.Linear(1280, datamanager.num_train_pids)
-    net.features.to(memory_format=torch.channels_last)  # a third faster on the CPU
 
     def forward(net, imgs):
         features = net.features(imgs).mean((2, 3))
