@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from hypothesis import Phase, settings
 from jaxtyping import config, install_import_hook
 
 # every shape annotation of the package is checked at run time, in tests only
@@ -21,6 +22,8 @@ import torchreid  # noqa: E402
 from market import write_market  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+# whether a mutant is found is asked, not by which shortest example
+settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate])
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 

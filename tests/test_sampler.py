@@ -180,3 +180,33 @@ def test_labels_that_are_no_classes_are_found_when_the_sampler_is_installed(pids
     manager = SimpleNamespace(train_loader=DataLoader(rows, batch_size=2))
     with pytest.raises(ValueError, match=r"training images must be the classes 0 \.\.\. 1"):
         PairSampler.install(manager)
+
+
+def test_install_draws_what_the_class_does_from_the_same_settings():
+    rows = Rows()
+    pids, camids = zip(*(row[1:3] for row in rows.train), strict=True)
+    for asked, cameras, seed in (({}, camids, 0), ({"seed": 5, "cross_camera": False}, None, 5)):
+        manager = SimpleNamespace(train_loader=DataLoader(rows, batch_size=8))
+        PairSampler.install(manager, **asked)
+        assert list(manager.train_loader.sampler) == list(
+            PairSampler(pids, cameras, batch_size=8, seed=seed)
+        )
+        assert manager.train_loader.drop_last
+
+
+@pytest.mark.parametrize("loader", [DataLoader([1, 2]), SimpleNamespace(dataset=Rows())])
+def test_what_is_no_loader_of_training_images_is_refused(loader):
+    with pytest.raises(
+        TypeError,
+        match=r"^expected a torchreid data manager, whose train_loader.dataset.train lists the "
+        "training images, got SimpleNamespace$",
+    ):
+        PairSampler.install(SimpleNamespace(train_loader=loader))
+
+
+def test_settings_are_those_of_an_even_half_unless_others_are_given():
+    pids, camids = np.arange(60) // 5, np.arange(60) % 3
+    default = PairSampler(pids, camids, batch_size=12)
+    given = PairSampler(pids, camids, batch_size=12, positive_fraction=0.5, seed=0)
+    assert (default.positive_fraction, default.seed, default.epoch) == (0.5, 0, 0)
+    assert list(default) == list(given) and default.epoch == 1
