@@ -271,19 +271,20 @@ def test_half_precision_around_does_not_reach_attention():
         assert torch.equal(grad_cam(scores, activations), maps)
         assert torch.equal(soft_mask(activations[:, 0], (12, 4)), mask)
         assert indicator(classify, torch.rand(2, 3)).tolist() == [[1, 1, 0]] * 2
-    assert seen[0].dtype == torch.float32
+    assert seen[0].dtype == maps.dtype == torch.float32
 
 
 def test_the_indicator_follows_a_classifier_in_half_precision_and_one_without_weights():
     class Weightless(nn.Module):
         def forward(self, differences):
+            assert differences.dtype == torch.float64  # no weights say otherwise
             return torch.stack([differences[:, 0], differences.pow(2).sum(1)], dim=1)
 
-    differences = torch.tensor([[1.0, -2.0, 3.0]])
+    differences = torch.tensor([[1.0, -2.0, 3.0]], dtype=torch.float64)
     half = linear_pair_classifier().to(torch.bfloat16)
     for classifier, expected in ((half, [[1, 1, 0]]), (Weightless(), [[1, 0, 1]])):
         alpha = indicator(classifier, differences)
-        assert alpha.tolist() == expected and alpha.dtype == torch.float32
+        assert alpha.tolist() == expected and alpha.dtype == torch.float64
 
 
 def test_settings_are_those_of_the_paper_unless_others_are_given():

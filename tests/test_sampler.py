@@ -210,3 +210,24 @@ def test_settings_are_those_of_an_even_half_unless_others_are_given():
     given = PairSampler(pids, camids, batch_size=12, positive_fraction=0.5, seed=0)
     assert (default.positive_fraction, default.seed, default.epoch) == (0.5, 0, 0)
     assert list(default) == list(given) and default.epoch == 1
+
+
+@pytest.mark.parametrize(
+    ("pids", "camids", "fraction"),
+    [
+        ([0, 0, 1, 1, 2, 3, 4, 5, 6], None, 0.9),  # few pairs for those that are single
+        ([0, 0, 0, 0], [0, 0, 0, 1], 1.0),  # few pairs of two cameras
+    ],
+)
+def test_every_image_is_drawn_where_that_takes_more_batches(pids, camids, fraction):
+    sampler = PairSampler(pids, camids, batch_size=2, positive_fraction=fraction)
+    for _ in range(5):
+        assert set(sampler) == set(range(len(pids))) and len(sampler) > len(pids)
+
+
+def test_what_an_identity_that_is_most_images_must_not_meet_is_drawn_evenly():
+    """Its own images are replaced, where they would be both in a pair, by all the others."""
+    sampler = PairSampler([0] * 300 + list(range(1, 41)), batch_size=2, positive_fraction=0.0)
+    times = np.bincount(list(sampler), minlength=340)
+    assert times.min() >= 1 and times[300:].max() < 30
+    assert times[:300].sum() == times[300:].sum() == 300

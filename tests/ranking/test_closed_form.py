@@ -147,6 +147,8 @@ def test_a_classifier_of_other_numbers_than_those_of_ranking(name, classifier_in
         one = form.one_indicator()
         assert found[-1][0].dtype == alpha.dtype == torch.float64
         assert one is None or one.dtype == torch.float64
+    single = pair_form(exact, Arithmetic(CPU, torch.float32), dim=CHANNELS)
+    assert single.keys(first.float(), is_query=True).dtype == torch.float32
     (logits, alpha), (expected, _) = found
     torch.testing.assert_close(logits, expected, rtol=0, atol=0.05)
     assert (alpha == found[1][1]).double().mean() > 0.9
@@ -165,6 +167,7 @@ def test_a_classifier_without_weights_is_run_in_the_numbers_of_ranking():
     assert form.one_indicator() is None
 
 
+@pytest.mark.filterwarnings("error")  # as of memory that is of another shape
 def test_gates_of_equal_keys_are_shut():
     """ReLU has no gradient at 0: neither where all keys are equal, nor where only some are."""
     classifier = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 2))
