@@ -22,6 +22,7 @@ from casn_plugin.doors import (
     check_tensor,
     check_weight,
 )
+from casn_plugin.explanation.pictures import overlay, pair_mosaic
 
 
 @pytest.mark.parametrize(
@@ -308,5 +309,36 @@ def test_errors_name_the_tensor_and_its_shape(unchecked, function, arguments, pl
     ],
 )  # fmt: skip
 def test_errors_name_the_setting_and_what_came(unchecked, call, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call()
+
+
+PICTURES = np.zeros((2, 6, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: identities.as_ids("pids", "ab"), "^pids must be integers, one an image, got str$"),
+        (lambda: identities.as_ids("pids", 3), "^pids must be integers, one an image, got int$"),
+        (lambda: identities.as_ids("pids", [[1], [1, 2]]), "^pids must be integers, one an image:"),
+        (lambda: identities.as_ids("pids", np.array([2**63], np.uint64)),
+         r"^pids must be below 2\*\*63, got 9223372036854775808$"),
+        (lambda: check_weight("it", np.zeros(2)), "^it must be one number: "),
+        (lambda: overlay(PICTURES.astype(np.uint8), M[:2]),
+         "^pictures must be an array of floats, got uint8$"),
+        (lambda: overlay(torch.zeros(2, 6, 2, 3), M[:2]), "an array of floats, got Tensor$"),
+        (lambda: overlay(PICTURES[0], M[:2]),
+         r"^pictures must be of shape \(batch, rows, columns, 3\), got \(6, 2, 3\)$"),
+        (lambda: overlay(PICTURES[:, :0], M[:2]), r"columns, 3\), got \(2, 0, 2, 3\)$"),
+        (lambda: overlay(PICTURES, M[:2], opacity=1.5),
+         r"^opacity must lie in \[0, 1\], got 1.5$"),
+        (lambda: pair_mosaic(PICTURES, PICTURES, M[:2], M[:2], [True]),
+         "^expected as many first as second pictures of one size, and as many verdicts, got "),
+        (lambda: MODEL.train()(torch.rand(2, 3, 48, 24), None, LOSS),
+         "^the identification attention loss needs pids$"),
+    ],
+)  # fmt: skip
+def test_what_no_picture_and_no_identity_is_is_named(unchecked, call, message):
     with pytest.raises((ValueError, TypeError), match=message):
         call()
