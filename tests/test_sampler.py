@@ -213,16 +213,21 @@ def test_settings_are_those_of_an_even_half_unless_others_are_given():
 
 
 @pytest.mark.parametrize(
-    ("pids", "camids", "fraction"),
+    ("pids", "camids", "batch_size", "fraction", "length"),
     [
-        ([0, 0, 1, 1, 2, 3, 4, 5, 6], None, 0.9),  # few pairs for those that are single
-        ([0, 0, 0, 0], [0, 0, 0, 1], 1.0),  # few pairs of two cameras
+        ([0, 0, 1, 1], None, 2, 0.0, 4),
+        ([0, 0, 1, 1, 2, 3, 4, 5, 6], None, 2, 0.9, 42),  # few pairs for those that are single
+        ([0, 0, 0, 0], [0, 0, 0, 1], 2, 1.0, 6),  # few pairs of two cameras
+        # two of one identity would be left for one pair of different identities
+        ([0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 0, 1, 0, 1], 8, 0.75, 16),
     ],
 )
-def test_every_image_is_drawn_where_that_takes_more_batches(pids, camids, fraction):
-    sampler = PairSampler(pids, camids, batch_size=2, positive_fraction=fraction)
+def test_an_epoch_is_as_long_as_it_takes_to_draw_every_image(
+    pids, camids, batch_size, fraction, length
+):
+    sampler = PairSampler(pids, camids, batch_size=batch_size, positive_fraction=fraction)
     for _ in range(5):
-        assert set(sampler) == set(range(len(pids))) and len(sampler) > len(pids)
+        assert set(sampler) == set(range(len(pids))) and len(sampler) == length
 
 
 def test_what_an_identity_that_is_most_images_must_not_meet_is_drawn_evenly():
