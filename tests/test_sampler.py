@@ -216,7 +216,10 @@ def test_settings_are_those_of_an_even_half_unless_others_are_given():
     ("pids", "camids", "batch_size", "fraction", "length"),
     [
         ([0, 0, 1, 1], None, 2, 0.0, 4),
+        ([0, 0, 0, 0, 0, 0], None, 2, 1.0, 6),
+        ([0, 0, 0, 1, 1, 1], None, 2, 1.0, 8),  # each third one meets one that was drawn
         ([0, 0, 1, 1, 2, 3, 4, 5, 6], None, 2, 0.9, 42),  # few pairs for those that are single
+        ([0, 0, 0, 0, 1, 2, 3, 4, 5], None, 2, 0.9, 62),
         ([0, 0, 0, 0], [0, 0, 0, 1], 2, 1.0, 6),  # few pairs of two cameras
         # two of one identity would be left for one pair of different identities
         ([0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 0, 1, 0, 1], 8, 0.75, 16),
