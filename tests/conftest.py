@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from hypothesis import Phase, settings
 from jaxtyping import config, install_import_hook
 
 # every shape annotation of the package is checked at run time, in tests only
@@ -21,15 +22,26 @@ import torchreid  # noqa: E402
 from market import write_market  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+# whether a mutant is found is asked, not by which shortest example
+settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate])
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
+# they run everything, so that what they cover says little, and being measured makes them slower
+NOT_MEASURED = ("test_backbones", "test_docs", "test_examples", "test_experiments", "test_step")
 PROGRAMS = Path(__file__).parent / "programs"
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPT = EXAMPLES / "train_casn_pcb.py"
 SHARED = Path(__file__).parents[2] / "shared"
 WARD = SHARED / "data" / "ward"
 MOBILENET = SHARED / "weights" / "mobilenet_v2-b0353104.pth"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves whole trainings and documents out of the coverage of the package."""
+    for item in items:
+        if item.path.name.startswith(NOT_MEASURED):
+            item.add_marker("no_cover")
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from casn_plugin.attention import (
     row_profiles,
     scale_maps,
     siamese_attention,
+    similarity_attention,
     soft_mask,
 )
 from casn_plugin.hooks import capture
@@ -222,3 +223,77 @@ def test_gradients_of_mask_and_distance():
     equal = torch.rand(1, 5, 3).repeat(2, 1, 1).requires_grad_()  # the kink at distance zero
     attention_distance(*split_pairs(row_profiles(equal))).sum().backward()
     assert equal.grad.isfinite().all()
+
+
+def linear_pair_classifier() -> nn.Linear:
+    """Its α is (1, 1, 0) for all pairs."""
+    classifier = nn.Linear(3, 2).double()
+    classifier.weight.data = torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, -1.0]]).double()
+    return classifier
+
+
+@pytest.mark.parametrize("attend", [
+    lambda features, maps, **graph: grad_cam(features.sum(1), maps, **graph),
+    lambda *given, **graph: siamese_attention(linear_pair_classifier(), *given, **graph),
+    lambda *given, **graph: siamese_attention(
+        linear_pair_classifier(), *given, torch.tensor([[0, 1], [0, 2]]), **graph),
+    similarity_attention,
+])  # fmt: skip
+def test_maps_keep_their_own_graph_unless_they_are_asked_not_to(attend):
+    """Without one they are the same, and what they were computed from can still be trained."""
+    activations = torch.rand(4, 3, 6, 2, dtype=torch.float64, requires_grad=True)
+    features = activations.pow(2).mean((2, 3))
+    maps, constant = (
+        attend(features, activations),
+        attend(features, activations, create_graph=False),
+    )
+    assert torch.equal(maps, constant) and maps.max() > 0
+    gradient, less = (
+        torch.autograd.grad(each.square().sum(), activations, retain_graph=True)[0]
+        for each in (maps, constant)
+    )
+    assert not torch.allclose(gradient, less)
+    features.sum().backward()
+
+
+def test_half_precision_around_does_not_reach_attention():
+    """Autocast would round the weights of the maps, and the gradient whose sign is looked at."""
+    activations = torch.rand(2, 3, 6, 2, requires_grad=True)
+    scores, seen = activations.pow(2).mean((1, 2, 3)), []
+    linear = linear_pair_classifier().float()
+
+    def classify(differences):
+        seen.append(linear(differences))
+        return seen[-1]
+
+    maps, mask = grad_cam(scores, activations), soft_mask(activations[:, 0], (12, 4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(grad_cam(scores, activations), maps)
+        assert torch.equal(soft_mask(activations[:, 0], (12, 4)), mask)
+        assert indicator(classify, torch.rand(2, 3)).tolist() == [[1, 1, 0]] * 2
+    assert seen[0].dtype == maps.dtype == torch.float32
+
+
+def test_the_indicator_follows_a_classifier_in_half_precision_and_one_without_weights():
+    class Weightless(nn.Module):
+        def forward(self, differences):
+            assert differences.dtype == torch.float64  # no weights say otherwise
+            return torch.stack([differences[:, 0], differences.pow(2).sum(1)], dim=1)
+
+    differences = torch.tensor([[1.0, -2.0, 3.0]], dtype=torch.float64)
+    half = linear_pair_classifier().to(torch.bfloat16)
+    for classifier, expected in ((half, [[1, 1, 0]]), (Weightless(), [[1, 0, 1]])):
+        alpha = indicator(classifier, differences)
+        assert alpha.tolist() == expected and alpha.dtype == torch.float64
+
+
+def test_settings_are_those_of_the_paper_unless_others_are_given():
+    maps = torch.rand(2, 5, 3, dtype=torch.float64)
+    for scale, asked in ((10.0, {}), (1.0, {"mask_scale": 1.0})):
+        mask = soft_mask(maps, (20, 10), **asked)
+        for i in range(2):
+            expected = reference.soft_mask(maps[i].numpy(), 20, 10, scale, 0.5)
+            np.testing.assert_allclose(mask[i], expected, rtol=0, atol=1e-12)
+    distance = attention_distance(*split_pairs(row_profiles(maps)))
+    expected = reference.attention_distance(maps[0].numpy(), maps[1].numpy(), 0.2, False)
+    assert distance.item() == pytest.approx(expected, abs=1e-12)

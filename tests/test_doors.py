@@ -1,5 +1,7 @@
 """One check for each kind of thing, and that public functions have them at their doors."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ from casn_plugin.doors import (
     check_tensor,
     check_weight,
 )
+from casn_plugin.explanation.pictures import overlay, pair_mosaic
 
 
 @pytest.mark.parametrize(
@@ -217,3 +220,125 @@ def test_public_functions_say_what_they_expect(unchecked, call):
     while frame.tb_next is not None:
         frame = frame.tb_next
     assert "casn_plugin" in frame.tb_frame.f_code.co_filename, "raised elsewhere"
+
+
+SCORES = A.sum((1, 2, 3))
+PAIRS, ROWS = torch.rand(2, 2), torch.rand(2)
+# a function, what it takes, and the shape of each tensor as its errors have it
+SHAPES = [
+    (attention.grad_cam, (SCORES, A), {0: "scores (batch,)",
+                                       1: "activations (batch, channels, height, width)"}),
+    (attention.indicator, (NET, M[:, 0, :1].repeat(1, 3)), {1: "differences (pairs, dim)"}),
+    (attention.siamese_attention, (NET, A.mean((2, 3)), A), {1: "features (batch, dim)"}),
+    (attention.similarity_attention, (A.mean((2, 3)), A), {0: "features (batch, dim)"}),
+    (attention.scale_maps, (M,), {0: "maps (*batch, height, width)"}),
+    (attention.soft_mask, (M, (8, 4)), {0: "maps (batch, height, width)"}),
+    (attention.attended_span, (M[0], 0.2), {0: "profiles (*batch, height)"}),
+    (attention.align_profiles, (M[0],), {0: "profiles (*batch, height)"}),
+    (attention.attention_distance, (M[0], M[1]), {0: "first (*batch, height)",
+                                                  1: "second (*batch, height)"}),
+    (losses.identification_attention_loss, (SCORES,), {0: "masked_scores (batch,)"}),
+    (losses.pair_loss, (PAIRS, SAME), {0: "pair_scores (pairs, 2)"}),
+    (losses.siamese_attention_loss, (PAIRS, ROWS, SAME), {0: "pair_scores (rows, 2)",
+                                                          1: "distances (pairs,)"}),
+    (losses.siamese_attention_loss, (PAIRS[:0], ROWS[:0], SAME[:0]), {0: "pair_scores (pairs, 2)"}),
+    (losses.consistency, (ROWS, SAME), {0: "distances (pairs,)"}),
+    (losses.casn_loss, (A.sum(), A.sum(), A.sum()), {0: "loss_ide ()", 1: "loss_ia ()",
+                                                     2: "loss_sa ()"}),
+    (LOSS.scores, (NET, A, PIDS, SCORES, A), {2: "pids (batch,)"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "place", "said"),
+    [(function, arguments, place, said) for function, arguments, shapes in SHAPES
+     for place, said in shapes.items()],
+)  # fmt: skip
+def test_errors_name_the_tensor_and_its_shape(unchecked, function, arguments, place, said):
+    name, _, shape = said.partition(" ")
+    right = arguments[place]
+    for wrong, error, message in (
+        ([0.5], TypeError, rf"^{name} must be a (float )?tensor.*, got list$"),
+        (right.new_zeros([] if "*" in shape else (*right.shape[:1], 2, 2, 2, 2)), ValueError,
+         rf"^{name} must be of shape {re.escape(shape)}, got \("),
+    ):  # fmt: skip
+        given = (*arguments[:place], wrong, *arguments[place + 1 :])
+        with pytest.raises(error, match=message):
+            function(*given)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: attention.grad_cam(SCORES[:3], A),
+         "^scores and activations must be of one length, got 3 and 4$"),
+        (lambda: attention.grad_cam(SCORES.detach(), A),
+         "^the scores do not depend on the activations: expected scores computed, with gradients "
+         "enabled, from the very tensor that is given as activations$"),
+        (lambda: attention.indicator(torch.nn.Linear(3, 5), torch.rand(2, 3)),
+         r"^scores of the pair classifier must be of shape \(pairs, 2\), got \(2, 5\)$"),
+        (lambda: attention.soft_mask(M, (8, 4), mask_threshold=1), "^mask_threshold must lie in"),
+        (lambda: attention.soft_mask(M, "ab"), "^size must"),
+        (lambda: attention.soft_mask(M, (8, 4), mask_scale=-1), "^mask_scale must be >= 0"),
+        (lambda: attention.soft_mask(M, (8, 4), mask_scale=0), "^mask_scale must be positive, got"),
+        (lambda: attention.attended_span(M[0], 1.0), "^row_threshold must lie in"),
+        (lambda: attention.attention_distance(M[0], M[0, :2]),
+         r"^expected as many first as second profiles of one height, got \(6, 2\) and \(2, 2\)$"),
+        (lambda: losses.identification_loss(torch.rand(4, 5), PIDS, label_smoothing=-1),
+         "^label_smoothing must be >= 0"),
+        (lambda: losses.identification_loss(torch.rand(4, 5), PIDS, label_smoothing=1.5),
+         r"^label_smoothing must lie in \[0, 1\], got 1.5$"),
+        (lambda: losses.identification_loss(torch.rand(4, 2), PIDS),
+         r"^pids must lie in \[0, 2\), the classes of the logits: "),
+        (lambda: losses.pair_loss(PAIRS, PIDS[:2]), "^same must be a bool tensor"),
+        (lambda: losses.consistency(ROWS, PIDS[:2]), "^same must be a bool tensor"),
+        (lambda: losses.siamese_attention_loss(PAIRS, ROWS, PIDS[:2]), "^same must be a bool"),
+        (lambda: losses.siamese_attention_loss(PAIRS, ROWS, SAME, consistency_weight=-1),
+         "^consistency_weight must be >= 0"),
+        (lambda: losses.casn_loss(A.sum(), A.sum(), A.sum(), lambda_ia=-1), "^lambda_ia must be"),
+        (lambda: losses.casn_loss(A.sum(), A.sum(), A.sum(), lambda_sa=-1), "^lambda_sa must be"),
+        (lambda: losses.IdentificationAttentionLoss("x"), "^score must be"),
+        (lambda: losses.IdentificationAttentionLoss(trains="x"), "^trains must be"),
+        (lambda: losses.IdentificationAttentionLoss(statistics="x"), "^statistics must be"),
+        (lambda: losses.IdentificationAttentionLoss(mask_scale=-1), "^mask_scale must be >= 0"),
+        (lambda: losses.IdentificationAttentionLoss(mask_threshold=1), "^mask_threshold must lie"),
+        (lambda: losses.IdentificationAttentionLoss(fill=NAN), "^fill must be finite, got nan$"),
+        (lambda: LOSS(abs, A, PIDS, torch.rand(4, 5), A),
+         "^training attention alone needs the module that classify runs: name it, network=..., as "
+         "classify is none but a builtin_function_or_method; or use trains='network'$"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_setting_and_what_came(unchecked, call, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call()
+
+
+PICTURES = np.zeros((2, 6, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: identities.as_ids("pids", "ab"), "^pids must be integers, one an image, got str$"),
+        (lambda: identities.as_ids("pids", 3), "^pids must be integers, one an image, got int$"),
+        (lambda: identities.as_ids("pids", [[1], [1, 2]]), "^pids must be integers, one an image:"),
+        (lambda: identities.as_ids("pids", np.array([2**63], np.uint64)),
+         r"^pids must be below 2\*\*63, got 9223372036854775808$"),
+        (lambda: check_weight("it", np.zeros(2)), "^it must be one number: "),
+        (lambda: overlay(PICTURES.astype(np.uint8), M[:2]),
+         "^pictures must be an array of floats, got uint8$"),
+        (lambda: overlay(torch.zeros(2, 6, 2, 3), M[:2]), "an array of floats, got Tensor$"),
+        (lambda: overlay(PICTURES[0], M[:2]),
+         r"^pictures must be of shape \(batch, rows, columns, 3\), got \(6, 2, 3\)$"),
+        (lambda: overlay(PICTURES[:, :0], M[:2]), r"columns, 3\), got \(2, 0, 2, 3\)$"),
+        (lambda: overlay(PICTURES, M[:2], opacity=1.5),
+         r"^opacity must lie in \[0, 1\], got 1.5$"),
+        (lambda: pair_mosaic(PICTURES, PICTURES, M[:2], M[:2], [True]),
+         "^expected as many first as second pictures of one size, and as many verdicts, got "),
+        (lambda: MODEL.train()(torch.rand(2, 3, 48, 24), None, LOSS),
+         "^the identification attention loss needs pids$"),
+    ],
+)  # fmt: skip
+def test_what_no_picture_and_no_identity_is_is_named(unchecked, call, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call()

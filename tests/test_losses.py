@@ -313,3 +313,53 @@ def test_grad_cam_of_summed_parts_is_that_of_the_summed_score():
     together = grad_cam(identity_scores(logits, pids), activations)
     summed = grad_cam(sum(part[torch.arange(2), pids] for part in logits), activations)
     torch.testing.assert_close(together, summed)
+
+
+def test_settings_are_those_of_the_paper_unless_others_are_given():
+    logits, terms = torch.randn(4, 5, dtype=torch.float64), [torch.rand(()) for _ in range(3)]
+    for smoothing, given in ((0.0, {}), (1.0, {"label_smoothing": 1.0})):
+        expected = reference.cross_entropy(logits.numpy(), PIDS.tolist(), smoothing)
+        assert identification_loss(logits, PIDS, **given).item() == pytest.approx(expected)
+    scores, distances = torch.randn(2, 2, dtype=torch.float64), torch.rand(1, dtype=torch.float64)
+    same = torch.tensor([True])
+    for rows in (scores[:1], scores):  # a pair alone, in one order and in both
+        orders = [bool(each) for each in same.repeat_interleave(len(rows))]
+        expected = reference.pair_loss(rows.numpy(), orders) + 0.2 * distances.item()
+        loss = siamese_attention_loss(rows, distances, same)
+        assert loss.item() == pytest.approx(expected)
+    expected = reference.casn_loss(*(term.item() for term in terms), 0.5, 0.05)
+    assert casn_loss(*terms).item() == pytest.approx(expected)
+    loss = IdentificationAttentionLoss()
+    assert (loss.score, loss.trains, loss.statistics) == ("probability", "attention", "batch")
+    assert (loss.mask_scale, loss.mask_threshold, loss.fill) == (10, 0.5, 0)
+
+
+def test_no_image_gives_a_zero():
+    assert identification_attention_loss(torch.rand(0)).item() == 0
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_masked_images_are_scored_as_they_are_asked_for_whatever_runs_them(score):
+    net = nn.Sequential(nn.Conv2d(3, 5, 3, stride=4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net, imgs = net.double(), torch.rand(4, 3, 48, 24).double()
+    with capture(net[0]) as captured:
+        logits = net(imgs)
+    given = imgs, PIDS, logits, captured.require()
+    for trains, network in (("network", None), ("network", net), ("attention", net)):
+        loss = IdentificationAttentionLoss(score, trains=trains)
+        expected = identity_scores(net(loss.mask(*given)), PIDS, score).mean()
+        torch.testing.assert_close(loss(net.forward, *given, network), expected)
+        torch.testing.assert_close(loss(net, *given), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_masked_images_are_of_the_numbers_that_the_images_are_of(dtype):
+    """Whatever those of the maps, which are float32 or wider, and of the fill are."""
+    net, fill = nn.Conv2d(3, 5, 3), torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1)
+    imgs = torch.rand(2, 3, 16, 8)
+    activations = net(imgs)
+    given = PIDS[2:], activations.mean((2, 3)), activations
+    loss = IdentificationAttentionLoss(fill=fill.double())
+    masked = loss.mask(imgs.to(dtype), *given)
+    assert masked.dtype == dtype and "fill" not in loss.state_dict()
+    torch.testing.assert_close(masked.float(), loss.mask(imgs, *given), rtol=0, atol=0.02)

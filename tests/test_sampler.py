@@ -180,3 +180,62 @@ def test_labels_that_are_no_classes_are_found_when_the_sampler_is_installed(pids
     manager = SimpleNamespace(train_loader=DataLoader(rows, batch_size=2))
     with pytest.raises(ValueError, match=r"training images must be the classes 0 \.\.\. 1"):
         PairSampler.install(manager)
+
+
+def test_install_draws_what_the_class_does_from_the_same_settings():
+    rows = Rows()
+    pids, camids = zip(*(row[1:3] for row in rows.train), strict=True)
+    for asked, cameras, seed in (({}, camids, 0), ({"seed": 5, "cross_camera": False}, None, 5)):
+        manager = SimpleNamespace(train_loader=DataLoader(rows, batch_size=8))
+        PairSampler.install(manager, **asked)
+        assert list(manager.train_loader.sampler) == list(
+            PairSampler(pids, cameras, batch_size=8, seed=seed)
+        )
+        assert manager.train_loader.drop_last
+
+
+@pytest.mark.parametrize("loader", [DataLoader([1, 2]), SimpleNamespace(dataset=Rows())])
+def test_what_is_no_loader_of_training_images_is_refused(loader):
+    with pytest.raises(
+        TypeError,
+        match=r"^expected a torchreid data manager, whose train_loader.dataset.train lists the "
+        "training images, got SimpleNamespace$",
+    ):
+        PairSampler.install(SimpleNamespace(train_loader=loader))
+
+
+def test_settings_are_those_of_an_even_half_unless_others_are_given():
+    pids, camids = np.arange(60) // 5, np.arange(60) % 3
+    default = PairSampler(pids, camids, batch_size=12)
+    given = PairSampler(pids, camids, batch_size=12, positive_fraction=0.5, seed=0)
+    assert (default.positive_fraction, default.seed, default.epoch) == (0.5, 0, 0)
+    assert list(default) == list(given) and default.epoch == 1
+
+
+@pytest.mark.parametrize(
+    ("pids", "camids", "batch_size", "fraction", "length"),
+    [
+        ([0, 0, 1, 1], None, 2, 0.0, 4),
+        ([0, 0, 0, 0, 0, 0], None, 2, 1.0, 6),
+        ([0, 0, 0, 1, 1, 1], None, 2, 1.0, 8),  # each third one meets one that was drawn
+        ([0, 0, 1, 1, 2, 3, 4, 5, 6], None, 2, 0.9, 42),  # few pairs for those that are single
+        ([0, 0, 0, 0, 1, 2, 3, 4, 5], None, 2, 0.9, 62),
+        ([0, 0, 0, 0], [0, 0, 0, 1], 2, 1.0, 6),  # few pairs of two cameras
+        # two of one identity would be left for one pair of different identities
+        ([0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 0, 1, 0, 1], 8, 0.75, 16),
+    ],
+)
+def test_an_epoch_is_as_long_as_it_takes_to_draw_every_image(
+    pids, camids, batch_size, fraction, length
+):
+    sampler = PairSampler(pids, camids, batch_size=batch_size, positive_fraction=fraction)
+    for _ in range(5):
+        assert set(sampler) == set(range(len(pids))) and len(sampler) == length
+
+
+def test_what_an_identity_that_is_most_images_must_not_meet_is_drawn_evenly():
+    """Its own images are replaced, where they would be both in a pair, by all the others."""
+    sampler = PairSampler([0] * 300 + list(range(1, 41)), batch_size=2, positive_fraction=0.0)
+    times = np.bincount(list(sampler), minlength=340)
+    assert times.min() >= 1 and times[300:].max() < 30
+    assert times[:300].sum() == times[300:].sum() == 300

@@ -72,6 +72,21 @@ def test_rows_named_as_pairs_are_rows_bit_for_bit():
     assert torch.equal(mixed, maps.view(8, 2, 6, 3).flip(0).flatten(0, 1))
 
 
+def test_maps_are_differentiated_as_often_as_the_most_frequent_image_occurs(monkeypatch):
+    batch, passes, grad = Batch(4), [], torch.autograd.grad
+    counted = lambda *args, **kw: passes.append(args) or grad(*args, **kw)  # noqa: E731
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    for pairs, times in (([[0, 1], [0, 2], [3, 0]], 3), ([[2, 1], [0, 3]], 1), ([], 1)):
+        named = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
+        maps = siamese_attention(batch.classifier, batch.features, batch.activations, named)
+        assert len(maps) == 2 * len(pairs) and len(passes) == 1 + times  # one for Eq. 4
+        passes.clear()
+    named = torch.zeros(0, 2, dtype=torch.int64)
+    batch = Batch(0)
+    maps = siamese_attention(batch.classifier, batch.features, batch.activations, named)
+    assert maps.shape == (0, 6, 3)
+
+
 @pytest.mark.parametrize("pids", [[-1] * 4, [-1, -1, -1, 5]])
 def test_a_batch_without_a_pair_gives_a_zero_attached_to_the_graph(pids):
     batch = Batch(4)

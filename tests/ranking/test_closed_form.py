@@ -1,5 +1,7 @@
 """The closed form of the pair classifier, and when there is none."""
 
+import copy
+
 import numpy as np
 import pytest
 import reference
@@ -7,7 +9,7 @@ import torch
 from small_heads import CHANNELS, CLASSIFIERS, Model, encode, pooled
 from torch import nn
 
-from casn_plugin import PairClassifier, attention_distmat
+from casn_plugin import PairClassifier, Similarity, attention_distmat
 from casn_plugin.attention import indicator
 from casn_plugin.ranking import same_identity_logits
 from casn_plugin.ranking.closed_form import PairForm, pair_form
@@ -106,3 +108,82 @@ def test_only_an_affine_classifier_has_one_indicator(name):
     if alpha is not None:
         several = indicator(classifier, torch.randn(6, CHANNELS).double())
         assert torch.equal(several, alpha.expand(6, -1))
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounded_weights_keep_their_signs_however_small_they_are(dtype):
+    """They are rounded as parts of the largest: half precision would make zeros of them."""
+    classifier = nn.Sequential(nn.Linear(6, 1), nn.ReLU(), nn.Linear(1, 2))
+    classifier[0].weight.data = torch.tensor([[1.0, -1.0, 0.5, -0.5, 2.0, -2.0]]) * 1e-6
+    classifier[0].bias.data.fill_(1.0)
+    classifier[2].weight.data = torch.tensor([[0.0], [1e-3]])
+    form = pair_form(classifier, Arithmetic(CPU, torch.float32, dtype), dim=6)
+    keys = form.keys(torch.rand(2, 6), is_query=True), form.keys(torch.rand(3, 6), is_query=False)
+    alpha = form.indicators(*keys)(keys[0][:, None], keys[1][None])
+    assert alpha.tolist() == [[[1, 0, 1, 0, 1, 0]] * 3] * 2
+    classifier[2].weight.data.zero_()  # nothing says "same": no α, and no NaN
+    form = pair_form(classifier, Arithmetic(CPU, torch.float32, dtype), dim=6)
+    assert not form.indicators(*keys)(keys[0][:, None], keys[1][None]).any()
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize("classifier_in", [torch.float32, torch.bfloat16])
+def test_a_classifier_of_other_numbers_than_those_of_ranking(name, classifier_in):
+    """Features in float64, as ranking may be asked for, and a network in fewer bits."""
+    torch.manual_seed(3)
+    classifier = CLASSIFIERS[name](CHANNELS).to(classifier_in)
+    exact = copy.deepcopy(classifier).double()
+    first, second = torch.randn(3, CHANNELS).double(), torch.randn(4, CHANNELS).double()
+    found = []
+    for each in (classifier, exact):
+        form = pair_form(each, Arithmetic(CPU, torch.float64), dim=CHANNELS)
+        keys = form.keys(first, is_query=True), form.keys(second, is_query=False)
+        alpha = form.indicators(*keys)(keys[0][:, None], keys[1][None]).clone()
+        with torch.no_grad():
+            found.append((form.logits(*keys), alpha))
+        one = form.one_indicator()
+        assert found[-1][0].dtype == alpha.dtype == torch.float64
+        assert one is None or one.dtype == torch.float64
+    single = pair_form(exact, Arithmetic(CPU, torch.float32), dim=CHANNELS)
+    assert single.keys(first.float(), is_query=True).dtype == torch.float32
+    (logits, alpha), (expected, _) = found
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0.05)
+    assert (alpha == found[1][1]).double().mean() > 0.9
+
+
+def test_a_classifier_without_weights_is_run_in_the_numbers_of_ranking():
+    class Weightless(nn.Module):
+        def forward(self, differences):
+            return torch.stack([differences[:, 0], differences.pow(2).sum(1)], dim=1)
+
+    form = pair_form(Weightless(), Arithmetic(CPU, torch.float64), dim=2)
+    features = torch.tensor([[1 + 1e-9, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    logits = form.logits(form.keys(features, is_query=True), form.keys(features, is_query=False))
+    expected = torch.tensor([[0.0, 1e-9], [2 + 3e-9, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-15)
+    assert form.one_indicator() is None
+
+
+@pytest.mark.filterwarnings("error")  # as of memory that is of another shape
+def test_gates_of_equal_keys_are_shut():
+    """ReLU has no gradient at 0: neither where all keys are equal, nor where only some are."""
+    classifier = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 2))
+    classifier[0].weight.data = torch.tensor([[1.0], [-1.0]])
+    classifier[2].weight.data = torch.tensor([[0.0, 0.0], [1.0, -1.0]])
+    form = pair_form(classifier, Arithmetic(CPU, torch.float32), dim=1)
+    for query, gallery in (([1.0], [1.0]), ([1.0, 2.0], [1.0]), ([1.0], [0.0, 1.0])):
+        first, second = torch.tensor(query)[:, None], torch.tensor(gallery)[:, None]
+        keys = form.keys(first, is_query=True), form.keys(second, is_query=False)
+        alpha = form.indicators(*keys)(keys[0][:, None], keys[1][None])
+        differences = (first[:, None] - second).flatten(0, 1)
+        assert torch.equal(alpha.flatten(0, 1), indicator(classifier, differences))
+
+
+def test_a_similarity_has_no_indicator():
+    form = pair_form(Similarity(), Arithmetic(CPU, torch.float32), dim=2)
+    with pytest.raises(ValueError, match="^a Similarity has no indicator α: expected a pair class"):
+        form.indicators(torch.rand(1, 2), torch.rand(1, 2))
+    assert form.one_indicator() is None
