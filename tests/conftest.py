@@ -38,7 +38,11 @@ MOBILENET = SHARED / "weights" / "mobilenet_v2-b0353104.pth"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leaves whole trainings and documents out of the coverage of the package."""
+    """Leaves whole trainings and documents out of the coverage of the package.
+
+    And has the documents built first: no process waits for the pages that another one builds.
+    """
+    items.sort(key=lambda item: item.name != "test_the_documents_build_and_the_tutorial_runs")
     for item in items:
         if item.path.name.startswith(NOT_MEASURED):
             item.add_marker("no_cover")
@@ -56,11 +60,6 @@ def unchecked() -> Iterator[None]:
 def seeded() -> None:
     """Starts each test from one random state."""
     torch.manual_seed(0)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Has the documents built first, so that no process waits for the pages that another builds."""
-    items.sort(key=lambda item: item.name != "test_the_documents_build_and_the_tutorial_runs")
 
 
 class TinyBackbone(nn.Module):
