@@ -70,7 +70,9 @@ def reranking(args: argparse.Namespace) -> str:
             same = functions[name]().indices[:, 0].numpy() == expected.argmin(1)
             remarks[name] = f"same nearest for {same.mean():.1%}"
         seconds = interleaved(functions, args.repeats, "cpu", f"{images} images")
-        what = f"{images:,}, {queries:,} of them queries" + (", overlapping" if spread == OVERLAPPING else "")
+        what = f"{images:,}, {queries:,} of them queries" + (
+            ", overlapping" if spread == OVERLAPPING else ""
+        )
         rows += [
             [
                 what, name, f"{each:.3f} s",
