@@ -146,19 +146,14 @@ def encode_as(
     maps, values = activations.detach(), features.detach()
     pixels = maps.shape[2] * maps.shape[3]
     if form.head == "parts":
-        return Encoding(values, activations=_channels_last(maps))
+        return Encoding(values, activations=maps.contiguous())
     if form.head == "mean":
-        return Encoding(values, basis=_channels_last(maps / pixels))
+        return Encoding(values, basis=(maps / pixels).contiguous())
     source = activations
     if form.from_pooled and pooled is not None:
         source, maps = pooled, maps / pixels
     by = _basis_by_channel if form.head == "channels" else _basis_by_feature
-    return Encoding(values, basis=_channels_last(by(features, source, maps, chunk)))
-
-
-def _channels_last(maps: Tensor) -> Tensor:
-    copied: Tensor = maps.contiguous(memory_format=torch.channels_last)
-    return copied
+    return Encoding(values, basis=by(features, source, maps, chunk).contiguous())
 
 
 def _basis_by_feature(features: Tensor, source: Tensor, maps: Tensor, chunk: int) -> Tensor:

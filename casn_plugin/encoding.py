@@ -179,8 +179,7 @@ def with_mirrored(encoding: Encoding, mirrored: Encoding) -> Encoding:
             "expected encodings of one kind and size, got maps of "
             f"{tuple(encoding.maps.shape)} and {tuple(mirrored.maps.shape)}"
         )
-    averaged = (encoding.maps + mirrored.maps.flip(3)) / 2
-    maps = averaged.contiguous(memory_format=torch.channels_last)
+    maps = (encoding.maps + mirrored.maps.flip(3)) / 2
     if encoding.parts:
         return Encoding(part_embedding(maps, encoding.parts), activations=maps)
     return Encoding((encoding.features + mirrored.features) / 2, basis=maps)

@@ -82,7 +82,7 @@ def test_the_benchmark_of_an_index(lab, monkeypatch, tmp_path):
 def test_the_benchmark_compares_reranking(benchmark):
     options = benchmark.parse_args(["--scale", "0.1", "--repeats", "1"])
     header, *rows = cells(benchmark.reranking(options))
-    assert header[3] == "× torchreid" and len(rows) == 4 * 4 + 1
+    assert header[3] == "× torchreid" and len(rows) == 6 * 4 + 1
     kinds = {row[1]: row for row in rows[8:12]}
     assert float(kinds["matrices"][3]) > 3  # 500 images; at 5,000 more than 20
     assert float(kinds["matrices"][4].removeprefix("off by ")) < 2e-6

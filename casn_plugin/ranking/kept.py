@@ -31,7 +31,7 @@ class Kept:
     Attributes:
         kind: what maps are, "basis" or "activations".
         features: the features.
-        maps: maps, channels last; None where only features are kept.
+        maps: maps; None where only features are kept.
         scales: what maps in 8 bits are times; None where they are kept in a float dtype.
 
     Example:
@@ -78,7 +78,7 @@ class Kept:
                 f"expected finite maps that torch.{manifest.dtype} can hold, got values up to "
                 f"{encoding.maps.abs().max():.3g}"
             )
-        maps = maps.permute(0, 2, 3, 1).cpu().contiguous()
+        maps = maps.cpu().contiguous()
         return cls(kind, features, maps, None if scales is None else scales.cpu())
 
     @classmethod
@@ -110,7 +110,7 @@ class Kept:
         if maps is None:
             return cls(images["kind"], features)
         scales = torch.empty(0, maps.shape[1]) if maps.dtype == torch.int8 else None
-        return cls(images["kind"], features, maps.permute(0, 2, 3, 1), scales)
+        return cls(images["kind"], features, maps, scales)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -121,7 +121,7 @@ class Kept:
     @property
     def images(self) -> Common:
         """What the images have in common."""
-        maps = None if self.maps is None else size_of(self.maps.permute(0, 3, 1, 2))
+        maps = None if self.maps is None else size_of(self.maps)
         return {"kind": self.kind, "features": size_of(self.features), "maps": maps}
 
     def __len__(self) -> int:
@@ -133,8 +133,8 @@ class Kept:
         assert self.maps is not None  # for the type checker: the caller has seen to it
         features, maps, *scales = (_picked(each, rows) for each in self.tensors.values())
         if scales:  # in one new block of memory, which costs more than the product
-            maps = maps.to(torch.float32).mul_(scales[0][:, None, None]).to(features.dtype)
-        return Encoding(features, **{self.kind: maps.permute(0, 3, 1, 2)})
+            maps = maps.to(torch.float32).mul_(scales[0][..., None, None]).to(features.dtype)
+        return Encoding(features, **{self.kind: maps})
 
     def checksums(self, part: str, rows: Iterable[int]) -> UInt8[np.ndarray, "rows 32"]:
         """Returns a SHA-256 of a part (of :data:`PARTS`) of each of some images."""

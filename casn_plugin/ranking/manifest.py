@@ -19,7 +19,7 @@ from casn_plugin.ranking.company import SHARD
 
 MANIFEST = "index.json"
 FORMAT = "casn-plugin gallery index"
-VERSION = 2
+VERSION = 3
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 """The dtypes that features and maps are kept in."""
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int, Int64
+from scipy import sparse
 from torch import Tensor
 
 from casn_plugin.doors import check_count, check_fraction
@@ -258,13 +259,9 @@ def _overlaps(some: Sparse, inverted: Sparse) -> Float32[np.ndarray, "rows galle
         some: the rows V_q.
         inverted: the rows V_g, by column.
     """
-    galleries = inverted.shape[0]
-    starts, lengths = inverted.indptr[some.indices], np.diff(inverted.indptr)[some.indices]
-    row = np.repeat(np.arange(some.shape[0]), np.diff(some.indptr))
-    ends = lengths.cumsum()
-    # entry n of the index belongs to the column of the entry of V_q that it meets
-    at = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
-    least = np.minimum(np.repeat(some.data, lengths), inverted.data[at])
-    cell = np.repeat(row * galleries, lengths) + inverted.indices[at]
-    found = np.bincount(cell, least, minlength=some.shape[0] * galleries)
-    return found.astype(np.float32).reshape(-1, galleries)
+    met = inverted[:, some.indices]
+    least = np.minimum(met.data, np.repeat(some.data, np.diff(met.indptr)))
+    # a row lists a gallery image once for each k, and these add up
+    rows = least, met.indices, met.indptr[some.indptr]
+    found: np.ndarray = sparse.csr_array(rows, shape=(some.shape[0], inverted.shape[0])).toarray()
+    return found

@@ -39,7 +39,7 @@ class _Parts(NamedTuple):
 
     scale: Float[Tensor, "images parts"]  # 1 / (‖g_p‖ HW)
     unit: Float[Tensor, "images parts channels"]  # f_p
-    own: Float[Tensor, "images positions parts"]  # f_p times A, scaled
+    own: Float[Tensor, "images parts positions"]  # f_p times A, scaled
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Side:
 
     features: Float[Tensor, "images dim"]
     keys: Float[Tensor, "images keys"]
-    maps: Float[Tensor, "images positions channels"]
+    maps: Float[Tensor, "images channels positions"]
     size: tuple[int, int]
     parts: _Parts | None
 
@@ -83,7 +83,7 @@ class Side:
         if arithmetic.precision is not None:
             greatest = torch.linalg.vector_norm(maps, torch.inf, (1, 2, 3), keepdim=True)
             maps = maps / greatest.clamp(min=1e-30)
-        operand = arithmetic.operand(maps.flatten(2).transpose(1, 2))
+        operand = arithmetic.operand(maps.flatten(2)).contiguous()  # as products are fast
         parts = None
         if scale is not None:
             if arithmetic.precision is not None:
@@ -92,7 +92,7 @@ class Side:
             parts = _Parts(
                 scale.to(operand.dtype),
                 unit.transpose(1, 2).to(operand.dtype).contiguous(),
-                torch.bmm(operand, (unit * scale[:, None]).to(operand.dtype)),
+                torch.bmm((unit * scale[:, None]).mT.to(operand.dtype), operand),
             )
         return cls(images.features, keys, operand, (maps.shape[2], maps.shape[3]), parts)
 
@@ -107,7 +107,7 @@ class Side:
 
     def attention(
         self, direction: Direction, scratch: Scratch
-    ) -> Float[Tensor, "images positions others"]:
+    ) -> Float[Tensor, "images others positions"]:
         """Returns Σ_k w_k A_k of each image for each of its directions, before the ReLU.
 
         Args:
@@ -116,9 +116,9 @@ class Side:
         """
         maps = self._along(direction.along, scratch)
         if direction.less is not None:
-            maps.baddbmm_(self._own[..., None], direction.less[:, None], alpha=-1)
+            maps.baddbmm_(direction.less[..., None], self._own[:, None], alpha=-1)
         if direction.nowhere is not None:
-            maps.masked_fill_(direction.nowhere[:, None], 0)
+            maps.masked_fill_(direction.nowhere[..., None], 0)
         return maps
 
     def profiles(
@@ -131,12 +131,11 @@ class Side:
             scratch: where the maps of some images lie meanwhile.
             align: what is done to the profiles.
         """
-        others, width = direction.along.shape[1], self.maps.shape[2 if self.parts else 1]
+        others, width = direction.along.shape[1], self.maps.shape[1 if self.parts else 2]
         profiles = self.features.new_empty(len(self), others, self.size[0])
         for some in scratch.maps.portions(len(self), each=others * width):
             maps = self[some].attention(direction.portion(some), scratch)
-            rows = maps.unflatten(1, self.size).amax(2)
-            profiles[some] = align(self._scaled(rows.transpose(1, 2)))
+            profiles[some] = align(self._scaled(maps.unflatten(2, self.size).amax(3)))
         return profiles
 
     def listed_profiles(
@@ -153,7 +152,7 @@ class Side:
             alpha = weights.unflatten(1, (self.parts.scale.shape[1], -1))
             weights = torch.bmm(self.parts.scale[rows, None], alpha)[:, 0]
             units = self.parts.unit.index_select(0, rows).flatten(0, 1)
-        maps = weights.new_empty(len(rows), self.maps.shape[1])
+        maps = weights.new_empty(len(rows), self.maps.shape[2])
         which, counts = rows.unique_consecutive(return_counts=True)
         for row, to, some in zip(
             which.tolist(),
@@ -161,11 +160,11 @@ class Side:
             weights.split(counts.tolist()),
             strict=True,
         ):
-            torch.mm(some, self.maps[row].T, out=to)
+            torch.mm(some, self.maps[row], out=to)
         if self.parts is not None:
             along = torch.bmm(units[:, None], alpha.flatten(0, 1)[..., None])
             own = self.parts.own.index_select(0, rows)
-            maps -= torch.bmm(own, along.view(*alpha.shape[:2], 1))[..., 0]
+            maps -= torch.bmm(along.view(len(own), 1, -1), own)[:, 0]
         if direction.less is not None:
             maps -= self._own.index_select(0, rows) * direction.less[:, None]
         if direction.nowhere is not None:
@@ -177,31 +176,29 @@ class Side:
 
         Where the features are normalised parts, w = Σ_p (α_p − f_p (f_p·α_p)) / (‖g_p‖ HW).
         """
-        images, positions, channels = self.maps.shape
-        maps = scratch.maps.take((images, positions, alpha.shape[1]))
-        if self.parts is None and len(alpha) != images:
-            torch.mm(self.maps.reshape(-1, channels), alpha[0].T, out=maps.flatten(0, 1))
-            return maps
+        images, channels, positions = self.maps.shape
+        others = alpha.shape[1]
+        maps = scratch.maps.take((images, others, positions))
         alpha = alpha.expand(images, -1, -1)
         if self.parts is None:
-            return torch.bmm(self.maps, alpha.transpose(1, 2), out=maps)
+            return torch.bmm(alpha, self.maps, out=maps)
         scale, unit, own = self.parts
         alpha = alpha.unflatten(2, (scale.shape[1], channels))
-        weights = scratch.weights.take((images, alpha.shape[1], channels))
+        weights = scratch.weights.take((images, others, channels))
         torch.mul(alpha[:, :, 0], scale[:, :1, None], out=weights)
         along = []
         for part in range(scale.shape[1]):
             if part:
                 weights.addcmul_(alpha[:, :, part], scale[:, part, None, None])
-            along.append(torch.bmm(unit[:, part, None], alpha[:, :, part].transpose(1, 2)))
-        torch.bmm(self.maps, weights.transpose(1, 2), out=maps)
-        return maps.baddbmm_(own, torch.cat(along, 1), alpha=-1)
+            along.append(torch.bmm(unit[:, part, None], alpha[:, :, part].mT))
+        torch.bmm(weights, self.maps, out=maps)
+        return maps.baddbmm_(torch.cat(along, 1).mT, own, alpha=-1)
 
     @cached_property
     def _own(self) -> Float[Tensor, "images positions"]:
         """The map of each image along its own key, of which directions take some away."""
         scratch = Scratch(Arithmetic(self.maps.device, self.maps.dtype))
-        return self._along(self.keys.to(self.maps.dtype)[:, None], scratch)[..., 0]
+        return self._along(self.keys.to(self.maps.dtype)[:, None], scratch)[:, 0]
 
     def _scaled(self, rows: Float[Tensor, "*pairs height"]) -> Float[Tensor, "*pairs height"]:
         """Returns profiles in [0, 1] from the greatest values of the rows of maps."""
@@ -244,6 +241,7 @@ class Images:
             isinstance(self._encodings, Encoding)
             and self._encodings.maps.device == self._arithmetic.device
             and self._encodings.maps.dtype == self._arithmetic.products
+            and self._encodings.maps.is_contiguous()
             and self._arithmetic.precision is None
         )
 
@@ -294,7 +292,8 @@ def map_bytes(images: Encoding, arithmetic: Arithmetic) -> tuple[int, int, int]:
     of_pair = (3 * height + 2) * arithmetic.dtype.itemsize
     of_listed = size * (height * width + (2 * channels if images.parts else 0)) + 200 * height
     of_image = size * (channels * height * width + 4 * images.features.shape[1])
-    return of_pair, of_listed, of_image * (1 if arithmetic.precision is None else 2)
+    copied = arithmetic.precision is not None or not images.maps.is_contiguous()
+    return of_pair, of_listed, of_image * (2 if copied else 1)
 
 
 def as_compared(features: Float[Tensor, "images dim"], *, unit: bool) -> Tensor:

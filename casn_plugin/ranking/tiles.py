@@ -72,9 +72,9 @@ class Grid:
         of_pairs = budget if resident else budget // 2
         pairs = of_pairs // pair
         columns = isqrt(pairs) if resident else min(isqrt(pairs), images // 2)
-        columns = max(min(_even(columns), galleries), 1)
+        columns = _alike(galleries, columns)
         panel = queries if resident else max(images - columns, 1)
-        rows = max(min(_even(pairs // columns), queries, panel), 1)
+        rows = _alike(queries, min(pairs // columns, panel))
         return cls(
             queries=queries,
             galleries=galleries,
@@ -102,9 +102,16 @@ class Grid:
         return portions(0, self.queries, self.compared)
 
 
-def _even(number: int) -> int:
-    """Returns the greatest number below that matrix products are fast for: multiples of 48."""
-    return next((number // step * step for step in (48, 16) if number > step), number)
+def _alike(number: int, most: int) -> int:
+    """Returns how many of so many things to take at a time: `most`, and each time nearly as many.
+
+    Where there is more than one portion, its size is one that matrix products are fast for.
+    """
+    if number <= most:
+        return max(number, 1)
+    most = next((most // step * step for step in (48, 16) if most > step), max(most, 1))
+    each = -(-number // -(-number // most))
+    return min(-(-each // 16) * 16, most)
 
 
 def portions(start: int, stop: int, size: int) -> list[slice]:

@@ -207,7 +207,7 @@ def test_every_flipped_byte_of_the_manifest_is_found(index):
         with pytest.raises(ValueError, match=r"index\.json is (damaged|no manifest)"):
             GalleryIndex(index.folder)
     for change, message in (
-        ({"version": 1}, r"index\.json is of version 1, but .* reads 2"),
+        ({"version": 1}, r"index\.json is of version 1, but .* reads 3"),
         ({"more": 3}, r"index\.json is damaged: .*more"),
         ({"shards": [{"file": "a"}]}, r"index\.json is damaged: .*sha256"),
     ):

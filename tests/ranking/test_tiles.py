@@ -62,7 +62,16 @@ def test_wide_tiles_are_multiples_of_what_products_are_fast_for(resident):
             1000, 1000, budget, pair=10, listed=40, image=10, features=8, resident=resident
         )
         for side in (grid.rows, grid.columns):
-            assert side <= 16 or side % (48 if side > 48 else 16) == 0
+            assert side <= 16 or side % 16 == 0 or side == 1000
+
+
+@pytest.mark.parametrize(("galleries", "sizes"), [(256, [128] * 2), (500, [128] * 3 + [116])])
+def test_tiles_are_as_wide_as_one_another(galleries, sizes):
+    """Not 144 and a narrow rest: narrow products are slow."""
+    grid = Grid.fit(
+        9, galleries, 181**2, pair=1, listed=1, image=1, features=1, resident=True
+    )  # fmt: skip
+    assert [block.stop - block.start for block in grid.blocks()] == sizes
 
 
 def test_one_pair_at_a_time_where_nothing_fits():
