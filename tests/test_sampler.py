@@ -252,6 +252,9 @@ def test_what_an_identity_that_is_most_images_must_not_meet_is_drawn_evenly():
                      "positive_fraction=1 draws same-identity pairs only$"),
         ([0, 1], {}, "same-identity pairs need an identity with two images, but each has one; "
                      "positive_fraction=0 draws different-identity pairs only$"),
+        ([0, 0, 1], {"positive_fraction": 1.0},
+         "1 identities have one image and can be drawn in different-identity pairs only: "
+         "positive_fraction must be below 1$"),
     ],
 )  # fmt: skip
 def test_errors_name_the_setting_and_what_else_could_be_done(pids, options, message):
