@@ -239,3 +239,30 @@ def test_what_an_identity_that_is_most_images_must_not_meet_is_drawn_evenly():
     times = np.bincount(list(sampler), minlength=340)
     assert times.min() >= 1 and times[300:].max() < 30
     assert times[:300].sum() == times[300:].sum() == 300
+
+
+@pytest.mark.parametrize(
+    ("pids", "options", "message"),
+    [
+        ([0, 0, 1], {"batch_size": -2}, "batch_size must be >= 0, got -2"),
+        ([0, 0, 1], {"positive_fraction": -0.5}, "positive_fraction must be >= 0 and finite, got"),
+        ([], {}, "pids must be a non-empty list, got none$"),
+        ([0, 0, 1], {"seed": 2**63}, f"seed must be at most {2**63 - 1}, got {2**63}$"),
+        ([0, 0], {}, "pairs of different identities need at least two identities, got one; "
+                     "positive_fraction=1 draws same-identity pairs only$"),
+        ([0, 1], {}, "same-identity pairs need an identity with two images, but each has one; "
+                     "positive_fraction=0 draws different-identity pairs only$"),
+        ([0, 0, 1], {"positive_fraction": 1.0},
+         "1 identities have one image and can be drawn in different-identity pairs only: "
+         "positive_fraction must be below 1$"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_setting_and_what_else_could_be_done(pids, options, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        PairSampler(pids, **{"batch_size": 2, **options})
+
+
+def test_what_the_errors_advise_is_possible():
+    assert len(set(PairSampler([0, 1], batch_size=2, positive_fraction=0.0))) == 2
+    assert len(set(PairSampler([0, 0], batch_size=2, positive_fraction=1.0))) == 2
+    assert set(PairSampler([0, 0, 1, 1], batch_size=2, seed=2**63 - 1)) == {0, 1, 2, 3}

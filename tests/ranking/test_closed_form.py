@@ -187,3 +187,13 @@ def test_a_similarity_has_no_indicator():
     with pytest.raises(ValueError, match="^a Similarity has no indicator α: expected a pair class"):
         form.indicators(torch.rand(1, 2), torch.rand(1, 2))
     assert form.one_indicator() is None
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_a_hook_of_any_kind_is_followed_and_a_removed_one_is_not(kind):
+    classifier, arithmetic = PairClassifier(4, 8), Arithmetic(CPU, torch.float32)
+    for module in (classifier, classifier[1]):
+        handle = getattr(module, f"register_{kind}_hook")(lambda *args: None)
+        assert type(pair_form(classifier, arithmetic, dim=4)) is PairForm
+        handle.remove()
+        assert type(pair_form(classifier, arithmetic, dim=4)) is not PairForm
