@@ -297,3 +297,16 @@ def test_settings_are_those_of_the_paper_unless_others_are_given():
     distance = attention_distance(*split_pairs(row_profiles(maps)))
     expected = reference.attention_distance(maps[0].numpy(), maps[1].numpy(), 0.2, False)
     assert distance.item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_unit_profiles_are_of_unit_length_however_they_are_batched():
+    profiles = row_profiles(torch.rand(6, 5, 3, dtype=torch.float64))
+    aligned = align_profiles(profiles, unit=True)
+    torch.testing.assert_close(aligned.norm(dim=1), torch.ones(6).double())
+    assert torch.equal(align_profiles(profiles.view(2, 3, 5), unit=True), aligned.view(2, 3, 5))
+    torch.testing.assert_close(align_profiles(profiles[0], unit=True), aligned[0])
+
+
+def test_maps_of_rounding_errors_are_blank():
+    scaled = scale_maps(torch.tensor([1e-15, 1e-25])[:, None, None].repeat(1, 2, 2))
+    assert scaled.amax((1, 2)).tolist() == pytest.approx([1, 0], abs=1e-5)
