@@ -14,7 +14,7 @@ SHARES = {
     "manifests.py": ["300", "0"],
     "pictures.py": ["600", "0"],
     "two_writers.py": ["1", "0"],
-    "soak.py": ["--rounds", "5"],
+    "soak.py": ["--rounds", "6"],
 }
 
 
