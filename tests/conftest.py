@@ -117,6 +117,17 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     return importlib.import_module
 
 
+def run_here(lab: Callable[[str], ModuleType], arguments: list[str]) -> Any:
+    """Returns a study, whose runs are done in this process: `main` starts some of its own."""
+    ablation = lab("ablation")
+    args = ablation.parse_args(arguments)
+    file = lab("studies").file_of(args.study, args.name, args.family)
+    study = lab("results").Study(args.results / file)
+    for run in args.runs:
+        ablation.run_one(run, study, Path("log.txt"))
+    return study
+
+
 @pytest.fixture
 def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Runs a test in a folder of its own, with a cache of its own for rendered pictures."""

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import cells
+from conftest import cells, run_here
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 SMALL = ["--", "--height", "64", "--width", "32", "--batch-size", "8"]
@@ -15,17 +15,6 @@ SMALL = ["--", "--height", "64", "--width", "32", "--batch-size", "8"]
 def ablation(lab):
     """The runner as a module."""
     return lab("ablation")
-
-
-def run_here(lab, arguments: list[str]) -> list[dict]:
-    """Returns the runs of a study, which are done in this process: `main` starts one of its own."""
-    ablation, results = lab("ablation"), lab("results")
-    args = ablation.parse_args(arguments)
-    file = lab("studies").file_of(args.study, args.name, args.family)
-    study = results.Study(args.results / file)
-    for run in args.runs:
-        ablation.run_one(run, study, Path("log.txt"))
-    return study.runs()
 
 
 def report(lab) -> str:
@@ -90,7 +79,7 @@ def test_any_data_set_of_torchreid_a_part_of_it_and_a_shortlist(lab, market_root
         *("--device", "cpu", "--results", "results", "--weights", "none", *SMALL),
         *("--backbone", "resnet_slim"),
     ]
-    (made,) = run_here(lab, arguments)
+    (made,) = run_here(lab, arguments).runs()
     assert Path("results", "market1501-3.jsonl").exists()
     settings = made["settings"]
     protocol = settings["preset"], settings["optim"], settings["lr"]
@@ -126,7 +115,7 @@ def test_by_range_is_an_option_that_results_tell(lab, market_root):
         *("--seeds", "0", "--max-epoch", "1", "--jobs", "1", "--device", "cpu"),
         *("--results", "results", *SMALL),
     ]
-    (made,) = run_here(lab, arguments)
+    (made,) = run_here(lab, arguments).runs()
     assert Path("results", "market-choices-IDE.jsonl").exists()
     assert made["settings"]["map_scale"] == "range" and made["value"] == "by range"
     assert "replaced while it ran" not in report(lab)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import cells
+from conftest import cells, run_here
 from scipy import stats
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
@@ -135,14 +135,9 @@ def test_evidence_is_measured_of_each_run_and_reported(lab, market_root, monkeyp
         arguments = [
             *("--data", "market1501", "--name", "market", "--root", str(market_root)),
             *("--backbone", "resnet_slim", "--max-epoch", "1", "--device", "cpu"),
-            *("--study", study, "--seeds", "0", "--only", *only, *SMALL),
+            *("--study", study, "--seeds", "0", "--results", "results", "--only", *only, *SMALL),
         ]
-        found = lab("results").Study(
-            Path("results", lab("studies").file_of(study, "market", "IDE"))
-        )
-        for run in ablation.parse_args(arguments).runs:
-            ablation.run_one(run, found, Path("log.txt"))
-        return found
+        return run_here(lab, arguments)
 
     study = made_of("evidence", "IDE", "CASN(IDE)")
     assert [run["name"] for run in study.runs()] == ["CASN(IDE)", "IDE"]

@@ -180,10 +180,10 @@ def test_real_pictures_with_a_plain_module(protocols):
     options = (
         "--root", WARD, "--sources", "market1501", "--backbone", "mobilenet_v2", "--weights",
         MOBILENET, "--height", 96, "--width", 48, "--max-epoch", 1, "--optim", "sgd", "--lr", 0.01,
-        "--workers", 0, "--device", "cpu", "--topk", 20, "--identities", 18,
+        "--workers", 0, "--device", "cpu", "--topk", 20,
     )  # fmt: skip
     results = protocols.main([str(option) for option in options])
-    assert results["market1501"]["features"]["mAP"] > 0.08
+    assert results["market1501"]["features"]["mAP"] > 0.12
 
 
 def test_the_registry_of_torchreid_is_where_it_is_looked_for(protocols):

@@ -97,7 +97,7 @@ class _ByIndicator:
 class _ByCosine:
     """Of the similarity s of unit-length u1 and u2: ∂s/∂f1 = (u2 − s u1) / ‖f1‖, so u2 less s u1.
 
-    u2 is the same whatever it is paired with: all maps are one matrix product. Where s is within
+    u2 is the same whatever it is paired with: no α of each pair is made. Where s is within
     rounding of 1 or −1, as of a picture and itself, the gradient is zero, and what is left of it
     is noise.
     """

@@ -14,7 +14,7 @@ SHARES = {
     "manifests.py": ["300", "0"],
     "pictures.py": ["600", "0"],
     "two_writers.py": ["1", "0"],
-    "soak.py": ["--rounds", "6"],
+    "soak.py": ["--rounds", "10"],
 }
 
 
@@ -34,5 +34,5 @@ def test_nothing_is_lost_read_wrongly_or_run(name):
 
 
 def test_wrong_arguments_give_clear_errors_and_no_silent_results():
-    printed = share("arguments.py", "700", "0")
+    printed = share("arguments.py", "1500", "0")
     assert "'raw errors': 0, 'errors of others': 0, 'silent': 0" in printed, printed
