@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from casn_plugin.attention import indicator
@@ -22,7 +22,8 @@ from casn_plugin.ranking.compute import Arithmetic
 Indicators = Callable[[Tensor, Tensor], Tensor]
 """Maps keys of queries and of gallery images, (..., K) each, to α of their pairs, (..., D).
 
-α is 0 or 1, with the channels of a part together; it lies in memory that the next call reuses.
+α is False or True, a byte each, so that many pairs fit; the channels of a part stand together. It
+lies in memory that the next call reuses.
 """
 
 
@@ -33,7 +34,7 @@ class Direction(NamedTuple):
 
     Attributes:
         along: (images, others, D), or (pairs, D) of listed pairs; (1, others, D) where it is the
-            same for all images.
+            same for all images. Numbers, or α, which is False or True.
         less: (images, others), or (pairs,); None takes nothing away.
         nowhere: of the same shape, where there is no such direction: maps are blank. None: none.
     """
@@ -174,8 +175,7 @@ class PairForm:
 
     def pair_bytes(self) -> int:
         """Returns the bytes that α of one pair takes, and what it is made of if it is kept."""
-        sizes = 3 * self._arithmetic.products.itemsize + 2 * self._arithmetic.dtype.itemsize
-        return sizes * self._dim
+        return (2 + 5 * self._arithmetic.dtype.itemsize) * self._dim
 
     def listed_bytes(self) -> int:
         """Returns the bytes that α of a listed pair takes, with a copy of what it is made of."""
@@ -195,7 +195,7 @@ class PairForm:
         def alpha(first: Tensor, second: Tensor) -> Tensor:
             differences = first - second
             values = indicator(self._pair_classifier, differences.flatten(0, -2))
-            values = _by_part(values, self._parts).to(self._arithmetic.products)
+            values = _by_part(values, self._parts).bool()
             return values.view(*differences.shape[:-1], -1)
 
         return alpha
@@ -210,7 +210,7 @@ class PairForm:
         """Returns what the maps of images are times, once their directions are followed."""
         return features.new_ones(len(features))
 
-    def one_indicator(self) -> Float[Tensor, "1 dim"] | None:
+    def one_indicator(self) -> Bool[Tensor, "1 dim"] | None:
         """Returns the α of all pairs, where they have but one: an affine pair classifier."""
         layers = _layers(self._pair_classifier)
         if not layers or any(type(layer) is not nn.Linear for layer in layers):
@@ -248,14 +248,15 @@ class _TwoLayers(PairForm):
         if arithmetic.precision is not None:
             weights = weights / weights.abs().max().clamp(min=1e-30)
         self._towards_same = arithmetic.operand(weights)
-        self._gates, self._alpha = arithmetic.buffer(), arithmetic.buffer()
+        self._gates, self._sums = arithmetic.buffer(), arithmetic.buffer()
+        self._alpha = arithmetic.buffer(torch.bool)
 
     def pair_bytes(self) -> int:
-        return self._dim * self._arithmetic.products.itemsize
+        return self._dim
 
     def listed_bytes(self) -> int:
         hidden = len(self._towards_same) * self._arithmetic.dtype.itemsize
-        return 4 * hidden + 6 * self.pair_bytes()
+        return 4 * hidden + (2 + 3 * self._arithmetic.products.itemsize) * self._dim
 
     def keys(self, features: Tensor, *, is_query: bool) -> Tensor:
         bias = self._first.bias if is_query else None
@@ -285,9 +286,12 @@ class _TwoLayers(PairForm):
             for rows in self._gates.portions(len(first), each=first[:1].numel()):
                 gates = self._gates.take(first[rows].shape)
                 torch.gt(first[rows], second[rows], out=gates)
-                some = values[rows].flatten(0, -2)
-                torch.mm(gates.flatten(0, -2), weights, out=some)
-                torch.gt(some, least, out=some)
+                gates = gates.flatten(0, -2)
+                for some in self._sums.portions(weights.shape[1], each=len(gates)):
+                    sums = self._sums.take((len(gates), some.stop - some.start))
+                    torch.mm(gates, weights[:, some], out=sums)
+                    torch.gt(sums, least[some], out=sums)  # faster than to compare into bytes
+                    values[rows][..., some] = sums.view(*values[rows].shape[:-1], -1)
             return values
 
         return alpha

@@ -102,9 +102,9 @@ class Arithmetic:
         """Returns an operand of a matrix product: rounded to the precision where there is one."""
         return (values if self.precision is None else values.to(self.precision)).to(self.products)
 
-    def buffer(self) -> "Buffer":
-        """Returns memory for what matrix products take and give."""
-        return Buffer(self.device, self.products, self.scratch)
+    def buffer(self, dtype: torch.dtype | None = None) -> "Buffer":
+        """Returns memory for what matrix products take and give, or for numbers of a dtype."""
+        return Buffer(self.device, self.products if dtype is None else dtype, self.scratch)
 
 
 class Buffer:

@@ -145,7 +145,7 @@ def pair_attention(
         maps = []
         for images, key, each in zip((first, second), keys, directions, strict=True):
             side, scratch = Side.of(images, key, arithmetic), Scratch(arithmetic)
-            found = side.attention(each.singly(), scratch)[:, 0].relu_()
+            found = side.attention(each.singly(), scratch)[..., 0].relu_()
             maps.append((found * form.steepness(images.features)[:, None]).unflatten(1, size))
         return maps[0], maps[1]
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from casn_plugin.encoding import Encoding, Encodings
@@ -40,8 +40,8 @@ class Tile:
     directions: Directions
     scratch: Scratch
 
-    def alpha(self) -> Float[Tensor, "queries galleries dim"]:
-        """Returns α (Eq. 4) of the pairs, 0 or 1; it lasts until the next tile's is asked for."""
+    def alpha(self) -> Bool[Tensor, "queries galleries dim"]:
+        """Returns α (Eq. 4) of the pairs; it lasts until the next tile's is asked for."""
         return self.directions.of_all(self.first.keys, self.second.keys)[0].along
 
     def distances(self, align: Align) -> Float[Tensor, "queries galleries"]:
@@ -186,7 +186,7 @@ class Pairs:
         return self.join(own, dim=1)[0]
 
     def profiles(
-        self, alpha: Float[Tensor, "1 dim"], align: Align
+        self, alpha: Bool[Tensor, "1 dim"], align: Align
     ) -> tuple[Float[Tensor, "queries height"], Float[Tensor, "galleries height"]]:
         """Returns the row profiles of all images under one α, those of all processes joined.
 
@@ -208,7 +208,7 @@ class Pairs:
         nothing = first[0][:0]
         return torch.cat(first), self.join(torch.cat([nothing, *second]))[0]
 
-    def one_indicator(self) -> Float[Tensor, "1 dim"] | None:
+    def one_indicator(self) -> Bool[Tensor, "1 dim"] | None:
         """Returns the α of all pairs, where they have but one: an affine pair classifier."""
         return self._form.one_indicator()
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from casn_plugin.attention import scale_maps
@@ -20,7 +20,7 @@ Align = Callable[[Tensor], Tensor]
 
 
 class Scratch:
-    """Memory for the maps of some pairs, and for the channel weights that they are sums by.
+    """Memory for the maps of some pairs, and for α and the channel weights that they are sums by.
 
     Args:
         arithmetic: where, in which numbers, and how much.
@@ -32,6 +32,13 @@ class Scratch:
 
     def __init__(self, arithmetic: Arithmetic) -> None:
         self.maps, self.weights = arithmetic.buffer(), arithmetic.buffer()
+        self._numbers = arithmetic.buffer()
+
+    def numbers(self, along: Tensor) -> Tensor:
+        """Returns directions as what is multiplied: α as 0 or 1, until the next ones."""
+        if along.dtype != torch.bool:
+            return along
+        return self._numbers.take(along.shape).copy_(along.view(torch.int8))
 
 
 class _Parts(NamedTuple):
@@ -107,7 +114,7 @@ class Side:
 
     def attention(
         self, direction: Direction, scratch: Scratch
-    ) -> Float[Tensor, "images others positions"]:
+    ) -> Float[Tensor, "images positions others"]:
         """Returns Σ_k w_k A_k of each image for each of its directions, before the ReLU.
 
         Args:
@@ -116,9 +123,9 @@ class Side:
         """
         maps = self._along(direction.along, scratch)
         if direction.less is not None:
-            maps.baddbmm_(direction.less[..., None], self._own[:, None], alpha=-1)
+            maps.baddbmm_(self._own[..., None], direction.less[:, None], alpha=-1)
         if direction.nowhere is not None:
-            maps.masked_fill_(direction.nowhere[..., None], 0)
+            maps.masked_fill_(direction.nowhere[:, None], 0)
         return maps
 
     def profiles(
@@ -131,11 +138,13 @@ class Side:
             scratch: where the maps of some images lie meanwhile.
             align: what is done to the profiles.
         """
-        others, width = direction.along.shape[1], self.maps.shape[1 if self.parts else 2]
+        others, width = direction.along.shape[1], max(self.maps.shape[1:])
         profiles = self.features.new_empty(len(self), others, self.size[0])
         for some in scratch.maps.portions(len(self), each=others * width):
             maps = self[some].attention(direction.portion(some), scratch)
-            profiles[some] = align(self._scaled(maps.unflatten(2, self.size).amax(3)))
+            profiles[some] = maps.unflatten(1, self.size).amax(2).mT
+        for some in scratch.maps.portions(len(self), each=others * self.maps.shape[2]):
+            profiles[some] = align(self._scaled(profiles[some]))
         return profiles
 
     def listed_profiles(
@@ -147,7 +156,7 @@ class Side:
             rows: images of this side; equal ones stand together, their maps are one product.
             direction: of each pair, the channels of a part together.
         """
-        weights = direction.along
+        weights = direction.along.to(self.maps.dtype)
         if self.parts is not None:
             alpha = weights.unflatten(1, (self.parts.scale.shape[1], -1))
             weights = torch.bmm(self.parts.scale[rows, None], alpha)[:, 0]
@@ -171,34 +180,35 @@ class Side:
             maps[direction.nowhere] = 0
         return self._scaled(maps.unflatten(1, self.size).amax(2))
 
-    def _along(self, alpha: Float[Tensor, "images others dim"], scratch: Scratch) -> Tensor:
+    def _along(self, alpha: Shaped[Tensor, "#images others dim"], scratch: Scratch) -> Tensor:
         """Returns the maps of given weights of features, of each image or the same for all.
 
         Where the features are normalised parts, w = Σ_p (α_p − f_p (f_p·α_p)) / (‖g_p‖ HW).
         """
         images, channels, positions = self.maps.shape
         others = alpha.shape[1]
-        maps = scratch.maps.take((images, others, positions))
+        maps = scratch.maps.take((images, positions, others))
         alpha = alpha.expand(images, -1, -1)
         if self.parts is None:
-            return torch.bmm(alpha, self.maps, out=maps)
+            return torch.bmm(self.maps.mT, scratch.numbers(alpha).mT, out=maps)
         scale, unit, own = self.parts
-        alpha = alpha.unflatten(2, (scale.shape[1], channels))
         weights = scratch.weights.take((images, others, channels))
-        torch.mul(alpha[:, :, 0], scale[:, :1, None], out=weights)
         along = []
-        for part in range(scale.shape[1]):
+        for part, its in enumerate(alpha.split(channels, 2)):
+            its = scratch.numbers(its)
             if part:
-                weights.addcmul_(alpha[:, :, part], scale[:, part, None, None])
-            along.append(torch.bmm(unit[:, part, None], alpha[:, :, part].mT))
-        torch.bmm(weights, self.maps, out=maps)
-        return maps.baddbmm_(torch.cat(along, 1).mT, own, alpha=-1)
+                weights.addcmul_(its, scale[:, part, None, None])
+            else:
+                torch.mul(its, scale[:, :1, None], out=weights)
+            along.append(torch.bmm(unit[:, part, None], its.mT))
+        torch.bmm(self.maps.mT, weights.mT, out=maps)
+        return maps.baddbmm_(own.mT, torch.cat(along, 1), alpha=-1)
 
     @cached_property
     def _own(self) -> Float[Tensor, "images positions"]:
         """The map of each image along its own key, of which directions take some away."""
         scratch = Scratch(Arithmetic(self.maps.device, self.maps.dtype))
-        return self._along(self.keys.to(self.maps.dtype)[:, None], scratch)[:, 0]
+        return self._along(self.keys.to(self.maps.dtype)[:, None], scratch)[..., 0]
 
     def _scaled(self, rows: Float[Tensor, "*pairs height"]) -> Float[Tensor, "*pairs height"]:
         """Returns profiles in [0, 1] from the greatest values of the rows of maps."""

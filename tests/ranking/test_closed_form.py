@@ -70,14 +70,18 @@ def test_hidden_units_that_never_change_are_left_out(monkeypatch):
     np.testing.assert_allclose(distmat, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("scratch", [2**23, 8 * 5 * 20 * 2, 8 * 5 * 7])
 @pytest.mark.parametrize("parts", [0, 3])
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_closed_form_is_what_a_backward_pass_gives(bias, parts):
+def test_the_closed_form_is_what_a_backward_pass_gives(bias, parts, scratch):
+    """At once, with memory for the gates of two queries, or for a few channels at a time."""
     torch.manual_seed(7)
     layers = nn.Linear(12, 20, bias=bias), nn.ReLU(), nn.Linear(20, 2, bias=bias)
+    if bias:
+        layers[0].bias.data[:3] = torch.tensor([90.0, 90.0, -90.0])  # open, or shut, for all pairs
     classifier = nn.Sequential(*layers).double()
     first, second = torch.randn(4, 12).double(), torch.randn(5, 12).double()
-    arithmetic = Arithmetic(torch.device("cpu"), torch.float64)
+    arithmetic = Arithmetic(torch.device("cpu"), torch.float64, scratch=scratch)
     closed, other = (
         form(classifier, arithmetic, dim=12, parts=parts) for form in (pair_form, PairForm)
     )
@@ -96,7 +100,7 @@ def test_the_closed_form_is_what_a_backward_pass_gives(bias, parts):
     expected = indicator(classifier, (first[:, None] - second).flatten(0, 1)).view(4, 5, 12)
     if parts:  # the channels of a part come together
         expected = expected.unflatten(2, (4, 3)).transpose(2, 3).flatten(2)
-    assert torch.equal(found[0], expected)
+    assert torch.equal(found[0], expected.bool())
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
@@ -107,7 +111,7 @@ def test_only_an_affine_classifier_has_one_indicator(name):
     assert (alpha is not None) == name.startswith("affine")
     if alpha is not None:
         several = indicator(classifier, torch.randn(6, CHANNELS).double())
-        assert torch.equal(several, alpha.expand(6, -1))
+        assert torch.equal(several.bool(), alpha.expand(6, -1))
 
 
 CPU = torch.device("cpu")
@@ -145,8 +149,8 @@ def test_a_classifier_of_other_numbers_than_those_of_ranking(name, classifier_in
         with torch.no_grad():
             found.append((form.logits(*keys), alpha))
         one = form.one_indicator()
-        assert found[-1][0].dtype == alpha.dtype == torch.float64
-        assert one is None or one.dtype == torch.float64
+        assert found[-1][0].dtype == torch.float64 and alpha.dtype == torch.bool
+        assert one is None or one.dtype == torch.bool
     single = pair_form(exact, Arithmetic(CPU, torch.float32), dim=CHANNELS)
     assert single.keys(first.float(), is_query=True).dtype == torch.float32
     (logits, alpha), (expected, _) = found
@@ -179,7 +183,7 @@ def test_gates_of_equal_keys_are_shut():
         keys = form.keys(first, is_query=True), form.keys(second, is_query=False)
         alpha = form.indicators(*keys)(keys[0][:, None], keys[1][None])
         differences = (first[:, None] - second).flatten(0, 1)
-        assert torch.equal(alpha.flatten(0, 1), indicator(classifier, differences))
+        assert torch.equal(alpha.flatten(0, 1), indicator(classifier, differences).bool())
 
 
 def test_a_similarity_has_no_indicator():
