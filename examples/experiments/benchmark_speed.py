@@ -61,7 +61,7 @@ def speed_of(name: str, args: argparse.Namespace) -> list[list[str]]:
     device, cuda = args.device, args.device == "cuda"
     side, scale = (8192, 8 * args.scale) if cuda else (2048, args.scale)
     head = make_head(name).to(device)
-    sizes = {"GAP": (256, 256), "PCB": (256, 192), "OSNet": (512, 512)}[name]
+    sizes = {"GAP": (256, 1024), "PCB": (256, 192), "OSNet": (512, 512)}[name]
     query, gallery = (head.encode(int(scale * size), device) for size in sizes)
     first, second = head.activations(16, device), head.activations(16, device)
     pairs = {"autograd, one pair at a time": 4, "autograd, batches of 16 pairs": 16}
