@@ -286,12 +286,12 @@ class _TwoLayers(PairForm):
             for rows in self._gates.portions(len(first), each=first[:1].numel()):
                 gates = self._gates.take(first[rows].shape)
                 torch.gt(first[rows], second[rows], out=gates)
-                gates = gates.flatten(0, -2)
+                gates, into = gates.flatten(0, -2), values[rows].flatten(0, -2)
                 for some in self._sums.portions(weights.shape[1], each=len(gates)):
                     sums = self._sums.take((len(gates), some.stop - some.start))
                     torch.mm(gates, weights[:, some], out=sums)
-                    torch.gt(sums, least[some], out=sums)  # faster than to compare into bytes
-                    values[rows][..., some] = sums.view(*values[rows].shape[:-1], -1)
+                    # faster than to compare into bytes
+                    into[:, some] = torch.gt(sums, least[some], out=sums)
             return values
 
         return alpha

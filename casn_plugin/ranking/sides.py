@@ -138,7 +138,9 @@ class Side:
             scratch: where the maps of some images lie meanwhile.
             align: what is done to the profiles.
         """
-        others, width = direction.along.shape[1], max(self.maps.shape[1:])
+        others, width = direction.along.shape[1], self.maps.shape[2]
+        if self.parts is not None or direction.along.dtype == torch.bool:  # weights take memory too
+            width = max(self.maps.shape[1:])
         profiles = self.features.new_empty(len(self), others, self.size[0])
         for some in scratch.maps.portions(len(self), each=others * width):
             maps = self[some].attention(direction.portion(some), scratch)
@@ -190,7 +192,7 @@ class Side:
         maps = scratch.maps.take((images, positions, others))
         alpha = alpha.expand(images, -1, -1)
         if self.parts is None:
-            return torch.bmm(self.maps.mT, scratch.numbers(alpha).mT, out=maps)
+            return self._sum(scratch.numbers(alpha), out=maps)
         scale, unit, own = self.parts
         weights = scratch.weights.take((images, others, channels))
         along = []
@@ -201,8 +203,14 @@ class Side:
             else:
                 torch.mul(its, scale[:, :1, None], out=weights)
             along.append(torch.bmm(unit[:, part, None], its.mT))
-        torch.bmm(self.maps.mT, weights.mT, out=maps)
-        return maps.baddbmm_(own.mT, torch.cat(along, 1), alpha=-1)
+        return self._sum(weights, out=maps).baddbmm_(own.mT, torch.cat(along, 1), alpha=-1)
+
+    def _sum(self, weights: Float[Tensor, "images others channels"], out: Tensor) -> Tensor:
+        """Returns Σ_k w_k A_k, (images, positions, others); one other goes by rows, as is fast."""
+        if weights.shape[1] == 1:
+            torch.bmm(weights, self.maps, out=out.mT)
+            return out
+        return torch.bmm(self.maps.mT, weights.mT, out=out)
 
     @cached_property
     def _own(self) -> Float[Tensor, "images positions"]:
