@@ -158,6 +158,9 @@ def test_evidence_is_measured_of_each_run_and_reported(lab, market_root, monkeyp
     assert set(made[0]["gradients"][0]) == {"ide", "ia", "sa"}
     assert set(made[2]["gradients"][0]) == {"ide"} and made[2]["name"] == "IDE"
 
+    for name in ("IDE+IA", "IDE+SA"):  # of one seed, as if they were the same as with both losses
+        study.add(made[0] | {"name": name, "gradients": [{"ide": 1.0, name[-2:].lower(): 3.0}]})
+
     value = "log-odds, attention trained, λ1 0.5"
     (reading,) = made_of("readings", f"score of Eq. 2: {value}").runs()
     assert reading["settings"]["score"] == "log-odds"
@@ -172,15 +175,32 @@ def test_evidence_is_measured_of_each_run_and_reported(lab, market_root, monkeyp
     )
     known = evidence.difference(ours, base, ("none",), "features").points()
     assert ["CASN(IDE)", "2", known] in [row[:3] for row in rows]
+    one = {0: ours[0]}
+    known = evidence.difference(one, base, ("none",), "features").points()
+    assert [["IDE+IA", "1", known], ["IDE+SA", "1", known]] == [
+        row[:3] for row in rows if row[1:] and row[1] == "1" and "+" in row[0] and len(row) == 6
+    ]
+    (head,) = (row for row in rows if row[:1] == ["change"])
+    assert head[2:] == [
+        *("IDE, features", "IDE+IA", "IDE+SA", "CASN(IDE)"),
+        *("IDE, fused", "IDE+IA", "IDE+SA", "CASN(IDE)"),
+    ]
     (shift,) = (row for row in rows if row[0].startswith("shifted") and row[1] == "0.2")
-    assert shift[3] == evidence.difference(ours, base, ("shift", "0.2"), "features").points()
+    assert shift[5] == evidence.difference(ours, base, ("shift", "0.2"), "features").points()
+    assert shift[3] == evidence.difference(one, base, ("shift", "0.2"), "features").points()
+    assert shift[8] == evidence.difference(one, base, ("shift", "0.2"), "fused").points()
     means = [np.nanmean(np.array(run["results"]["robustness"]["shift"]["0.2"]["features"]["ap"],
                                  dtype=float)) for run in base.values()]  # fmt: skip
     assert shift[2] == f"{100 * np.mean(means):.1f}"
     of_logits = [row[:4] for row in rows if row[2:3] == ["same-identity logit"]]
-    assert of_logits == [  # not of the row IDE
-        ["CASN(IDE)", "2", "same-identity logit", sides] for sides in ("one picture", "both")
+    assert of_logits == [  # not of the rows IDE and IDE+IA
+        [name, seeds, "same-identity logit", sides]
+        for name, seeds in (("IDE+SA", "1"), ("CASN(IDE)", "2"))
+        for sides in ("one picture", "both")
     ]
+    shares = [row for row in rows if len(row) == 3 and row[1].startswith("λ")]
+    assert shares[:2] == [["IDE+IA", "λ1 L_ia", "75.0 %"], ["IDE+SA", "λ2 L_sa", "75.0 %"]]
+    assert [row[:2] for row in shares[2:]] == [["CASN(IDE)", "λ1 L_ia"], ["CASN(IDE)", "λ2 L_sa"]]
     assert sum(row[:1] == [value] for row in rows) == 1
     assert Path("images", "robustness_market.png").is_file()
     assert Path("images", "faithfulness_market.png").is_file()

@@ -61,8 +61,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--topk", type=int, help="compare the attention of so many nearest by features only")
     add("--max-epoch", type=int, help="epochs to train, by default as the protocol says")
     add("--study", choices=STUDIES, default="table", help="the rows of the paper; one open "
-        "choice at a time; how faithful attention is and what changed queries cost, of the rows "
-        "without attention losses and with both; or readings of Eq. 2")  # fmt: skip
+        "choice at a time; the rows, with how faithful attention is and what changed queries "
+        "cost; or readings of Eq. 2")  # fmt: skip
     add("--family", choices=FAMILIES, default="IDE", help="whose rows --study choices varies")
     add("--only", nargs="+", help="rows of the table, or choices, e.g. 'CASN(IDE)', λ2, 'λ2: 0.5'")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -13,7 +13,10 @@ from studies import FAMILIES, READINGS, TITLES, name_of
 
 SCORES = {"evidence": "same-identity logit", "closeness": "closeness of the features"}
 SIDES = {"one picture": ("query", "gallery"), "both": ("both",)}
+KINDS = ("features", "fused")
 NONE = ("none",)
+WITH_PAIRS = {name_of(family, losses) for family in FAMILIES for losses in ("+SA", "CASN")}
+"""The rows whose pair classifier is trained."""
 
 
 def ap_of(row: Row, change: Sequence[str], kind: str) -> np.ndarray:
@@ -51,10 +54,15 @@ def difference(row: Row, base: Row, change: Sequence[str], kind: str) -> Interva
 def evidence_report(data: str, runs: list[Run], images: Path) -> list[str]:
     """Returns the paragraphs on one data set, and draws its plots."""
     rows = {name: of_row(runs, name) for _, name in names_in(runs)}
-    pairs = {
-        family: (rows[name_of(family, "CASN")], rows[family])
-        for family in FAMILIES
-        if family in rows and name_of(family, "CASN") in rows
+    with_losses = {
+        family: [name for of, name in names_in(runs) if of == family != name] for family in FAMILIES
+    }
+    base = {family: rows.get(family, {}) for family in FAMILIES}
+    drawn = {  # of each family what has no attention losses, and all that were trained
+        name: rows[name]
+        for family, names in with_losses.items()
+        for name in (family, *names[-1:])
+        if name in rows and measured(rows[name])
     }
     return [
         f"## Evidence: {TITLES.get(data, data)}",
@@ -66,19 +74,27 @@ def evidence_report(data: str, runs: list[Run], images: Path) -> list[str]:
         markdown(
             ["", "seeds", "features", "fused", "to see a point: features", "fused"],
             [
-                _difference_cells(family, row, base)
-                for family, (row, base) in pairs.items()
-                if both_have(row, base)[0]
+                _difference_cells(name, rows[name], base[family])
+                for family, names in with_losses.items()
+                for name in names
+                if both_have(rows[name], base[family])[0]
             ],
         ),
         f"### Changed queries: {data}",
-        "mAP of features of unit length, and of the fused ranking, where queries are changed and "
-        "the gallery is not; bands are the range of the seeds.",
+        "mAP of features of unit length (lines; bands are the range of the seeds), and of the "
+        "fused ranking (dots), where queries are changed and the gallery is not.",
         _robustness_picture(data, rows, images),
         "mAP without attention losses, and what is gained with them, in points:",
-        markdown(
-            ["change", "strength", *_robustness_head(pairs)],
-            [_robustness_cells(change, strength, pairs) for change, strength in _changes(runs)],
+        *(
+            markdown(
+                ["change", "strength", *_robustness_head(family, names)],
+                [
+                    _robustness_cells(at, base[family], [rows[name] for name in names])
+                    for at in _changes(runs)
+                ],
+            )
+            for family, names in with_losses.items()
+            if names and measured(base[family])
         ),
         f"### Does attention mark what decides? {data}",
         "Pairs of one identity, one of each of some queries. Gap: area under the insertion curve "
@@ -95,10 +111,10 @@ def evidence_report(data: str, runs: list[Run], images: Path) -> list[str]:
                 for name, row in rows.items()
                 for score in SCORES
                 for sides in SIDES
-                if measured(row) and (score == "closeness" or name not in FAMILIES)
+                if measured(row) and (score == "closeness" or name in WITH_PAIRS)
             ],
         ),
-        _faithfulness_picture(data, rows, images),
+        _faithfulness_picture(data, drawn, images),
         f"### What the losses ask of the tapped layer: {data}",
         "Norm of the gradient of λ1 L_ia and of λ2 L_sa at the tapped map, as a share of the sum "
         "of all norms, on a batch that stays; means over seeds:",
@@ -138,10 +154,10 @@ def readings_report(data: str, runs: list[Run], table: list[Run]) -> list[str]:
     ]
 
 
-def _difference_cells(family: str, row: Row, base: Row) -> list[str]:
+def _difference_cells(name: str, row: Row, base: Row) -> list[str]:
     row, base = both_have(row, base)
-    cells, needed = [name_of(family, "CASN"), str(len(row))], []
-    for kind in ("features", "fused"):
+    cells, needed = [name, str(len(row))], []
+    for kind in KINDS:
         differences = ap_of(row, NONE, kind) - ap_of(base, NONE, kind)
         cells.append(interval(differences).points())
         by_seed = np.nanmean(differences, 1)
@@ -157,42 +173,35 @@ def _changes(runs: list[Run]) -> list[tuple[str, str]]:
     ]
 
 
-def _robustness_head(pairs: Mapping[str, tuple[Row, Row]]) -> list[str]:
-    return [
-        head
-        for family in pairs
-        for kind in ("features", "fused")
-        for head in (f"{family}, {kind}", f"{name_of(family, 'CASN')}")
-    ]
+def _robustness_head(family: str, names: list[str]) -> list[str]:
+    return [head for kind in KINDS for head in (f"{family}, {kind}", *names)]
 
 
-def _robustness_cells(
-    change: str, strength: str, pairs: Mapping[str, tuple[Row, Row]]
-) -> list[str]:
+def _robustness_cells(at: tuple[str, str], base: Row, rows: list[Row]) -> list[str]:
+    change, strength = at
     cells = [LABELS[change].replace("\n", " "), strength]
-    for row, base in pairs.values():
-        for kind in ("features", "fused"):
-            found = difference(row, base, (change, strength), kind)
-            known = measured(base)
-            mean = np.nanmean(ap_of(known, (change, strength), kind)) if known else np.nan
-            cells += [f"{100 * mean:.1f}", "–" if found is None else found.points()]
+    for kind in KINDS:
+        cells.append(f"{100 * np.nanmean(ap_of(measured(base), at, kind)):.1f}")
+        found = [difference(row, base, at, kind) for row in rows]
+        cells += ["–" if each is None else each.points() for each in found]
     return cells
 
 
 def _robustness_picture(data: str, rows: Mapping[str, Row], images: Path) -> str:
-    known = {name: measured(row) for name, row in rows.items()}
+    known = {name: measured(row) for name, row in rows.items() if measured(row)}
     changes = _changes([run for row in known.values() for run in row.values()])
-    panels: dict[str, dict[str, dict[float, list[float]]]] = {}
+    panels: dict[str, dict[str, dict[str, dict[float, list[float]]]]] = {}
     for change in dict(changes):
         points = {0.0: NONE} | {float(s): (c, s) for c, s in changes if c == change}
         panels[LABELS[change]] = {
-            f"{name}, {kind}": {
-                strength: (100 * np.nanmean(ap_of(row, at, kind), 1)).tolist()
-                for strength, at in points.items()
+            name: {
+                kind: {
+                    strength: (100 * np.nanmean(ap_of(row, at, kind), 1)).tolist()
+                    for strength, at in points.items()
+                }
+                for kind in KINDS
             }
             for name, row in known.items()
-            if row
-            for kind in ("features", "fused")
         }
     name = f"robustness_{data}.png"
     save_small(plot_robustness(panels), images / name)
@@ -226,8 +235,6 @@ def _faithfulness_picture(data: str, rows: Mapping[str, Row], images: Path) -> s
     panels = {}
     for name, row in rows.items():
         row = measured(row)
-        if not row:
-            continue
         panels[name] = {
             kind: {
                 way: np.array(
@@ -265,6 +272,7 @@ def _gradient_rows(rows: Mapping[str, Row]) -> list[list[str]]:
         for name, row in rows.items()
         if name not in FAMILIES and measured(row)
         for term, label in (("ia", "λ1 L_ia"), ("sa", "λ2 L_sa"))
+        if _shares(row, term).any()
     ]
 
 
@@ -284,7 +292,7 @@ def _epochs(row: Row, what: str) -> str:
 def _reading_cells(value: str, row: Row, base: Row) -> list[str]:
     diverged = sum(run["results"] is None for run in row.values())
     cells = [value, str(len(row)) + (f", {diverged} diverged" if diverged else "")]
-    for kind in ("features", "fused"):
+    for kind in KINDS:
         found = difference(row, base, NONE, kind)
         cells.append("–" if found is None else found.points())
     return [*cells, _epochs(row, "share"), _epochs(row, "loss")]

@@ -152,43 +152,42 @@ def plot_memory(
 
 
 def plot_robustness(
-    panels: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]],
+    panels: Mapping[str, Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]]],
 ) -> Figure:
-    """Returns mAP over the strength of each change, means and ranges of the seeds.
+    """Returns mAP over the strength of each change: of the features a line, of both fused dots.
+
+    Bands are the range of the seeds of the features.
 
     Args:
-        panels: by the label of a change and by "row, ranking", the mAPs of the seeds at each
-            strength, in percent.
+        panels: by the label of a change, the name of a row and "features" or "fused", the mAPs of
+            the seeds at each strength, in percent.
     """
-    figure = Figure(figsize=(2.6 * len(panels), 6), layout="constrained", dpi=100)
-    kinds = ("features", "fused")
-    every = figure.subplots(len(kinds), len(panels), sharey=True, squeeze=False)
-    lines = {}
-    for column, (label, curves) in enumerate(panels.items()):
-        for at, kind in enumerate(kinds):
-            axes = every[at][column]
-            of_kind = {
-                name.removesuffix(f", {kind}"): values
-                for name, values in curves.items()
-                if name.endswith(f", {kind}")
-            }
-            for number, (name, by_strength) in enumerate(of_kind.items()):
-                strengths = list(by_strength)
-                values = np.array(list(by_strength.values()))
-                style = "-" if "CASN" in name else "--"
-                (lines[name],) = axes.plot(
-                    strengths, values.mean(1), style, marker="o", markersize=3,
-                    color=PALETTE[number],
-                )  # fmt: skip
+    names = {name for rows in panels.values() for name in rows}
+    families = [each for each in FAMILIES if names & {name_of(each, losses) for losses in LAMBDAS}]
+    size = (2.6 * len(panels), 3 * len(families))
+    figure = Figure(figsize=size, layout="constrained", dpi=100)
+    every = figure.subplots(len(families), len(panels), sharey="row", squeeze=False)
+    for at, family in enumerate(families):
+        for axes, (label, rows) in zip(every[at], panels.items(), strict=True):
+            for losses, colour in zip(LAMBDAS, PALETTE, strict=False):
+                name = name_of(family, losses)
+                if name not in rows:
+                    continue
+                strengths = list(rows[name]["features"])
+                features, fused = (
+                    np.array(list(rows[name][kind].values())) for kind in ("features", "fused")
+                )
+                axes.plot(strengths, features.mean(1), color=colour, label=name)
+                axes.plot(strengths, fused.mean(1), "o", markersize=3, color=colour)
                 axes.fill_between(
-                    strengths, values.min(1), values.max(1), color=PALETTE[number], alpha=0.12
+                    strengths, features.min(1), features.max(1), color=colour, alpha=0.12
                 )
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
-        every[-1][column].set_xlabel(label)
-    for at, kind in enumerate(kinds):
-        every[at][0].set_ylabel(f"mAP (%), {kind}")
-    figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines))
+            if at == len(families) - 1:
+                axes.set_xlabel(label)
+        every[at][0].set_ylabel("mAP (%)")
+        every[at][-1].legend(fontsize=8)
     return figure
 
 

@@ -8,8 +8,6 @@ from typing import Any
 
 STUDIES = ("table", "choices", "evidence", "readings")
 LAMBDAS = {"": (0.0, 0.0), "+IA": (0.5, 0.0), "+SA": (0.0, 0.05), "CASN": (0.5, 0.05)}
-WITH_EVIDENCE = ("", "CASN")
-"""What is measured with more care: without attention losses, and with both."""
 FAMILIES = ("IDE", "PCB")
 TITLES = {
     "embedded": "Embedded set of rendered pedestrians",
@@ -120,8 +118,8 @@ def runs_of(
     """Returns what tells the runs of a study apart, all rows of a seed before the next seed.
 
     Args:
-        study: "table" for the rows of both families, "evidence" for those without attention
-            losses and with both, "choices" or "readings" for those of one family.
+        study: "table" or "evidence" for the rows of both families, "choices" or "readings" for
+            those of one.
         data: what the results are called.
         backbone: one of :data:`PROTOCOLS`.
         family: whose rows "choices" varies.
@@ -135,9 +133,8 @@ def runs_of(
             for value, options in READINGS.items()
         ]
     elif study != "choices":
-        of_study = LAMBDAS if study == "table" else WITH_EVIDENCE
         for each in FAMILIES:
-            rows += [(name_of(each, losses), "", each, _lambdas(losses)) for losses in of_study]
+            rows += [(name_of(each, losses), "", each, _lambdas(losses)) for losses in LAMBDAS]
     else:
         rows += [
             (choice, value, family, _lambdas(losses) + options)
