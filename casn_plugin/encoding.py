@@ -24,7 +24,7 @@ class Encoding:
         activations: (N, C, H, W) feature maps A, for features made of D / C normalised parts
             (PCB), whose basis would be larger than A.
 
-    Maps in channels-last memory, as :meth:`CASN.encode` gives them, are ranked fastest.
+    Contiguous maps, as :meth:`CASN.encode` gives them, are ranked fastest; others are copied.
     """
 
     features: Float[Tensor, "images dim"]

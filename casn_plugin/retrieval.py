@@ -28,6 +28,7 @@ from casn_plugin.ranking import (
     feature_neighbourhood,
     fused_distmats,
     fused_neighbourhood,
+    l2_distances,
     pair_classifier_of,
     pair_scores,
     rerank,
@@ -95,7 +96,7 @@ class FeatureMetric:
             fused is their root.
     """
 
-    distances: FeatureDistances = torch.cdist
+    distances: FeatureDistances = l2_distances
     normalize: bool = False
     squared: bool = False
 

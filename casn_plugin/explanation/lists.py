@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 import numpy as np
-import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from casn_plugin.attention import ROW_THRESHOLD
@@ -316,7 +315,6 @@ def explain_ranking(
         second.encoding,
         row_threshold=row_threshold,
         options=ranking,
-        feature_distances=_exact_distances,
     )
     ids = first.pids, second.pids, first.camids, second.camids
     ranked = ranked_lists(features, fused, *ids, topk=topk, **ranking.counting)
@@ -328,8 +326,3 @@ def explain_ranking(
         topk=topk,
         row_threshold=row_threshold,
     )
-
-
-def _exact_distances(qf: Tensor, gf: Tensor) -> Tensor:
-    """Returns l2 distances of features, computed in float64."""
-    return torch.cdist(qf.double(), gf.double()).to(qf.dtype)

@@ -22,6 +22,7 @@ from casn_plugin.ranking.fused import (
     RankingOptions,
     fuse_distmats,
     fused_distmats,
+    l2_distances,
 )
 from casn_plugin.ranking.index import GalleryIndex
 from casn_plugin.ranking.milvus import MilvusFeatures, other_cameras
@@ -56,6 +57,7 @@ __all__ = [
     "fused_distmats",
     "fused_neighbourhood",
     "indicator_flips",
+    "l2_distances",
     "other_cameras",
     "pair_attention",
     "pair_classifier_of",

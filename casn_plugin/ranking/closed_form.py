@@ -196,7 +196,7 @@ class PairForm:
             differences = first - second
             values = indicator(self._pair_classifier, differences.flatten(0, -2))
             values = _by_part(values, self._parts).bool()
-            return values.view(*differences.shape[:-1], -1)
+            return values.view(differences.shape)
 
         return alpha
 
@@ -231,6 +231,10 @@ class PairForm:
         return (scores[:, 1] - scores[:, 0]).view(differences.shape[:-1])
 
 
+_CHANNELS = 256
+"""Of products that are narrower than this, too little is computed at a time."""
+
+
 class _TwoLayers(PairForm):
     """Linear, ReLU, Linear: α = [gate · (w2[1] W1) > 0], gate = [W1 f1 + b1 > W1 f2]."""
 
@@ -243,8 +247,8 @@ class _TwoLayers(PairForm):
             last, nn.Linear
         )  # pair_form has seen to it
         self._first, self._last = first, last
-        weights = last.weight.detach()[1, :, None] * first.weight.detach()
-        weights = _by_part(weights.to(arithmetic.dtype), parts)
+        w1, w2 = (layer.weight.detach().to(arithmetic.dtype) for layer in (first, last))
+        weights = _by_part(w2[1, :, None] * w1, parts)
         if arithmetic.precision is not None:
             weights = weights / weights.abs().max().clamp(min=1e-30)
         self._towards_same = arithmetic.operand(weights)
@@ -275,17 +279,19 @@ class _TwoLayers(PairForm):
         never = first.amax(0) <= second.amin(0)
         varying = (~(always | never)).nonzero()[:, 0]
         weights = self._towards_same[varying]
-        # what the open units that do not change add is what the others must not fall below
+        # with what the open units that do not change add, the others must exceed this
         least = -(always.to(weights.dtype) @ self._towards_same)
 
-        def alpha(first: Tensor, second: Tensor) -> Tensor:
-            first, second = torch.broadcast_tensors(
-                first.index_select(-1, varying), second.index_select(-1, varying)
+        def alpha(mine: Tensor, its: Tensor) -> Tensor:
+            mine, its = torch.broadcast_tensors(
+                mine.index_select(-1, varying), its.index_select(-1, varying)
             )
-            values = self._alpha.take((*first.shape[:-1], weights.shape[1]))
-            for rows in self._gates.portions(len(first), each=first[:1].numel()):
-                gates = self._gates.take(first[rows].shape)
-                torch.gt(first[rows], second[rows], out=gates)
+            values = self._alpha.take((*mine.shape[:-1], weights.shape[1]))
+            # as many pairs at a time as leave room for the sums of that many channels
+            each = mine.shape[1:-1].numel() * max(len(varying), _CHANNELS)
+            for rows in self._gates.portions(len(mine), each=each):
+                gates = self._gates.take(mine[rows].shape)
+                torch.gt(mine[rows], its[rows], out=gates)
                 gates, into = gates.flatten(0, -2), values[rows].flatten(0, -2)
                 for some in self._sums.portions(weights.shape[1], each=len(gates)):
                     sums = self._sums.take((len(gates), some.stop - some.start))

@@ -38,8 +38,10 @@ def attention_distmat(
     """Returns the attention distance ‖M*_m1 − M*_m2‖₂ of every pair (paper, Eq. 5 and Section 4).
 
     Exact for every pair, in the dtype of the features, and without a backward pass through the
-    backbone, unless `shortlist` or `compute` asks for less. The query is the first image of a pair:
-    f⁻ = f_query − f_gallery. Pairs are worked on in tiles; only their distances leave a tile.
+    backbone, unless `shortlist` or `compute` asks for less, or
+    ``torch.set_float32_matmul_precision`` lets products be coarser. The query is the first image of
+    a pair: f⁻ = f_query − f_gallery. Pairs are worked on in tiles; only their distances leave a
+    tile.
 
     Args:
         model: the CASN whose `pair_classifier` looks at the pairs; tiles are computed where its
@@ -247,8 +249,12 @@ def indicator_flips(
 
         def flips(tile: Tile) -> Tensor:
             first, second = tile.first.features.double(), tile.second.features.double()
-            truth = exact.indicators(first, second)(first[:, None], second[None])
-            return (tile.alpha() != truth).sum(2).to(first.dtype)
+            truth = exact.indicators(first, second)
+            counts = [  # query by query: a backward pass takes many times the bytes of α
+                (alpha != truth(mine, second)).sum(1)
+                for alpha, mine in zip(tile.alpha(), first[:, None], strict=True)
+            ]
+            return torch.stack(counts).to(first.dtype)
 
         counts = pairs.matrix(flips, "Counting flips")
     return int(counts.sum(dtype=torch.float64)), counts.numel() * query.features.shape[1]

@@ -116,7 +116,8 @@ class Manifest:
             version = content.get("version")
             if type(version) is not int or version != VERSION:
                 raise _OtherError(
-                    f"{path} is of version {version!r}, but this casn_plugin reads {VERSION}"
+                    f"{path} is of version {version!r}, but this casn_plugin reads {VERSION}: "
+                    "make the index anew"
                 )
             if content.pop("checksum", None) != _checksum(content):
                 raise ValueError("its checksum does not fit")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from casn_plugin.attention import ROW_THRESHOLD
 from casn_plugin.encoding import Ahead, Encoding, Encodings
 from casn_plugin.ranking.candidates import compare
-from casn_plugin.ranking.fused import FeatureDistances, RankingOptions
+from casn_plugin.ranking.fused import FeatureDistances, RankingOptions, l2_distances
 from casn_plugin.ranking.neighbourhoods import BLOCK, Neighbourhood, normalised
 from casn_plugin.ranking.pairs import Pairs
 
@@ -124,7 +124,7 @@ def fused_neighbourhood(
     number: int,
     row_threshold: float = ROW_THRESHOLD,
     options: RankingOptions | None = None,
-    feature_distances: FeatureDistances = torch.cdist,
+    feature_distances: FeatureDistances = l2_distances,
 ) -> Neighbourhood:
     """Returns what re-ranking needs to know of fused distances of unit-length vectors.
 

@@ -123,11 +123,12 @@ class Pairs:
         self._form = pair_form(self._pair_classifier, arithmetic, dim=dim, parts=query.parts)
         self._queries = Images(query, self._form, arithmetic, is_query=True)
         self._galleries = Images(gallery, self._form, arithmetic, is_query=False)
-        self._scratch, self._home = Scratch(arithmetic), query.features[:0]
+        self._scratch = Scratch(arithmetic)
+        self._home = query.features[:0]  # whose dtype and device results have
         of_pair, of_listed, of_image = map_bytes(query, arithmetic)
         self._grid = Grid.fit(
             *self.shape,
-            memory * 7 // 8,  # scratch memory, and what profiles are made of in such portions
+            memory * 7 // 8,  # five buffers of a 64th each, and what is made of profiles
             pair=self._form.pair_bytes() + of_pair,
             listed=self._form.listed_bytes() + of_listed,
             image=of_image,

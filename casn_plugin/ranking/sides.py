@@ -121,7 +121,7 @@ class Side:
             direction: of the pairs of each image, the channels of a part together.
             scratch: where the result lies until the next one.
         """
-        maps = self._along(direction.along, scratch)
+        maps = self._maps_of(direction.along, scratch)
         if direction.less is not None:
             maps.baddbmm_(self._own[..., None], direction.less[:, None], alpha=-1)
         if direction.nowhere is not None:
@@ -139,12 +139,13 @@ class Side:
             align: what is done to the profiles.
         """
         others, width = direction.along.shape[1], self.maps.shape[2]
-        if self.parts is not None or direction.along.dtype == torch.bool:  # weights take memory too
-            width = max(self.maps.shape[1:])
+        if self.parts is not None or direction.along.dtype == torch.bool:
+            width = max(self.maps.shape[1:])  # weights, or α as numbers, take memory too
         profiles = self.features.new_empty(len(self), others, self.size[0])
         for some in scratch.maps.portions(len(self), each=others * width):
             maps = self[some].attention(direction.portion(some), scratch)
             profiles[some] = maps.unflatten(1, self.size).amax(2).mT
+        # what is made of profiles is smaller: in larger portions, less time goes to Python
         for some in scratch.maps.portions(len(self), each=others * self.maps.shape[2]):
             profiles[some] = align(self._scaled(profiles[some]))
         return profiles
@@ -159,7 +160,7 @@ class Side:
             direction: of each pair, the channels of a part together.
         """
         weights = direction.along.to(self.maps.dtype)
-        if self.parts is not None:
+        if self.parts is not None:  # as in _maps_of
             alpha = weights.unflatten(1, (self.parts.scale.shape[1], -1))
             weights = torch.bmm(self.parts.scale[rows, None], alpha)[:, 0]
             units = self.parts.unit.index_select(0, rows).flatten(0, 1)
@@ -173,37 +174,38 @@ class Side:
         ):
             torch.mm(some, self.maps[row], out=to)
         if self.parts is not None:
-            along = torch.bmm(units[:, None], alpha.flatten(0, 1)[..., None])
+            onto_own = torch.bmm(units[:, None], alpha.flatten(0, 1)[..., None])
             own = self.parts.own.index_select(0, rows)
-            maps -= torch.bmm(along.view(len(own), 1, -1), own)[:, 0]
+            maps -= torch.bmm(onto_own.view(len(own), 1, -1), own)[:, 0]
         if direction.less is not None:
             maps -= self._own.index_select(0, rows) * direction.less[:, None]
         if direction.nowhere is not None:
             maps[direction.nowhere] = 0
         return self._scaled(maps.unflatten(1, self.size).amax(2))
 
-    def _along(self, alpha: Shaped[Tensor, "#images others dim"], scratch: Scratch) -> Tensor:
-        """Returns the maps of given weights of features, of each image or the same for all.
+    def _maps_of(self, along: Shaped[Tensor, "#images others dim"], scratch: Scratch) -> Tensor:
+        """Returns the maps along directions in the features, of each image or the same for all.
 
-        Where the features are normalised parts, w = Σ_p (α_p − f_p (f_p·α_p)) / (‖g_p‖ HW).
+        Where the features are normalised parts, w = Σ_p (α_p − f_p (f_p·α_p)) / (‖g_p‖ HW) are the
+        channel weights of α.
         """
         images, channels, positions = self.maps.shape
-        others = alpha.shape[1]
+        others = along.shape[1]
         maps = scratch.maps.take((images, positions, others))
-        alpha = alpha.expand(images, -1, -1)
+        along = along.expand(images, -1, -1)
         if self.parts is None:
-            return self._sum(scratch.numbers(alpha), out=maps)
+            return self._sum(scratch.numbers(along), out=maps)
         scale, unit, own = self.parts
         weights = scratch.weights.take((images, others, channels))
-        along = []
-        for part, its in enumerate(alpha.split(channels, 2)):
+        onto_own = []
+        for part, its in enumerate(along.split(channels, 2)):
             its = scratch.numbers(its)
             if part:
                 weights.addcmul_(its, scale[:, part, None, None])
             else:
                 torch.mul(its, scale[:, :1, None], out=weights)
-            along.append(torch.bmm(unit[:, part, None], its.mT))
-        return self._sum(weights, out=maps).baddbmm_(own.mT, torch.cat(along, 1), alpha=-1)
+            onto_own.append(torch.bmm(unit[:, part, None], its.mT))
+        return self._sum(weights, out=maps).baddbmm_(own.mT, torch.cat(onto_own, 1), alpha=-1)
 
     def _sum(self, weights: Float[Tensor, "images others channels"], out: Tensor) -> Tensor:
         """Returns Σ_k w_k A_k, (images, positions, others); one other goes by rows, as is fast."""
@@ -216,7 +218,7 @@ class Side:
     def _own(self) -> Float[Tensor, "images positions"]:
         """The map of each image along its own key, of which directions take some away."""
         scratch = Scratch(Arithmetic(self.maps.device, self.maps.dtype))
-        return self._along(self.keys.to(self.maps.dtype)[:, None], scratch)[..., 0]
+        return self._maps_of(self.keys.to(self.maps.dtype)[:, None], scratch)[..., 0]
 
     def _scaled(self, rows: Float[Tensor, "*pairs height"]) -> Float[Tensor, "*pairs height"]:
         """Returns profiles in [0, 1] from the greatest values of the rows of maps."""
@@ -300,6 +302,8 @@ class Images:
 
 def map_bytes(images: Encoding, arithmetic: Arithmetic) -> tuple[int, int, int]:
     """Returns the bytes that a pair's profiles take, a listed pair's maps, and an image's side.
+
+    The gallery's maps are taken to lie in memory as those of `images`, the queries, do.
 
     Example:
         >>> images = Encoding(torch.rand(3, 4), basis=torch.rand(3, 4, 6, 2))

@@ -74,7 +74,8 @@ class Grid:
         columns = isqrt(pairs) if resident else min(isqrt(pairs), images // 2)
         columns = _alike(galleries, columns)
         panel = queries if resident else max(images - columns, 1)
-        rows = _alike(queries, min(pairs // columns, panel))
+        # where images are few, no strip of the others is so long that one image's maps overrun
+        rows = _alike(queries, min(pairs // columns, panel, 4 * max(isqrt(pairs), 1)))
         return cls(
             queries=queries,
             galleries=galleries,
@@ -103,9 +104,10 @@ class Grid:
 
 
 def _alike(number: int, most: int) -> int:
-    """Returns how many of so many things to take at a time: `most`, and each time nearly as many.
+    """Returns how many of so many things to take at a time: at most `most`, nearly the same times.
 
-    Where there is more than one portion, its size is one that matrix products are fast for.
+    Where there is more than one portion, its size is one that matrix products are fast for; the
+    last may be a remainder.
     """
     if number <= most:
         return max(number, 1)

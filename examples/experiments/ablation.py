@@ -152,9 +152,8 @@ def run_one(run: Run, study: Study, log: Path) -> None:
         trained = time.perf_counter()
         (name,) = engine.test_loader
         results = None if diverged else measure(engine, name)
-        if results and run["study"] in ("evidence", "readings"):
-            results["robustness"] = robustness(engine, name, run["study"] == "evidence")
         if results and run["study"] == "evidence":
+            results["robustness"] |= robustness(engine, name)
             results["faithfulness"] = faithfulness_of(engine, name)
     done = {
         **{key: run[key] for key in ("study", "data", "name", "value", "family", "seed")},

@@ -32,8 +32,11 @@ def ap_of(row: Row, change: Sequence[str], kind: str) -> np.ndarray:
 
 
 def measured(row: Row) -> Row:
-    """Returns the runs of a row that did not diverge, in the order of their seeds."""
-    return {seed: row[seed] for seed in sorted(row) if row[seed]["results"]}
+    """Returns the runs of a row that have APs, in the order of their seeds.
+
+    Those that diverged have none, and the oldest.
+    """
+    return {seed: row[seed] for seed in sorted(row) if "robustness" in (row[seed]["results"] or {})}
 
 
 def both_have(row: Row, base: Row) -> tuple[Row, Row]:

@@ -30,8 +30,9 @@ def measure(engine: ImageCASNEngine, name: str) -> dict[str, Any]:
     """Returns how well a trained model ranks a data set, and how good its attention is.
 
     "features", "attention" and "fused" are what ``engine.test()`` gives; "fusion" holds rank-1
-    and mAP of other readings of "normalized" and other weights, of the same encodings. With a
-    shortlist there are neither the readings that need all pairs nor distances of all pairs.
+    and mAP of other readings of "normalized" and other weights, of the same encodings;
+    "robustness" the AP of every query as it is. With a shortlist there are neither the readings
+    that need all pairs nor distances of all pairs.
     """
     model = engine.casn
     loaders = engine.test_loader[name]
@@ -72,6 +73,7 @@ def measure(engine: ImageCASNEngine, name: str) -> dict[str, Any]:
             "identification": identification_quality(engine, loaders, masks, same, counted),
             "siamese": siamese_quality(engine, masks, query, gallery, same & counted) | consistency,
         },
+        "robustness": {"none": by_query(engine, pairs["unit"], ids)},
     }
 
 
@@ -92,6 +94,26 @@ def distances(
             engine.casn, query, gallery, row_threshold=row_threshold, unit=reading == "unit"
         )
     return features, attention
+
+
+def by_query(
+    engine: ImageCASNEngine, pairs: tuple[Tensor, Tensor], ids: tuple[np.ndarray, ...]
+) -> dict[str, Any]:
+    """Returns rank-1 and the AP of every query, by features of unit length and fused.
+
+    Args:
+        engine: whose weight of the attention is taken.
+        pairs: what :func:`distances` returns of the reading "unit".
+        ids: pids of query and gallery, camids of both.
+    """
+    weight = engine.ranking.attention_weight
+    fused = fuse_distmats(*pairs, normalization="unit", attention_weight=weight)
+    found = {}
+    for kind, distmat in (("features", pairs[0]), ("fused", fused)):
+        evaluation = evaluate_rank(distmat, *ids)
+        ap = [round(float(each), 3) for each in evaluation.ap]
+        found[kind] = {"rank1": float(evaluation.cmc[0]), "ap": ap}
+    return found
 
 
 def ranking(distmat: Tensor, ids: tuple[np.ndarray, ...]) -> dict[str, Any]:

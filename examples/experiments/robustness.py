@@ -6,14 +6,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float
-from measurements import distances, masks_of
+from measurements import by_query, distances, masks_of
 from torch import Tensor
 from torchvision.transforms.functional import resized_crop
 
-from casn_plugin import ImageCASNEngine, fuse_distmats
-from casn_plugin.evaluation import evaluate_rank
+from casn_plugin import ImageCASNEngine
 from casn_plugin.imputation import without_pixels
-from casn_plugin.loading import Encoded, encode_loader
+from casn_plugin.loading import encode_loader
 
 Imgs = Float[Tensor, "queries 3 rows columns"]
 Masks = Float[Tensor, "queries rows columns"]
@@ -172,11 +171,10 @@ def changed(
     }
 
 
-def robustness(engine: ImageCASNEngine, name: str, change: bool = True) -> dict[str, Any]:
-    """Returns how well a trained model ranks queries, as they are and changed, by both rankings.
+def robustness(engine: ImageCASNEngine, name: str) -> dict[str, Any]:
+    """Returns how well a trained model ranks changed queries, by both rankings.
 
-    Of "none" and of each change and strength, for "features" (of unit length) and "fused": rank-1
-    and AP of every query, None where it has no match.
+    Of each change and strength, what :func:`measurements.by_query` returns.
     """
     model, loaders = engine.casn, engine.test_loader[name]
     batches = list(loaders["query"])
@@ -187,23 +185,13 @@ def robustness(engine: ImageCASNEngine, name: str, change: bool = True) -> dict[
 
     def ranked(imgs: Imgs) -> dict[str, Any]:
         parts = zip(imgs.split(64), pids.split(64), camids.split(64), strict=True)
-        rows = [{"img": img, "pid": pid, "camid": camid} for img, pid, camid in parts]
-        return _ranked(engine, encode_loader(model, rows), gallery)
+        query = encode_loader(
+            model, [{"img": img, "pid": pid, "camid": camid} for img, pid, camid in parts]
+        )
+        pairs = distances(engine, query.encoding, gallery.encoding, "unit")
+        return by_query(engine, pairs, (query.pids, gallery.pids, query.camids, gallery.camids))
 
-    found: dict[str, Any] = {"none": ranked(imgs)}
-    every = changed(imgs, masks, pids, camids) if change else {}
-    for kind, by_strength in every.items():
-        found[kind] = {str(share): ranked(each) for share, each in by_strength.items()}
-    return found
-
-
-def _ranked(engine: ImageCASNEngine, query: Encoded, gallery: Encoded) -> dict[str, Any]:
-    pairs = distances(engine, query.encoding, gallery.encoding, "unit")
-    weight = engine.ranking.attention_weight
-    fused = fuse_distmats(*pairs, normalization="unit", attention_weight=weight)
-    found = {}
-    for kind, distmat in (("features", pairs[0]), ("fused", fused)):
-        evaluation = evaluate_rank(distmat, query.pids, gallery.pids, query.camids, gallery.camids)
-        ap = [round(float(each), 3) for each in evaluation.ap]
-        found[kind] = {"rank1": float(evaluation.cmc[0]), "ap": ap}
-    return found
+    return {
+        kind: {str(share): ranked(each) for share, each in by_strength.items()}
+        for kind, by_strength in changed(imgs, masks, pids, camids).items()
+    }
