@@ -158,6 +158,36 @@ def test_a_classifier_of_other_numbers_than_those_of_ranking(name, classifier_in
     assert (alpha == found[1][1]).double().mean() > 0.9
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_in_few_bits_are_multiplied_in_those_of_ranking(dtype):
+    torch.manual_seed(0)
+    classifier = PairClassifier(200, 32).to(dtype)
+    first, second = torch.randn(20, 200).double(), torch.randn(20, 200).double()
+    form = pair_form(classifier, Arithmetic(CPU, torch.float64), dim=200)
+    keys = form.keys(first, is_query=True), form.keys(second, is_query=False)
+    alpha = form.indicators(*keys)(keys[0][:, None], keys[1][None])
+    exact = indicator(classifier.double(), (first[:, None] - second).flatten(0, 1))
+    assert torch.equal(alpha, exact.view(20, 20, 200).bool())
+
+
+@pytest.mark.parametrize("varying", [1, 3, 40])
+def test_few_hidden_units_that_vary_make_no_narrow_products(varying, monkeypatch):
+    """Memory for gates alone would be for all pairs at once: sums of a few channels at a time."""
+    torch.manual_seed(1)
+    classifier = PairClassifier(300, 40)
+    classifier[0].bias.data[varying:] = 1e3
+    form = pair_form(classifier, Arithmetic(CPU, torch.float32, scratch=4 * 30 * 512), dim=300)
+    first, second = torch.rand(30, 300), torch.rand(30, 300)
+    keys = form.keys(first, is_query=True), form.keys(second, is_query=False)
+    widths, mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, **kw: widths.append(b.shape[1]) or mm(a, b, **kw))
+    alpha = form.indicators(*keys)(keys[0][:, None], keys[1][None])
+    monkeypatch.undo()
+    assert min(widths) >= 44 and max(widths) >= 256  # 300 channels in two, at most
+    expected = indicator(classifier, (first[:, None] - second).flatten(0, 1)).view(30, 30, 300)
+    assert (alpha != expected.bool()).sum() < 5  # sums within rounding of zero
+
+
 def test_a_classifier_without_weights_is_run_in_the_numbers_of_ranking():
     class Weightless(nn.Module):
         def forward(self, differences):

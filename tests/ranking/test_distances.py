@@ -167,3 +167,5 @@ def test_no_queries_and_no_gallery():
         for function in (attention_distmat, same_identity_logits):
             assert function(model, encoding, encoding[:0]).shape == (4, 0)
             assert function(model, encoding[:0], encoding).shape == (0, 4)
+        none = pair_attention(model, encoding[:0], encoding[:0])
+        assert [each.shape for each in none] == [(0, 7, 3)] * 2

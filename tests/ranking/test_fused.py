@@ -7,7 +7,7 @@ import torch
 from small_heads import CHANNELS, Blocks, Model, encode, pooled
 from torch import nn
 
-from casn_plugin import PairClassifier, RankingOptions, attention_distmat, fuse_distmats
+from casn_plugin import Encoding, PairClassifier, RankingOptions, attention_distmat, fuse_distmats
 from casn_plugin.ranking import fused_distmats
 
 
@@ -52,6 +52,12 @@ def test_fused_distmats_are_those_of_features_and_attention_fused():
     )
     by_default = fused_distmats(model, query, gallery)
     torch.testing.assert_close(squares.features, by_default.features**2, rtol=0, atol=1e-12)
+    features = torch.rand(40, 2048)
+    twice = Encoding(torch.cat([features, features + 1e-5]), basis=torch.rand(80, 2048, 2, 1))
+    distances = fused_distmats(Model(PairClassifier(2048, 4)), twice, twice).features
+    assert distances.diagonal().max() < 1e-7  # products in float32 would give 1e-3
+    exact = torch.cdist(*[nn.functional.normalize(twice.features.double())] * 2)
+    torch.testing.assert_close(distances.double(), exact, rtol=0, atol=2e-7)
     short = fused_distmats(model, query, gallery, options=RankingOptions(shortlist=2))
     assert ((short.attention < 2**0.5).sum(1) == 2).all()
 

@@ -10,7 +10,7 @@ from starting import finish_two, start
 from torch import nn
 
 from casn_plugin import Compute, Encoding, PairClassifier, attention_distmat, rank_gallery
-from casn_plugin.ranking import pair_attention, same_identity_logits
+from casn_plugin.ranking import indicator_flips, pair_attention, same_identity_logits
 
 
 @pytest.mark.parametrize("name", ["pooled", "parts"])
@@ -92,6 +92,7 @@ def test_tiles_keep_to_their_memory():
     max_memory = 2**20
     compute, rounding = Compute(max_memory), Compute(max_memory, torch.float16)
     functions = (
+        partial(indicator_flips, compute=compute),
         partial(attention_distmat, compute=compute),
         partial(attention_distmat, shortlist=40, compute=compute),
         partial(attention_distmat, compute=rounding),

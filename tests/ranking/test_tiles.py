@@ -37,6 +37,7 @@ def test_tiles_keep_to_their_budget(sizes):
     """Each piece does, or is as small as a piece can be."""
     grid, budget, resident = Grid.fit(**sizes), sizes["budget"], sizes["resident"]
     tile = grid.rows * grid.columns
+    assert grid.rows == 1 or grid.rows**2 <= 16 * max(budget // sizes["pair"], 1)
     for_pairs = budget if resident else budget // 2
     assert tile == 1 or tile * sizes["pair"] <= for_pairs
     assert grid.listed == 1 or grid.listed * sizes["listed"] <= for_pairs
