@@ -88,7 +88,7 @@ def indicator(
 
     Raises:
         TypeError: differences that are no float tensor.
-        ValueError: differences or scores of another shape.
+        ValueError: differences or scores of another shape, or scores that do not depend on them.
 
     Example:
         >>> classifier = nn.Linear(2, 2)
@@ -105,7 +105,11 @@ def indicator(
         inputs.requires_grad_()
         given = pair_classifier(inputs.view_as(inputs))  # tools that watch modules take no leaf
         scores = check_tensor("scores of the pair classifier", given, "pairs 2")
-        (gradients,) = torch.autograd.grad(scores[:, 1].sum(), inputs)
+        gradients = None
+        if scores.requires_grad:
+            (gradients,) = torch.autograd.grad(scores[:, 1].sum(), inputs, allow_unused=True)
+    if gradients is None:
+        raise ValueError("the scores of the pair classifier must depend on the differences")
     return (gradients > 0).to(differences.dtype)
 
 

@@ -11,7 +11,9 @@ import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from casn_plugin.attention import check_width
 from casn_plugin.doors import check_count, check_tensor
+from casn_plugin.hooks import evaluating, place_of
 
 
 class PairClassifier(nn.Sequential):
@@ -96,6 +98,54 @@ class Similarity(nn.Module):
             )
         cosines: Tensor = (F.normalize(first, dim=1) * F.normalize(second, dim=1)).sum(1)
         return cosines
+
+
+def check_pair_classifier(pair_classifier: nn.Module, dim: int) -> nn.Module:
+    """Returns a module that can take the place of a pair classifier: it is tried out.
+
+    It stays as found, in its own modes.
+
+    Args:
+        pair_classifier: gives (P, 2) scores of (P, D) differences, column 1 = same identity; or is
+            a :class:`Similarity`.
+        dim: D, the dimension of the features.
+
+    Raises:
+        TypeError: no module.
+        ValueError: it takes no differences of this dimension, or gives other scores.
+
+    Example:
+        >>> check_pair_classifier(nn.Linear(8, 2), 8)
+        Linear(in_features=8, out_features=2, bias=True)
+    """
+    if not isinstance(pair_classifier, nn.Module):
+        is_class = isinstance(pair_classifier, type)
+        came = f"the class {pair_classifier.__name__}" if is_class else type(pair_classifier)
+        raise TypeError(f"pair_classifier must be a torch.nn.Module, got {came}")
+    if isinstance(pair_classifier, Similarity):
+        return pair_classifier
+    check_width(pair_classifier, dim)
+    place = place_of(pair_classifier)
+    differences = torch.zeros(2, dim, device=place.device, dtype=place.dtype)
+    with (
+        evaluating(pair_classifier),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(place.device.type, enabled=False),
+    ):
+        try:
+            scores = pair_classifier(differences)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise ValueError(
+                f"the pair classifier does not take differences of shape (2, {dim}): {error}"
+            ) from error
+    if not isinstance(scores, Tensor) or scores.shape != (2, 2):
+        came = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(
+            "the pair classifier must give two scores a pair, (P, 2), column 1 = same identity; "
+            f"of 2 differences came {came}"
+        )
+    return pair_classifier
 
 
 class Evidence(str, Enum):

@@ -151,13 +151,19 @@ def same_identity(
 
     Raises:
         TypeError: as :func:`split_pairs`.
-        ValueError: likewise.
+        ValueError: likewise; or an identity that is unknown.
 
     Example:
         >>> same_identity(torch.tensor([4, 4, 1, 2]))
         tensor([ True, False])
     """
     first, second = split_pairs(pids, pairs)
+    unknown = (torch.minimum(first, second) < 0).sum().item()
+    if unknown:
+        raise ValueError(
+            f"the images of a pair must have identities, >= 0, but in {unknown} of {len(first)} "
+            "pairs one is unknown: leave them out, or choose pairs with BatchPairs, which does"
+        )
     return first == second
 
 

@@ -11,7 +11,7 @@ from casn_plugin.backbones import Reader, preprocessing_of
 from casn_plugin.basis import encode_head
 from casn_plugin.doors import check_images, check_kind, check_lengths, check_tensor
 from casn_plugin.encoding import Encoding, with_mirrored
-from casn_plugin.evidence import PairClassifier
+from casn_plugin.evidence import PairClassifier, check_pair_classifier
 from casn_plugin.heads import Forward
 from casn_plugin.hooks import place_of, twin, unwrapped
 from casn_plugin.identities import same_identity
@@ -106,7 +106,9 @@ class CASN(nn.Module):
         TypeError: no module, or one that does not end in a classifier and no `forward`.
         ValueError: a target layer that does not exist or gives no map that features and logits
             come from, or no such layer (the message lists the layers that come next to it); a
-            forward function that gives no logits and features.
+            forward function that gives no logits and features; a pair classifier that does not
+            give (P, 2) scores of (P, D) differences, or that is elsewhere or in other numbers than
+            the backbone.
 
     Example:
         >>> backbone = nn.Sequential(
@@ -149,9 +151,15 @@ class CASN(nn.Module):
         self.backbone = backbone
         self.reader = Reader(backbone, target_layer, forward, reshape, input_size)
         self.preprocessing = preprocessing_of(backbone, self.reader.input_size)
+        dim, place = self.reader.feature_dim, place_of(backbone)
         if pair_classifier is None:
-            pair_classifier = PairClassifier(self.reader.feature_dim, hidden_dim, seed=seed)
-            pair_classifier.to(*place_of(backbone))
+            pair_classifier = PairClassifier(dim, hidden_dim, seed=seed).to(*place)
+        own = place_of(check_pair_classifier(pair_classifier, dim), torch.empty(0).to(*place))
+        if own != place:
+            raise ValueError(
+                "backbone and pair classifier must be on one device and of one dtype, got "
+                f"{place.device}, {place.dtype} and {own.device}, {own.dtype}"
+            )
         self.pair_classifier = pair_classifier.train(backbone.training)
         self.training = backbone.training  # and its layers' modes are left as found
         self.register_state_dict_post_hook(_flatten_keys)  # type: ignore[no-untyped-call]

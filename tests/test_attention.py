@@ -126,6 +126,13 @@ def test_the_indicator_is_zero_where_the_gradient_is():
     assert indicator(classifier, torch.randn(4, 3)).tolist() == [[1.0, 0.0, 0.0]] * 4
 
 
+def test_scores_that_do_not_depend_on_the_pair_have_no_indicator():
+    free = nn.Parameter(torch.zeros(3, 2))
+    for constant in (lambda differences: torch.zeros(3, 2), lambda differences: free * 2):
+        with pytest.raises(ValueError, match="must depend on the differences"):
+            indicator(constant, torch.rand(3, 8))
+
+
 def test_siamese_attention_agrees_with_the_reference_and_ignores_other_pairs(backbone, imgs):
     classifier = pair_classifier(6)
     backbone.embed[0].weight.data.abs_()

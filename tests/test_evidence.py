@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import re
 
 import pytest
 import torch
@@ -11,17 +12,20 @@ from torch import nn
 
 from casn_plugin import (
     CASN,
+    Encoding,
     Evidence,
     IdentificationAttentionLoss,
     PairClassifier,
     SiameseAttentionLoss,
     Similarity,
+    attention_distmat,
     explain_pair,
+    rank_gallery,
 )
 from casn_plugin.attention import similarity_attention
 from casn_plugin.checks import check_optimizer
 from casn_plugin.evidence import evidence_of, probabilities
-from casn_plugin.ranking import pair_attention
+from casn_plugin.ranking import pair_attention, same_identity_logits
 
 SIZE = (64, 32)
 
@@ -29,6 +33,45 @@ SIZE = (64, 32)
 def similar(net=None, forward=tiny_forward, **options):
     net = net or TinyBackbone()
     return CASN(net, forward=forward, input_size=SIZE, pair_classifier=Similarity(), **options)
+
+
+WRONG = {
+    "three scores": (nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), "came (2, 3)"),
+    "one score": (nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1)), "came (2, 1)"),
+    "wide": (PairClassifier(7), "takes differences of dimension 7, got features of 6"),
+    "narrow inside": (nn.Sequential(nn.Linear(6, 8), nn.Linear(9, 2)), "does not take differences"),
+    "nothing": (nn.Identity(), "came (2, 6)"),
+    "no tensor": (nn.LSTM(6, 2), "came tuple"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_pair_classifier_that_gives_no_two_scores_is_refused_before_it_is_used(name):
+    wrong, message = WRONG[name]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        CASN(TinyBackbone(), forward=tiny_forward, input_size=SIZE, pair_classifier=wrong)
+    model = nn.Module()
+    model.pair_classifier = wrong
+    images = Encoding(torch.rand(3, 6), basis=torch.rand(3, 6, 4, 2))
+    for function in (attention_distmat, pair_attention, same_identity_logits, rank_gallery):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            function(model, images, images)
+
+
+def test_a_pair_classifier_is_a_module_in_the_place_and_numbers_of_the_backbone(unchecked):
+    options = {"forward": tiny_forward, "input_size": SIZE}
+    for wrong, message in (
+        (lambda differences: differences[:, :2], "got <class 'function'>"),
+        (5, "got <class 'int'>"),
+        (PairClassifier, "got the class PairClassifier"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            CASN(TinyBackbone(), pair_classifier=wrong, **options)
+    with pytest.raises(ValueError, match="one dtype, got cpu, torch.float32 and cpu, torch.float6"):
+        CASN(TinyBackbone(), pair_classifier=PairClassifier(6).double(), **options)
+    own = nn.Sequential(nn.BatchNorm1d(6), nn.Dropout().eval(), nn.Linear(6, 2))
+    CASN(TinyBackbone().train(), pair_classifier=own, **options)
+    assert own[0].num_batches_tracked == 0  # tried out, and left as found
 
 
 def test_a_pair_classifier_knows_whether_it_was_trained():

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from casn_plugin.identities import as_ids, check_labels, pairs_by_identity, split_pairs
+from casn_plugin.identities import (
+    as_ids,
+    check_labels,
+    pairs_by_identity,
+    same_identity,
+    split_pairs,
+)
 
 
 @pytest.mark.parametrize(
@@ -65,3 +71,11 @@ def test_pairs_count_as_ranking_counts_them():
 def test_split_pairs_needs_an_even_batch():
     with pytest.raises(ValueError, match="even.*has 3"):
         split_pairs(torch.rand(3, 2))
+
+
+def test_whether_strangers_are_one_person_is_unknown():
+    pids = torch.tensor([0, 0, -1, -1, 2, -1])
+    with pytest.raises(ValueError, match="in 2 of 3 pairs one is unknown"):
+        same_identity(pids)
+    chosen = same_identity(pids, torch.tensor([[0, 1], [0, 4]]))  # of known ones
+    assert chosen.tolist() == [True, False]

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from casn_plugin.attention import indicator
-from casn_plugin.evidence import Similarity
+from casn_plugin.evidence import Similarity, check_pair_classifier
 from casn_plugin.hooks import place_of
 from casn_plugin.ranking.compute import Arithmetic
 
@@ -142,12 +142,16 @@ def pair_form(
         parts: the number of normalised parts they are made of; 0 with a basis.
         differentiate: take a backward pass through any pair classifier.
 
+    Raises:
+        TypeError, ValueError: as :func:`~casn_plugin.evidence.check_pair_classifier`.
+
     Example:
         >>> classifier = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> form = pair_form(classifier, Arithmetic(torch.device("cpu"), torch.float32), dim=4)
         >>> form.keys(torch.rand(3, 4), is_query=True).shape
         torch.Size([3, 8])
     """
+    check_pair_classifier(pair_classifier, dim)
     layers = [type(layer) for layer in _layers(pair_classifier)]
     kind = PairForm
     if isinstance(pair_classifier, Similarity):
