@@ -130,8 +130,8 @@ def fuse_distmats(
 
     Raises:
         TypeError: distances that are no float tensors.
-        ValueError: unlike shapes, NaN, an unknown normalization, or a weight that is negative or
-            infinite.
+        ValueError: unlike shapes, NaN, an unknown normalization, infinite distances with another
+            than "unit", or a weight that is negative or infinite.
 
     Example:
         >>> fuse_distmats(torch.tensor([[1.0, 3.0]]), torch.tensor([[8.0, 4.0]]),
@@ -148,9 +148,17 @@ def fuse_distmats(
     check_choice("normalization", normalization, _READINGS)
     check_weight("attention_weight", attention_weight)
     if normalization != "unit" and feature_distmat.numel():
+        for each in (feature_distmat, attention_distmat):
+            if each.isinf().any():
+                raise ValueError(
+                    f"normalization={normalization!r} scales by the largest distance: expected "
+                    "finite ones, got infinity"
+                )
         dims = (1,) if normalization == "query" else (0, 1)
         feature_distmat = _min_max(feature_distmat, dims)
         attention_distmat = _min_max(attention_distmat, dims)
+    if attention_weight == 0:  # of infinite distances too
+        return feature_distmat.clone()
     return feature_distmat + attention_weight * attention_distmat
 
 

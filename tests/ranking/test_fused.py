@@ -31,6 +31,17 @@ def test_fusion_by_query_depends_on_no_other_query():
     torch.testing.assert_close(whole[2:3], alone, rtol=0, atol=0)
 
 
+def test_infinite_distances_make_no_nan():
+    features, attention = torch.rand(2, 3), torch.rand(2, 3)
+    attention[0, 1] = torch.inf
+    assert fuse_distmats(features, attention)[0, 1] == torch.inf
+    assert torch.equal(fuse_distmats(features, attention, attention_weight=0.0), features)
+    for normalization in ("query", "global"):
+        for both in ((features, attention), (attention, features)):
+            with pytest.raises(ValueError, match="finite ones, got infinity"):
+                fuse_distmats(*both, normalization=normalization)
+
+
 def test_fused_distmats_are_those_of_features_and_attention_fused():
     encoding = encode(pooled, torch.rand(9, CHANNELS, 7, 3, dtype=torch.float64))
     model = Model(PairClassifier(CHANNELS, 16).double())
