@@ -292,6 +292,7 @@ def explain_ranking(
         >>> from casn_plugin import CASN
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, 8))
         >>> model = CASN(net, forward=lambda net, imgs: (None, net(imgs).mean((2, 3))))
+        >>> import torch
         >>> imgs = torch.rand(3, 3, 64, 32)
         >>> explained = explain_ranking(
         ...     model, [(imgs[0], 7, 0)], [(imgs[1], 8, 1), (imgs[2], 7, 1)], topk=2)
