@@ -1,5 +1,8 @@
 """Picture files of every mode and depth, upright; damaged ones by name."""
 
+import errno
+import os
+
 import cv2
 import numpy as np
 import PIL.Image
@@ -118,3 +121,23 @@ def test_every_error_of_a_format_is_an_oserror_by_name(picture, tmp_path):
         read_picture(path)
     with pytest.raises(OSError, match="the picture can't be read as a picture"):
         read_picture(PIL.Image.new("La", (4, 4)))
+
+
+def test_what_the_system_refuses_is_told_from_damage(picture, tmp_path, monkeypatch):
+    """By its errno: of the content of such a file nothing is known."""
+    PIL.Image.fromarray(picture).save(tmp_path / "a.png")
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG")
+    os.mkfifo(tmp_path / "b.png")
+    for name, number in (("no.png", errno.ENOENT), (".", errno.ENXIO), ("b.png", errno.ENXIO)):
+        with pytest.raises(OSError) as found:
+            read_picture(tmp_path / name)
+        assert found.value.errno == number and found.value.filename == str(tmp_path / name)
+    with pytest.raises(ValueError, match=r"1 of 2 pictures .*b\.png .*expected a regular file"):
+        check_pictures([str(tmp_path / "a.png"), str(tmp_path / "b.png")])
+    with pytest.raises(OSError, match=r"cut\.png can't be read") as found:
+        read_picture(tmp_path / "cut.png")
+    assert found.value.errno is None
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 99)
+    with pytest.raises(OSError, match=r"exceeds limit .*a\.png") as found:
+        read_picture(tmp_path / "a.png")
+    assert found.value.errno == errno.ENOMEM
