@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from casn_plugin.doors import check_lengths, check_weight
+from casn_plugin.doors import check_lengths, check_names, check_weight
 from casn_plugin.encoding import Encodings
 from casn_plugin.files import replacing
 from casn_plugin.identities import as_ids
@@ -166,7 +166,8 @@ def ranking_table(
         threshold: distances up to it pass (:func:`casn_plugin.calibrate`): column `passes`.
 
     Raises:
-        TypeError: something else than a ranking, pids or camids that are no integers.
+        TypeError: something else than a ranking, names that are no list of text or paths, pids or
+            camids that are no integers.
         ValueError: labels of another number of images, a threshold that is negative or not finite,
             or one for an evaluation's lists, which hold no distances.
 
@@ -230,7 +231,8 @@ def feature_table(images: Encodings, labels: Labels | GalleryIndex | None = None
         labels: names, pids and camids of the images; an index knows its own.
 
     Raises:
-        TypeError: images that are neither, pids or camids that are no integers.
+        TypeError: images that are neither, names that are no list of text or paths, pids or
+            camids that are no integers.
         ValueError: labels of another number of images, or features that are not finite.
 
     Example:
@@ -264,7 +266,7 @@ def _labels(
         return {}
     found: dict[str, np.ndarray] = {}
     if labels.names is not None:
-        found["name"] = np.array([str(name) for name in labels.names], dtype=str)
+        found["name"] = np.array(check_names(f"names of {what}", labels.names), dtype=str)
     for column, ids in (("pid", labels.pids), ("camid", labels.camids)):
         if ids is not None:
             found[column] = as_ids(f"{column}s of {what}", ids)

@@ -179,6 +179,8 @@ def test_bad_input_says_what_was_expected(model, index, tmp_path, unchecked):
         ranking_table([found])
     with pytest.raises(ValueError, match="names of queries must be 2, one an image, got 1"):
         ranking_table(found, queries=Labels(names=["q"]))
+    with pytest.raises(TypeError, match="names of queries must be a list of text, .* got 'ab'"):
+        ranking_table(found, queries=Labels(names="ab"))
     with pytest.raises(ValueError, match=r"pids of gallery must be at least \d, one an image"):
         ranking_table(found.ranking, gallery=Labels(pids=[0]))
     with pytest.raises(TypeError, match="camids of queries must be integers"):
