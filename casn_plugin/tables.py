@@ -75,6 +75,8 @@ class Table:
     def pandas(self) -> Any:
         """Returns a ``pandas.DataFrame``; vectors are NumPy arrays in its cells.
 
+        Of a file name that is no UTF-8, the bytes are written with backslashes.
+
         Raises:
             ImportError: pandas is not installed.
         """
@@ -82,7 +84,7 @@ class Table:
             import pandas
         return pandas.DataFrame({
             name: values if values.ndim == 1 else [*values]
-            for name, values in self.columns.items()
+            for name, values in self._in_utf8().items()
         })  # fmt: skip
 
     def write(self, path: str | os.PathLike[str]) -> None:
@@ -113,13 +115,22 @@ class Table:
                 name: values if values.ndim == 1 else pyarrow.FixedSizeListArray.from_arrays(
                     values.ravel(), values.shape[1]
                 )
-                for name, values in self.columns.items()
+                for name, values in self._in_utf8().items()
             })  # fmt: skip
             with replacing(path) as place:
                 parquet.write_table(table, place)
         else:
             endings = f"{', '.join(_TEXT)} or .parquet"
             raise ValueError(f"path must end in {endings}, got {os.fspath(path)!r}")
+
+    def _in_utf8(self) -> dict[str, np.ndarray]:
+        """Returns the columns, text as it is written."""
+        columns = dict(self.columns)
+        for name, values in columns.items():
+            if values.dtype.kind == "U":
+                texts = [str(each).encode("utf-8", "backslashreplace").decode() for each in values]
+                columns[name] = np.array(texts, dtype=str)
+        return columns
 
 
 def _write_jsonl(file: TextIO, table: Table) -> None:
