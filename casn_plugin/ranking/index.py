@@ -106,7 +106,7 @@ class GalleryIndex:
                 similarity: maps of another model mean nothing here.
             dtype: maps are kept in it, rounded: torch.float16 halves the size of float32, and
                 torch.int8, with a scale for each channel of each image, quarters it. By default
-                that of the encodings.
+                that of the encodings. An image whose maps would lose their digits is refused.
             maps: False: only features are kept, 8 KB for 2,048 of them in place of a megabyte. An
                 :class:`EncodedAgain` encodes pictures again where their maps are needed.
 
@@ -209,8 +209,8 @@ class GalleryIndex:
             TypeError: no encoding, names that are no list of text or paths, pids or camids that are
                 no integers.
             ValueError: a name that is taken, lists of another length, an encoding of another kind,
-                size or dtype than those before, one that is not finite, or too large for the
-                index's dtype, or an index that another process has made anew.
+                size or dtype than those before, one that is not finite, too large for the index's
+                dtype or too small for its digits, or an index that another process has made anew.
         """
         check_kind("encoding", encoding, Encoding)
         check_choice("duplicates", duplicates, ("refuse", "skip"))
