@@ -73,7 +73,8 @@ def calibrate(
 
     Args:
         distances: of labelled pairs, of people who are in no training set: fused distances as
-            :func:`casn_plugin.rank_gallery` gives them, or any others.
+            :func:`casn_plugin.rank_gallery` gives them, or any others whose threshold is >= 0, such
+            as 1 - cosine.
         same: whether each pair shows one person.
         false_alarm_rate: share of the pairs of two people that may pass, in (0, 1).
         confidence: of the intervals, in (0, 1).
@@ -81,8 +82,9 @@ def calibrate(
     Raises:
         TypeError: distances that are no float tensor, `same` that is none of bool.
         ValueError: unlike shapes, NaN, a rate or confidence outside (0, 1); fewer pairs of two
-            people than 1 / `false_alarm_rate`; or so many of them at the least distance that no
-            threshold lets so few pass.
+            people than 1 / `false_alarm_rate`; so many of them at the least distance that no
+            threshold lets so few pass; or a threshold that is negative or infinite, which nothing
+            that takes one would accept.
 
     Example:
         >>> import torch
@@ -106,6 +108,11 @@ def calibrate(
         raise ValueError(
             f"more than {false_alarm_rate:.1%} of the pairs of two people have the least distance, "
             f"{float(negatives.min())}: no threshold lets so few pass"
+        )
+    if not 0 <= threshold < math.inf:
+        raise ValueError(
+            f"the threshold of these distances is {threshold:g}, but must be >= 0 and finite: "
+            "expected distances, not similarities (1 - cosine, say, not -cosine)"
         )
     alarms, accepted = int((negatives <= threshold).sum()), int((positives <= threshold).sum())
     return Calibration(
@@ -132,9 +139,11 @@ def save_calibration(path: str | os.PathLike[str], found: Calibration, *, of: st
     Raises:
         OSError: a folder that can't be made or written.
         TypeError: no calibration, or an `of` that is no text.
+        ValueError: a calibration that :func:`calibrate` would not give.
     """
-    about = asdict(check_kind("found", found, Calibration))
-    content = {"format": _FORMAT, "version": 1, "of": check_kind("of", of, str), **_no_nan(about)}
+    about = _no_nan(asdict(check_kind("found", found, Calibration)))
+    _calibration(about)  # else it could not be loaded
+    content = {"format": _FORMAT, "version": 1, "of": check_kind("of", of, str), **about}
     with replacing(path) as place:
         place.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return Path(path)

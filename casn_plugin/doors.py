@@ -5,7 +5,8 @@ and :func:`check_matrix` only, where a figure of merit or a file is made of them
 """
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, TypeVar
 
 import torch
@@ -122,6 +123,34 @@ def check_lengths(**values: Any) -> int:
             + " and ".join(map(str, lengths.values()))
         )
     return next(iter(lengths.values()), 0)
+
+
+def check_names(name: str, value: Any, length: int | None = None) -> list[str]:
+    """Returns names of images as text.
+
+    Args:
+        name: what they are called in errors.
+        value: a list of text or of paths, one an image.
+        length: so many are expected.
+
+    Raises:
+        TypeError: no list, such as one text alone, or something else in it.
+        ValueError: another number of them.
+
+    Example:
+        >>> check_names("names", ["a.jpg", "b.jpg"], 2)
+        ['a.jpg', 'b.jpg']
+    """
+    one = isinstance(value, str | bytes | Mapping | Set) or getattr(value, "ndim", 1) != 1
+    if one or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a list of text, one an image, got {value!r:.80}")
+    listed = [os.fspath(each) if isinstance(each, os.PathLike) else each for each in value]
+    for each in listed:
+        if not isinstance(each, str):
+            raise TypeError(f"{name} must be text, one an image, got {type(each).__name__} in them")
+    if length not in (None, len(listed)):
+        raise ValueError(f"{name} must be {length}, one an image, got {len(listed)}")
+    return [str(each) for each in listed]  # NumPy's, too
 
 
 def check_images(imgs: Any, name: str = "imgs") -> Tensor:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +43,9 @@ class IndexedFolder:
         encoded: names of those that were encoded.
         kept: number of those that were in the index already.
         removed: names of those that are no longer in the folder.
-        damaged: names of those that can't be read, and why; they are not in the index.
+        damaged: names of those that can't be read, and why; they are not in the index. What the
+            system did not let be read, such as a forbidden file or a FIFO, is tried again each
+            time, what was read and is damaged when it has changed.
     """
 
     index: GalleryIndex
@@ -63,8 +66,9 @@ class IndexedFolder:
 def find_pictures(folder: str | os.PathLike[str]) -> list[str]:
     """Returns the names of all pictures in a folder, at any depth: paths in it, sorted.
 
-    A picture is a file whose ending is that of a format that is read; files and folders whose
-    names begin with a dot are left out, and links to folders are not followed.
+    A picture is what has the ending of a format that is read and is no folder (what is no regular
+    file either, such as a FIFO, is refused when it is read); files and folders whose names begin
+    with a dot are left out, and links to folders are not followed.
 
     Args:
         folder: where they are.
@@ -140,20 +144,30 @@ def load_pictures(paths: Iterable[str], preprocessing: Preprocessing) -> Loaded:
     """
     read = {path: _read(path, preprocessing) for path in dict.fromkeys(paths)}
     imgs = {path: img for path, img in read.items() if isinstance(img, Tensor)}
+    unread = {path: each.why for path, each in read.items() if isinstance(each, _Unread)}
     nothing = torch.empty(0, 3, *preprocessing.size)
     return Loaded(
         list(imgs),
         torch.stack([*imgs.values()]) if imgs else nothing,
-        {path: why for path, why in read.items() if isinstance(why, str)},
+        unread,
     )
 
 
-def _read(path: str, preprocessing: Preprocessing) -> Tensor | str:
+class _Unread(NamedTuple):
+    """Why a picture can't be read; and whether it lasts: its content is why, not the system."""
+
+    why: str
+    lasting: bool
+
+
+def _read(path: str, preprocessing: Preprocessing) -> Tensor | _Unread:
     """Returns a picture, or why it can't be read."""
     try:
         return preprocessing.load(path)
     except (OSError, ValueError) as error:
-        return str(error).removeprefix(f"{path} ")
+        if isinstance(error, OSError) and error.errno is not None:
+            return _Unread(str(error.strerror), lasting=False)
+        return _Unread(str(error).removeprefix(f"{path} "), lasting=True)
 
 
 def index_folder(
@@ -172,7 +186,7 @@ def index_folder(
     time of modification. Where the model's `preprocessing` has changed, all are encoded again.
     Pictures that are no longer in the folder are removed from the index, unless none is left at
     all. Damaged ones are left out and listed, each time. What was encoded before an interruption
-    is kept.
+    is kept. Where nothing has changed, nothing is written: the index may be read-only.
 
     Args:
         place: folder of the index, this folder of pictures' alone; it is made where there is none
@@ -222,20 +236,26 @@ def index_folder(
         index.remove([row for row, name in enumerate(index.names) if name not in kept])
     known = {name: why for name, why in record.damaged.items() if why[0] == stamps.get(name)}
     new = [name for name in names if name not in kept and name not in known]
-    # before anything is encoded: a picture that changes meanwhile is encoded again next time
-    record = _Record(stamps, known, how)
-    record.write(index.folder)
+    why = {name: damage for name, (_, damage) in known.items()}
+    before, record = record, _Record(stamps, known, how)
+    if record != before:  # now: a picture that changes while it is encoded is encoded again
+        record.write(index.folder)
     with tqdm(
         total=len(new), desc="Encoding", unit="img", leave=False, disable=None if progress else True
     ) as bar:
         for start in range(0, len(new), _CHUNK):
             pictures = _Pictures(Path(folder), new[start : start + _CHUNK], said, prepared)
-            loader = _Reading(pictures, batch_size, num_workers=workers, collate_fn=list)
-            loader.bar = bar
-            index.extend(model, loader)
-            known |= {name: (stamps[name], why) for name, why in loader.damaged.items()}
-            record.write(index.folder)
-    damaged = {name: known[name][1] for name in sorted(known)}
+            left_out = pictures.unread_first()
+            if len(left_out) < len(pictures):  # else the index is not touched
+                loader = _Reading(pictures, batch_size, num_workers=workers, collate_fn=list)
+                loader.bar, loader.left_out = bar, left_out
+                index.extend(model, loader)
+            why |= {name: each.why for name, each in left_out.items()}
+            lasting = [name for name, each in left_out.items() if each.lasting]
+            if lasting:
+                known |= {name: (stamps[name], why[name]) for name in lasting}
+                record.write(index.folder)
+    damaged = {name: why[name] for name in sorted(why)}
     encoded = [name for name in new if name not in damaged]
     return IndexedFolder(index, encoded, len(kept), sorted(here - wanted), damaged)
 
@@ -251,24 +271,29 @@ class _Pictures(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, row: int) -> dict[str, Any] | tuple[str, str]:
+    def __getitem__(self, row: int) -> dict[str, Any] | tuple[str, _Unread]:
         name = self.names[row]
         img, (pid, camid, _) = _read(str(self.folder / name), self.prepared), self.said[name]
-        if isinstance(img, str):
+        if isinstance(img, _Unread):
             return name, img
         return {"img": img, "impath": name, "pid": pid, "camid": camid}
 
+    def unread_first(self) -> dict[str, _Unread]:
+        """Returns what can't be read of those before the first that can: perhaps all."""
+        items = (self[row] for row in range(len(self)))
+        return dict(takewhile(lambda item: isinstance(item, tuple), items))  # type: ignore[arg-type]
+
 
 class _Reading(DataLoader[Any]):
-    """Batches of pictures that can be read; the others are listed in `damaged`."""
+    """Batches of pictures that can be read; the others are put into `left_out`."""
 
     bar: Any
-    damaged: dict[str, str]
+    left_out: dict[str, _Unread]
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self.damaged = {}
+        self.left_out.clear()
         for items in super().__iter__():
-            self.damaged |= dict(each for each in items if isinstance(each, tuple))
+            self.left_out |= dict(each for each in items if isinstance(each, tuple))
             whole = [each for each in items if isinstance(each, dict)]
             if whole:
                 yield default_collate(whole)

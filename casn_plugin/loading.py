@@ -8,7 +8,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from casn_plugin.doors import check_images
+from casn_plugin.doors import check_images, check_names
 from casn_plugin.encoding import Encoding
 from casn_plugin.hooks import place_of
 from casn_plugin.identities import as_ids
@@ -43,8 +43,9 @@ def read_batch(data: Any) -> Batch:
             "camid".
 
     Raises:
-        TypeError: anything else, pids or camids that are no integers.
-        ValueError: pids or camids that are not one an image, or below -1.
+        TypeError: anything else, names that are no list of text or paths, pids or camids that are
+            no integers.
+        ValueError: names, pids or camids that are not one an image, pids or camids below -1.
 
     Example:
         >>> import torch
@@ -70,7 +71,8 @@ def read_batch(data: Any) -> Batch:
             "the loader must give batches of images (B, 3, H, W), or dictionaries with them as "
             f"'img', got {type(data).__name__}"
         )
-    names, *numbers = labels
+    given, *numbers = labels
+    names = None if given is None else check_names("names ('impath')", given, len(imgs))
     pids, camids = (
         None if each is None else as_ids(name, each, len(imgs)).tolist()
         for name, each in zip(_IDS, numbers, strict=True)

@@ -1,10 +1,12 @@
 """Picture files: read upright in 8-bit RGB, or refused by name; of every mode, depth and format."""
 
+import errno
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import PIL.Image
@@ -26,8 +28,10 @@ def read_picture(image: PIL.Image.Image | str | os.PathLike[str]) -> PIL.Image.I
     16 bits a channel become 8.
 
     Raises:
-        FileNotFoundError: no such file.
-        OSError: a file that is no picture, one of a rare format, or a damaged one.
+        OSError: with an `errno`, what could not be read, which says nothing of its content: there
+            is no such file, or no regular one (a FIFO, say), it is forbidden or too large, too
+            many are open. Without: a file that is no picture, one of a rare format, or a damaged
+            one.
         ValueError: values whose range is not known: floats, or more or other than 8 or 16 bits.
 
     Example:
@@ -40,13 +44,16 @@ def read_picture(image: PIL.Image.Image | str | os.PathLike[str]) -> PIL.Image.I
             return _in_rgb(image)
         with _opened(name) as picture:
             return _in_rgb(picture)
-    except FileNotFoundError:
-        raise
     except _DepthError as error:
         raise ValueError(f"{name} has no known range of values: {error}") from error
     except PIL.UnidentifiedImageError as error:
         raise OSError(f"{name} can't be read as a picture: it is of no format known") from error
+    except (MemoryError, PIL.Image.DecompressionBombError) as error:  # of this process, now
+        raise OSError(errno.ENOMEM, str(error) or os.strerror(errno.ENOMEM), name) from error
     except Exception as error:  # every format fails in its own way
+        # EINVAL: where a damaged file says that the next part is, there is no place
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise OSError(error.errno, error.strerror, name) from error
         raise OSError(f"{name} can't be read as a picture: {error}") from error
 
 
@@ -100,11 +107,35 @@ class _DepthError(ValueError):
 @contextmanager
 def _opened(path: str) -> Iterator[PIL.Image.Image]:
     """Yields a picture file, not read yet."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO waits for its other end
+        raise OSError(errno.ENXIO, "expected a regular file", path)
     # not by its path: Pillow would map some TIFF files into memory, and not turn them upright
-    with open(path, "rb") as file, PIL.Image.open(file) as picture:
-        if picture.format not in FORMATS:
-            raise OSError(f"expected one of {', '.join(FORMATS)}, got {picture.format}")
-        yield picture
+    with open(path, "rb") as file:
+        content = _Content(file)
+        try:
+            with PIL.Image.open(content) as picture:  # type: ignore[arg-type]
+                if picture.format not in FORMATS:
+                    raise OSError(f"expected one of {', '.join(FORMATS)}, got {picture.format}")
+                yield picture
+        finally:
+            if content.error is not None:
+                raise content.error
+
+
+class _Content:
+    """An open file; `error` is why it could not be read, which decoders take for damage or omit."""
+
+    error: OSError | None = None
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.seek, self.tell, self._file = file.seek, file.tell, file
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return self._file.read(size)
+        except OSError as error:
+            self.error = error
+            raise
 
 
 def _in_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:

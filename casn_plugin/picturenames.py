@@ -9,8 +9,14 @@ from typing import NamedTuple
 from casn_plugin.doors import check_kind
 from casn_plugin.identities import UNKNOWN
 
-MARKET1501 = r"(?:^|/)(?P<pid>-1|\d+)_c(?P<camid>\d+)(?:s\d+)?_f?(?P<time>\d+)[^/]*$"
-"""Names as Market-1501 and DukeMTMC-reID have them: ``0002_c1s1_000451_03.jpg``."""
+MARKET1501 = (
+    r"(?:^|/)(?P<pid>-1|[0-9]{1,18})_c(?P<camid>[0-9]{1,18})(?:s[0-9]+)?"
+    r"_f?(?P<time>[0-9]{1,18})(?![0-9])[^/]*$"
+)
+"""Names as Market-1501 and DukeMTMC-reID have them: ``0002_c1s1_000451_03.jpg``.
+
+Any other name matches nothing, so it stops no folder: digits are those of ASCII, 18 at most.
+"""
 
 Value = int | float | str
 """What a name says of a picture."""
@@ -41,7 +47,7 @@ def read_name(name: str, pattern: str = MARKET1501) -> Said:
             zone is said); any other is an integer where it has digits alone, else text.
 
     Raises:
-        ValueError: no regular expression, a pid or camid that is no number below 2**63, a time
+        ValueError: no regular expression, a pid or camid that is no number below 10**18, a time
             that is none.
 
     Example:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from casn_plugin.doors import check_lengths, check_weight
+from casn_plugin.doors import check_lengths, check_names, check_weight
 from casn_plugin.encoding import Encodings
 from casn_plugin.files import replacing
 from casn_plugin.identities import as_ids
@@ -75,6 +75,8 @@ class Table:
     def pandas(self) -> Any:
         """Returns a ``pandas.DataFrame``; vectors are NumPy arrays in its cells.
 
+        Of a file name that is no UTF-8, the bytes are written with backslashes.
+
         Raises:
             ImportError: pandas is not installed.
         """
@@ -82,7 +84,7 @@ class Table:
             import pandas
         return pandas.DataFrame({
             name: values if values.ndim == 1 else [*values]
-            for name, values in self.columns.items()
+            for name, values in self._in_utf8().items()
         })  # fmt: skip
 
     def write(self, path: str | os.PathLike[str]) -> None:
@@ -113,13 +115,22 @@ class Table:
                 name: values if values.ndim == 1 else pyarrow.FixedSizeListArray.from_arrays(
                     values.ravel(), values.shape[1]
                 )
-                for name, values in self.columns.items()
+                for name, values in self._in_utf8().items()
             })  # fmt: skip
             with replacing(path) as place:
                 parquet.write_table(table, place)
         else:
             endings = f"{', '.join(_TEXT)} or .parquet"
             raise ValueError(f"path must end in {endings}, got {os.fspath(path)!r}")
+
+    def _in_utf8(self) -> dict[str, np.ndarray]:
+        """Returns the columns, text as it is written."""
+        columns = dict(self.columns)
+        for name, values in columns.items():
+            if values.dtype.kind == "U":
+                texts = [str(each).encode("utf-8", "backslashreplace").decode() for each in values]
+                columns[name] = np.array(texts, dtype=str)
+        return columns
 
 
 def _write_jsonl(file: TextIO, table: Table) -> None:
@@ -166,7 +177,8 @@ def ranking_table(
         threshold: distances up to it pass (:func:`casn_plugin.calibrate`): column `passes`.
 
     Raises:
-        TypeError: something else than a ranking, pids or camids that are no integers.
+        TypeError: something else than a ranking, names that are no list of text or paths, pids or
+            camids that are no integers.
         ValueError: labels of another number of images, a threshold that is negative or not finite,
             or one for an evaluation's lists, which hold no distances.
 
@@ -230,7 +242,8 @@ def feature_table(images: Encodings, labels: Labels | GalleryIndex | None = None
         labels: names, pids and camids of the images; an index knows its own.
 
     Raises:
-        TypeError: images that are neither, pids or camids that are no integers.
+        TypeError: images that are neither, names that are no list of text or paths, pids or
+            camids that are no integers.
         ValueError: labels of another number of images, or features that are not finite.
 
     Example:
@@ -264,7 +277,7 @@ def _labels(
         return {}
     found: dict[str, np.ndarray] = {}
     if labels.names is not None:
-        found["name"] = np.array([str(name) for name in labels.names], dtype=str)
+        found["name"] = np.array(check_names(f"names of {what}", labels.names), dtype=str)
     for column, ids in (("pid", labels.pids), ("camid", labels.camids)):
         if ids is not None:
             found[column] = as_ids(f"{column}s of {what}", ids)

@@ -115,6 +115,21 @@ def test_bad_input_says_what_was_expected(unchecked):
             calibrate(distances, same, confidence=wrong)
 
 
+def test_a_threshold_that_nothing_accepts_is_refused():
+    same = torch.arange(9) > 6
+    for distances, came in (
+        (-torch.arange(9.0), "-6"),
+        (torch.arange(9.0).log(), "-inf"),
+    ):
+        with pytest.raises(ValueError, match=f"distances is {came}, but must be >= 0 and finite"):
+            calibrate(distances, same, 0.2)
+    found = calibrate(torch.arange(9.0) - 1, same, 0.3)
+    assert found.threshold == 0  # some distances may be negative
+    for wrong in (-1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="threshold must be >= 0 and finite, got"):
+            save_calibration("c.json", dataclasses.replace(found, threshold=wrong), of="m")
+
+
 @pytest.mark.parametrize("positives", [0, 3])
 def test_a_calibration_is_kept_for_what_it_was_made_of(positives, tmp_path):
     distances = torch.rand(50 + positives, generator=torch.Generator().manual_seed(1))

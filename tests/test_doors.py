@@ -1,6 +1,7 @@
 """One check for each kind of thing, and that public functions have them at their doors."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from casn_plugin.doors import (
     check_kind,
     check_lengths,
     check_matrix,
+    check_names,
     check_settings,
     check_share,
     check_size,
@@ -97,6 +99,19 @@ def test_kinds_are_named():
     assert check_settings("it", None, dict) == {} and check_settings("it", {1: 2}, dict) == {1: 2}
     with pytest.raises(TypeError, match="it must be a dict, got list"):
         check_settings("it", [], dict)
+
+
+def test_names_are_text_one_an_image():
+    assert check_names("it", ("a", Path("b"), np.array("c")[()])) == ["a", "b", "c"]
+    assert {type(each) for each in check_names("it", np.array(["a", "b"]), 2)} == {str}
+    for wrong in ("ab", b"ab", 7, {"a": 1}, {"a"}, np.array("a"), torch.tensor(1)):
+        with pytest.raises(TypeError, match="it must be a list of text, one an image, got "):
+            check_names("it", wrong)
+    for wrong in ([1], [b"a"], ["a", None], torch.arange(2), np.arange(2), [["a"]]):
+        with pytest.raises(TypeError, match="it must be text, one an image, got .* in them"):
+            check_names("it", wrong)
+    with pytest.raises(ValueError, match="it must be 2, one an image, got 1"):
+        check_names("it", ["a"], 2)
 
 
 def test_what_has_no_length_is_named():

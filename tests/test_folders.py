@@ -1,5 +1,7 @@
 """A folder of pictures as a gallery: names, and an index that encodes only what is new."""
 
+import builtins
+import errno
 import json
 import os
 import shutil
@@ -206,6 +208,63 @@ def test_a_folder_of_damaged_pictures_alone_is_an_empty_index(tmp_path):
     (tmp_path / "pictures" / "a.png").write_bytes(b"")
     done = index_folder(tmp_path / "index", MODEL, tmp_path / "pictures")
     assert len(done.index) == 0 and list(done.damaged) == ["a.png"] and done.encoded == []
+
+
+def refusing(monkeypatch, number: int, name: str = "") -> list[str]:
+    """Opening of pictures fails by an error of the system; the names of all that were opened."""
+    opened, real = [], builtins.open
+
+    def failing(path, *args, **kwargs):
+        if str(path).endswith(name or WHOLE[0]):
+            opened.append(str(path))
+            if number:
+                raise OSError(number, os.strerror(number), str(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", failing)
+    return opened
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.EIO])
+def test_what_the_system_did_not_let_be_read_is_tried_again(folder, tmp_path, monkeypatch, number):
+    refusing(monkeypatch, number)
+    done = index_folder(tmp_path / "index", MODEL, folder)
+    assert done.damaged[WHOLE[0]] == os.strerror(number) and WHOLE[0] not in done.index.names
+    monkeypatch.undo()
+    opened = refusing(monkeypatch, 0, "cut.png")
+    again = index_folder(tmp_path / "index", MODEL, folder)
+    assert again.encoded == [WHOLE[0]] and list(again.damaged) == ["cut.png", "deep/text.jpg"]
+    assert opened == []  # damaged as it was, and not read again
+    check(again.index, folder)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_no_regular_file_is_left_out(tmp_path, workers):
+    paint(tmp_path / "pictures" / "a.png", 0)
+    os.mkfifo(tmp_path / "pictures" / "b.png")
+    (tmp_path / "pictures" / "c.png").symlink_to("/dev/zero")
+    (tmp_path / "pictures" / "d.png").symlink_to("nowhere")
+    for _ in range(2):
+        done = index_folder(tmp_path / "index", MODEL, tmp_path / "pictures", workers=workers)
+        assert done.index.names == ["a.png"]
+        assert done.damaged == {"b.png": "expected a regular file",
+                                "c.png": "expected a regular file",
+                                "d.png": "No such file or directory"}  # fmt: skip
+
+
+def test_where_nothing_has_changed_nothing_is_written(folder, tmp_path, monkeypatch):
+    place = tmp_path / "index"
+    refusing(monkeypatch, errno.EACCES)
+    first = index_folder(place, MODEL, folder)
+
+    def contents():
+        return {each.name: each.stat() for each in (place, *place.iterdir())}
+
+    before = contents()
+    again = index_folder(place, MODEL, folder)
+    assert contents() == before and again.damaged == first.damaged and len(first.damaged) == 3
+    (folder / WHOLE[1]).unlink()
+    assert index_folder(place, MODEL, folder).removed == [WHOLE[1]] and contents() != before
 
 
 def test_a_name_that_is_no_text_is_a_name_all_the_same(folder, tmp_path):

@@ -46,6 +46,9 @@ def test_batches_are_read_whatever_their_form():
         ((torch.rand(2, 3, 8, 4), [1, 2], [0, 0], ["a", "b"]), "got a tuple of 4"),
         ((torch.rand(2, 3, 8, 4), torch.ones(2).long().to_sparse()), "of layout torch.sparse_coo"),
         ((torch.rand(2, 3, 8, 4), ["a", "b"]), "pids must be integers, got <U1"),
+        ({"img": torch.rand(2, 3, 8, 4), "impath": torch.arange(2)}, "names .* got Tensor in them"),
+        ({"img": torch.rand(2, 3, 8, 4), "impath": "ab"}, "names .* must be a list of text"),
+        ({"img": torch.rand(2, 3, 8, 4), "impath": 7}, "names .* must be a list of text.* got 7"),
     ],
 )
 def test_batches_of_another_form_are_refused(unchecked, data, message):
@@ -56,6 +59,8 @@ def test_batches_of_another_form_are_refused(unchecked, data, message):
 def test_labels_are_one_an_image():
     with pytest.raises(ValueError, match=r"camids must be of shape \(2,\)"):
         read_batch((torch.rand(2, 3, 8, 4), [1, 2], [0]))
+    with pytest.raises(ValueError, match=r"names .* must be 2, one an image, got 1"):
+        read_batch({"img": torch.rand(2, 3, 8, 4), "impath": ["a"]})
 
 
 def test_a_loader_goes_through_its_data_in_order():

@@ -1,5 +1,10 @@
 """Picture files of every mode and depth, upright; damaged ones by name."""
 
+import builtins
+import errno
+import io
+import os
+
 import cv2
 import numpy as np
 import PIL.Image
@@ -118,3 +123,50 @@ def test_every_error_of_a_format_is_an_oserror_by_name(picture, tmp_path):
         read_picture(path)
     with pytest.raises(OSError, match="the picture can't be read as a picture"):
         read_picture(PIL.Image.new("La", (4, 4)))
+
+
+def test_what_the_system_refuses_is_told_from_damage(picture, tmp_path, monkeypatch):
+    """By its errno: of the content of such a file nothing is known."""
+    PIL.Image.fromarray(picture).save(tmp_path / "a.png")
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG")
+    os.mkfifo(tmp_path / "b.png")
+    for name, number in (("no.png", errno.ENOENT), (".", errno.ENXIO), ("b.png", errno.ENXIO)):
+        with pytest.raises(OSError) as found:
+            read_picture(tmp_path / name)
+        assert found.value.errno == number and found.value.filename == str(tmp_path / name)
+    with pytest.raises(ValueError, match=r"1 of 2 pictures .*b\.png .*expected a regular file"):
+        check_pictures([str(tmp_path / "a.png"), str(tmp_path / "b.png")])
+    with pytest.raises(OSError, match=r"cut\.png can't be read") as found:
+        read_picture(tmp_path / "cut.png")
+    assert found.value.errno is None
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 99)
+    with pytest.raises(OSError, match=r"exceeds limit .*a\.png") as found:
+        read_picture(tmp_path / "a.png")
+    assert found.value.errno == errno.ENOMEM
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jp2", "a.tif"])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # so Pillow says that it lacks tags of a TIFF
+def test_an_error_of_reading_is_no_damage(tmp_path, monkeypatch, name):
+    """Whatever a decoder makes of it, at the first part of a file or at the next."""
+    noise = np.random.default_rng(0).integers(0, 256, (99, 99, 3), dtype=np.uint8)
+    PIL.Image.fromarray(noise).save(tmp_path / name)
+
+    class Failing(io.FileIO):
+        left = 0
+
+        def readinto(self, buffer):
+            if not Failing.left:
+                raise OSError(errno.EIO, "broken")
+            Failing.left -= 1
+            return super().readinto(buffer)
+
+        def readall(self):
+            raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(builtins, "open", lambda path, *_: io.BufferedReader(Failing(path), 1000))
+    for left in range(2):
+        Failing.left = left
+        with pytest.raises(OSError, match="broken.*a") as found:
+            read_picture(tmp_path / name)
+        assert found.value.errno == errno.EIO

@@ -142,6 +142,9 @@ def test_csv_and_json_hold_what_json_lines_hold(model, index, tmp_path):
         rows, records, strict=True)] == [
         {name: record[name] for name in record if name != "query_name"} for record in records
     ]  # fmt: skip
+    table.write(tmp_path / "table.parquet")
+    for frame in (table.pandas(), pandas.read_parquet(tmp_path / "table.parquet")):
+        assert frame["query_name"].tolist() == names
     assert [row["rank"] for row in records] == [1, 2, 3, 1] and records[3]["gallery"] == 4
     with pytest.raises(ValueError, match="CSV has no vectors"):
         feature_table(index).write(tmp_path / "features.csv")
@@ -179,6 +182,8 @@ def test_bad_input_says_what_was_expected(model, index, tmp_path, unchecked):
         ranking_table([found])
     with pytest.raises(ValueError, match="names of queries must be 2, one an image, got 1"):
         ranking_table(found, queries=Labels(names=["q"]))
+    with pytest.raises(TypeError, match="names of queries must be a list of text, .* got 'ab'"):
+        ranking_table(found, queries=Labels(names="ab"))
     with pytest.raises(ValueError, match=r"pids of gallery must be at least \d, one an image"):
         ranking_table(found.ranking, gallery=Labels(pids=[0]))
     with pytest.raises(TypeError, match="camids of queries must be integers"):

@@ -62,11 +62,11 @@ def encoded(
         imgs, given, *labels = read_batch(data)
         start = count if starts is None else manifest.added + next(starts)
         count += len(imgs)
-        if not given:
+        if given is None:
             numbers: list[str | int] = [*range(start, start + len(imgs))]
             yield Images(Kept.of(encode_images(model, imgs), manifest), numbers, *labels)
             continue
-        names, rows = [str(name) for name in given], []
+        names, rows = given, []
         for row, name in enumerate(names):
             if name not in taken:
                 taken.add(name)

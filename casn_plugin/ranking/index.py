@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from casn_plugin.doors import check_choice, check_count, check_kind
+from casn_plugin.doors import check_choice, check_count, check_kind, check_names
 from casn_plugin.encoding import Encoding, Encodings
 from casn_plugin.evidence import evidence_of
 from casn_plugin.identities import Ids
@@ -106,7 +106,7 @@ class GalleryIndex:
                 similarity: maps of another model mean nothing here.
             dtype: maps are kept in it, rounded: torch.float16 halves the size of float32, and
                 torch.int8, with a scale for each channel of each image, quarters it. By default
-                that of the encodings.
+                that of the encodings. An image whose maps would lose their digits is refused.
             maps: False: only features are kept, 8 KB for 2,048 of them in place of a megabyte. An
                 :class:`EncodedAgain` encodes pictures again where their maps are needed.
 
@@ -206,20 +206,22 @@ class GalleryIndex:
 
         Raises:
             TimeoutError: another process is changing the index, and does not finish.
-            TypeError: no encoding, or pids or camids that are no integers.
+            TypeError: no encoding, names that are no list of text or paths, pids or camids that are
+                no integers.
             ValueError: a name that is taken, lists of another length, an encoding of another kind,
-                size or dtype than those before, one that is not finite, or too large for the
-                index's dtype, or an index that another process has made anew.
+                size or dtype than those before, one that is not finite, too large for the index's
+                dtype or too small for its digits, or an index that another process has made anew.
         """
         check_kind("encoding", encoding, Encoding)
         check_choice("duplicates", duplicates, ("refuse", "skip"))
+        given = None if names is None else check_names("names", names)
         with self._store.locked() as store, aside(self.folder) as place:
             store.refresh()
             added = self._store.contents.manifest.added
-            given = range(added, added + len(encoding)) if names is None else map(str, names)
             writer = Writer(place, self._store.contents.manifest)
             kept = Kept.of(encoding, self._store.contents.manifest)
-            writer.write(kept, [*given], pids, camids)
+            numbers = range(added, added + len(encoding))
+            writer.write(kept, numbers if given is None else given, pids, camids)
             store.take(writer.written, skip=duplicates == "skip")
 
     def extend(

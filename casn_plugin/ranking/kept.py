@@ -58,7 +58,8 @@ class Kept:
 
         Raises:
             TypeError: features or maps of a dtype that no index keeps.
-            ValueError: features or maps that are not finite, or too large for the index's dtype.
+            ValueError: features or maps that are not finite, maps too large for the index's dtype,
+                or an image's so small that they lose their digits in it.
         """
         _check_kept("features", encoding.features)
         kind = "basis" if encoding.basis is not None else "activations"
@@ -79,7 +80,10 @@ class Kept:
                 f"{encoding.maps.abs().max():.3g}"
             )
         maps = maps.cpu().contiguous()
-        return cls(kind, features, maps, None if scales is None else scales.cpu())
+        found = cls(kind, features, maps, None if scales is None else scales.cpu())
+        if manifest.dtype is not None:
+            _check_digits(encoding.maps.detach().cpu(), found, manifest.dtype)
+        return found
 
     @classmethod
     def cat(cls, some: "Sequence[Kept]") -> "Kept":
@@ -162,6 +166,30 @@ def _in_eight_bits(
     scales = (maps.abs().amax((2, 3)) / 127).float()
     steps = maps / torch.where(scales > 0, scales, 1.0)[..., None, None]
     return steps.round_().clamp_(-127, 127).to(torch.int8), scales
+
+
+def _check_digits(
+    maps: Float[Tensor, "images channels height width"], kept: Kept, dtype: str
+) -> None:
+    """Raises ValueError for an image whose maps are read back otherwise, by more than rounding.
+
+    A map is compared by its shape: its own maximum says how many digits it needs.
+    """
+    eight_bits = dtype == EIGHT_BITS
+    read = torch.finfo(kept.features.dtype if eight_bits else getattr(torch, dtype))
+    least = max(read.tiny, 127 * torch.finfo(torch.float32).tiny) if eight_bits else read.tiny
+    values = maps.flatten(1)
+    most = torch.maximum(values.amax(1), -values.amin(1)).double()
+    rows = ((most > 0) & ((most < least) | (most > read.max))).nonzero()[:, 0]
+    most, step = most[rows], 1 / 127 if eight_bits else read.eps
+    off = (kept.encoding(rows).maps.double() - maps[rows].double()).flatten(1).abs().amax(1)
+    lost = most[~(off <= step * most)]
+    if len(lost):
+        raise ValueError(
+            f"expected maps that torch.{dtype} can hold to its digits, got values up to "
+            f"{float(lost[0]):.3g} in {len(lost)} of {len(maps)} images: an index of dtype=None "
+            "keeps maps as they are"
+        )
 
 
 def _check_kept(name: str, values: Tensor) -> None:

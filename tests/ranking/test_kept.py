@@ -62,9 +62,42 @@ def test_what_8_bits_keep_exactly():
     maps = torch.tensor([[[[0.0, -0.0], [127.0, -127.0]], [[0.0, 0.0], [0.0, 0.0]]]])
     found = Kept.of(Encoding(torch.rand(1, 2), basis=maps), EIGHT_BITS).encoding(slice(None))
     assert torch.equal(found.maps, maps)  # zero is zero, also of a map of nothing else
-    tiny = torch.full((1, 2, 2, 2), 1e-45)
-    kept = Kept.of(Encoding(torch.rand(1, 2), basis=tiny), EIGHT_BITS)
-    assert kept.encoding(slice(None)).maps.abs().max() <= 1e-44  # not finite numbers, no NaN
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "whole", "lost"),
+    [
+        ("float16", torch.float32, 1e-4, 1e-6), ("float16", torch.float32, 1e-4, 1e-9),
+        ("bfloat16", torch.float32, 1e-37, 1e-44), ("float32", torch.float64, 1e-37, 1e-42),
+        ("int8", torch.float32, 1e-35, 1e-45), ("int8", torch.float64, 1e-35, 1e-60),
+    ],
+)  # fmt: skip
+def test_maps_that_would_lose_their_digits_are_refused(name, dtype, whole, lost):
+    """Of one image, too: the maps of others say nothing of it. What is exact is kept."""
+    manifest, images = Manifest(model="0" * 64, dtype=name), encoding("basis", 3, dtype=dtype)
+    images.maps.div_(images.maps.amax((1, 2, 3), keepdim=True))
+    images.maps[0], images.maps[1] = images.maps[0] * whole, 0.0
+    read = Kept.of(images, manifest).encoding(slice(None)).maps
+    assert (read[0] - images.maps[0]).abs().max() < whole / 100 and not read[1].any()
+    images.maps[1] = images.maps[2] * -lost
+    message = f"maps that torch.{name} can hold to its digits, got values up to .* in 1 of 3"
+    with pytest.raises(ValueError, match=f"{message}.*: an index of dtype=None keeps maps as"):
+        Kept.of(images, manifest)
+    assert torch.equal(Kept.of(images, Manifest(model="0" * 64, dtype=None)).maps, images.maps)
+
+
+def test_small_maps_that_are_exact_are_kept():
+    maps = torch.tensor([2.0**-24, 2.0**-23]).half().view(1, 1, 2, 1)
+    for dtype in ("float16", "float32", "int8"):
+        kept = Kept.of(Encoding(torch.rand(1, 1), basis=maps), Manifest("0" * 64, dtype))
+        torch.testing.assert_close(kept.encoding(slice(None)).maps.half(), maps, atol=0, rtol=0)
+
+
+def test_maps_in_8_bits_are_read_in_the_dtype_of_features():
+    for scale in (1e-6, 1e6):
+        images = Encoding(torch.rand(1, 2).half(), basis=torch.rand(1, 2, 2, 2) * scale)
+        with pytest.raises(ValueError, match=r"torch.int8 can hold to its digits, got .*e.0\d in"):
+            Kept.of(images, EIGHT_BITS)
 
 
 def test_what_8_bits_can_not_hold():

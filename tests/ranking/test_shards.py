@@ -266,6 +266,13 @@ def test_lists_of_another_length(index, name, unchecked):
     assert snapshot(index.folder) == before
 
 
+def test_names_that_are_no_list_of_text(index, unchecked):
+    for names in ("ab", [1, 2], torch.arange(2)):
+        with pytest.raises(TypeError, match="names must be .*text, one an image, got"):
+            index.add(encoding("basis", 2), names=names)
+    assert_tidy(index)
+
+
 @pytest.mark.parametrize(
     "values", [[1.0, 2.0], ["a", "b"], [True, False], [[1.0], [2.0]], [2**70, 1]]
 )
