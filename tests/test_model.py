@@ -133,7 +133,8 @@ def test_checkpoints_of_backbone_and_wrapped_model_fit_both_ways(tmp_path):
     torchreid.utils.load_pretrained_weights(model, str(path))
     assert torch.equal(model.backbone.conv1.weight, backbone.conv1.weight)
     assert set(model.state_dict()) - set(backbone.state_dict()) == {
-        f"pair_classifier.{name}" for name in ("0.weight", "0.bias", "2.weight", "2.bias")
+        f"pair_classifier.{name}"
+        for name in ("initial", "0.weight", "0.bias", "2.weight", "2.bias")
     }
     buffer = io.BytesIO()
     torch.save(nn.DataParallel(model).state_dict(), buffer)  # named module.*
