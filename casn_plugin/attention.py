@@ -267,7 +267,7 @@ def soft_mask(
     """
     check_tensor("maps", maps, "batch height width")
     check_share("mask_threshold", mask_threshold)
-    check_size("size", size)
+    size = check_size("size", size)
     if check_weight("mask_scale", mask_scale) == 0:
         raise ValueError(f"mask_scale must be positive, got {mask_scale}")
     with torch.autocast(maps.device.type, enabled=False):

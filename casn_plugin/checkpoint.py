@@ -5,6 +5,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from casn_plugin.doors import check_count, check_kind
 from casn_plugin.files import clear, replacing
+from casn_plugin.objective import MetricOptions
 from casn_plugin.processes import Processes
 from casn_plugin.randomness import random_state, set_random_state
 from casn_plugin.sampler import PairSampler
@@ -251,12 +253,15 @@ def _check_whole(file: BinaryIO) -> None:
 class TrainingState:
     """All that training goes on from: weights, optimizer, scheduler, scaler, pairs, random state.
 
+    Whoever takes it over has all of it, or after an error what was there before.
+
     Args:
         model: what is trained.
         optimizer: of its parameters.
         scheduler: of the learning rate, if any.
         scaler: of the gradients, if any.
         sampler: of the training images; where it is a PairSampler, the pairs go on too.
+        metric: a metric loss that is trained beside the model, if any.
 
     Example:
         >>> net = nn.Linear(2, 2)
@@ -272,12 +277,14 @@ class TrainingState:
         scheduler: Any = None,
         scaler: torch.amp.GradScaler | None = None,
         sampler: Any = None,
+        metric: MetricOptions | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.scaler = scaler
         self.sampler = sampler if isinstance(sampler, PairSampler) else None
+        self.metric = metric
 
     def state(self, epoch: int) -> dict[str, Any]:
         """Returns what :func:`save_checkpoint` saves, after so many epochs."""
@@ -293,6 +300,8 @@ class TrainingState:
             state["scaler"] = self.scaler.state_dict()
         if self.sampler is not None:
             state["sampler_epoch"] = self.sampler.epoch
+        if self.metric is not None:
+            state["metric"] = self.metric.modules.state_dict()
         return state
 
     def restore(
@@ -305,7 +314,8 @@ class TrainingState:
             source: the file it is of, for errors.
 
         Raises:
-            ValueError: a checkpoint of something else, or of another model, optimizer or precision.
+            ValueError: a checkpoint of something else, or of another model, optimizer, scheduler,
+                metric loss or precision; everything is as it was then.
         """
         name = os.fspath(source)
         wanted = {"state_dict", "epoch", "optimizer", "random_state"}
@@ -316,28 +326,56 @@ class TrainingState:
                 f"{name} is no checkpoint to go on from: it lacks {sorted(missing)}; the weights "
                 "alone can be loaded with casn_plugin.checkpoint.load_weights"
             )
+        try:
+            with self._or_as_before():
+                return self._take_over(checkpoint)
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{name} is of another model, optimizer, scheduler or precision: {error}"
+            ) from error
+
+    def _take_over(self, checkpoint: dict[str, Any]) -> int:
+        """Returns how many epochs were trained, having taken over as much as fits."""
         saved, own = (
             {name for group in groups for name in group}
             for groups in (checkpoint["optimizer"]["param_groups"], self.optimizer.param_groups)
         )
-        try:
-            if not own - {"initial_lr"} <= saved:
-                raise ValueError(f"its optimizer lacks {sorted(own - saved)}")
-            if self.scaler is not None:
-                self.scaler.load_state_dict(checkpoint["scaler"])
-            self.model.load_state_dict(checkpoint["state_dict"])
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(
-                f"{name} is of another model, optimizer or precision: {error}"
-            ) from error
-        if self.scheduler is not None and "scheduler" in checkpoint:
-            self.scheduler.load_state_dict(checkpoint["scheduler"])
-        set_random_state(checkpoint["random_state"])
+        if not own - {"initial_lr"} <= saved:
+            raise ValueError(f"its optimizer lacks {sorted(own - saved)}")
+        scheduled = checkpoint.get("scheduler") if self.scheduler is not None else None
+        if scheduled is not None:  # names that torch keeps to itself come and go
+            own = {name for name in self.scheduler.state_dict() if not name.startswith("_")}
+            if not own <= set(scheduled):
+                raise ValueError(f"its scheduler lacks {sorted(own - set(scheduled))}")
+        if self.metric is not None:
+            self.metric.load(checkpoint.get("metric", {}))
+        if self.scaler is not None:
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.model.load_state_dict(checkpoint["state_dict"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
         epoch = int(checkpoint["epoch"])
+        sampler_epoch = int(checkpoint.get("sampler_epoch", epoch))
+        set_random_state(checkpoint["random_state"])
+        if scheduled is not None:
+            self.scheduler.load_state_dict(scheduled)
         if self.sampler is not None:
-            self.sampler.set_epoch(int(checkpoint.get("sampler_epoch", epoch)))
+            self.sampler.set_epoch(sampler_epoch)
         return epoch
+
+    @contextlib.contextmanager
+    def _or_as_before(self) -> Iterator[None]:
+        """Puts everything back after an exception."""
+        metric = None if self.metric is None else self.metric.modules
+        parts = [self.model, metric, self.optimizer, self.scheduler, self.scaler]
+        before = [(each, deepcopy(each.state_dict())) for each in parts if each is not None]
+        drawn = random_state()
+        try:
+            yield
+        except BaseException:
+            for each, state in before:
+                each.load_state_dict(state)
+            set_random_state(drawn)
+            raise
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:

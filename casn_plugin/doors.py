@@ -7,8 +7,10 @@ and :func:`check_matrix` only, where a figure of merit or a file is made of them
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence, Set
+from operator import index
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -220,6 +222,37 @@ def check_weight(name: str, value: Any) -> Any:
     return value
 
 
+def check_number(name: str, value: Any) -> float:
+    """Returns a finite number, as Python has it.
+
+    Raises:
+        TypeError: no number.
+        ValueError: it is NaN or infinite.
+
+    Example:
+        >>> check_number("mean", torch.tensor(-0.5))
+        -0.5
+    """
+    if not math.isfinite(number := _number(name, value)):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return number
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Returns True or False, as Python has them.
+
+    Raises:
+        TypeError: neither of them.
+
+    Example:
+        >>> check_flag("flip", True)
+        True
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {value!r:.80}")
+    return bool(value)
+
+
 def check_kind(name: str, value: Any, *kinds: type) -> Any:
     """Returns an object of one of some kinds.
 
@@ -274,7 +307,7 @@ def check_count(name: str, value: Any, least: int = 1, most: int = 2**31 - 1) ->
 
 
 def check_size(name: str, value: Any) -> tuple[int, int]:
-    """Returns the rows and columns of a picture: two whole numbers, from 1 to 65,535.
+    """Returns the rows and columns of a picture: two integers of Python's, from 1 to 65,535.
 
     Raises:
         TypeError: no two integers.
@@ -284,11 +317,13 @@ def check_size(name: str, value: Any) -> tuple[int, int]:
         >>> check_size("size", [256, 128])
         (256, 128)
     """
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or len(value) != 2:
+    listed = value.tolist() if hasattr(value, "tolist") else value  # of an array or a tensor
+    if not isinstance(listed, Sequence) or isinstance(listed, str | bytes) or len(listed) != 2:
         raise TypeError(f"{name} must be (rows, columns), got {value!r}")
-    rows, columns = (check_count(f"{what} of {name}", each, most=65535) for what, each in zip(
-        ("rows", "columns"), value, strict=True
-    ))  # fmt: skip
+    rows, columns = (
+        index(check_count(f"{what} of {name}", each, most=65535))
+        for what, each in zip(("rows", "columns"), listed, strict=True)
+    )
     return rows, columns
 
 

@@ -166,7 +166,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         self.identification = identification.to(self._device)
         self.siamese = siamese
         self.metric = metric
-        self._beside = metric.modules.to(self._device)
+        metric.modules.to(self._device)
         self.ranking = check_settings("ranking", ranking, RankingOptions)
         self.autocast = autocast
         scaled = autocast == torch.float16 and self.use_gpu
@@ -193,8 +193,8 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
 
     @property
     def _training(self) -> TrainingState:
-        sampler = self.datamanager.train_loader.sampler
-        return TrainingState(self.casn, self.optimizer, self.scheduler, self.scaler, sampler)
+        own = self.casn, self.optimizer, self.scheduler, self.scaler
+        return TrainingState(*own, self.datamanager.train_loader.sampler, self.metric)
 
     def run(self, *args: Any, **kwargs: Any) -> None:
         """Trains and ranks as torchreid's ``run()`` does, with the same arguments.
@@ -439,22 +439,20 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
 
         Raises:
             FileNotFoundError: no such file, or no whole checkpoint in the folder.
-            ValueError: no checkpoint, or one of another engine or another model.
+            ValueError: no checkpoint, or one of another engine or model: nothing has changed then.
         """
         path, checkpoint = self.processes.first(lambda: checkpoint_in(fpath))
         checkpoint = with_own_random_state(checkpoint, self.processes)
-        self.metric.load(checkpoint.get("metric", {}))
+        own = list(checkpoint.get("history", [])), checkpoint.get("best", -math.inf)
         epoch = self._training.restore(checkpoint, path)
-        self.history = list(checkpoint.get("history", []))
-        self.best = checkpoint.get("best", -math.inf)
-        self._resumed = checkpoint.get("interrupted", {})
+        (self.history, self.best), self._resumed = own, checkpoint.get("interrupted", {})
         return epoch
 
     def _state(self, epoch: int, **more: Any) -> dict[str, Any]:
         """Returns what a checkpoint holds after so many epochs; refuses weights that are NaN."""
         self._steps.check_weights()
-        own = {"history": self.history, "best": self.best, "metric": self._beside.state_dict()}
-        return with_random_states({**self._training.state(epoch), **own, **more}, self.processes)
+        own = {**self._training.state(epoch), "history": self.history, "best": self.best}
+        return with_random_states({**own, **more}, self.processes)
 
 
 class EmbeddedPedestrians(torchreid.data.ImageDataset):  # type: ignore[misc]

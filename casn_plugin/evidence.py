@@ -5,6 +5,7 @@ what it says. :func:`evidence_of` names which of them it was, for figures and re
 """
 
 from enum import Enum
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -27,10 +28,16 @@ class PairClassifier(nn.Sequential):
         hidden_dim: width of the first layer.
         seed: of the initial weights; the caller's random state is left as found.
 
+    Attributes:
+        initial: a buffer of the last layer's initial weights. It goes wherever weights go: through
+            state dictionaries, files, copies and casts.
+
     Example:
         >>> PairClassifier(8)(torch.rand(3, 8)).shape
         torch.Size([3, 2])
     """
+
+    initial: Tensor
 
     def __init__(self, feature_dim: int, hidden_dim: int = 512, *, seed: int = 0) -> None:
         check_count("feature_dim", feature_dim, most=2**24)
@@ -40,13 +47,19 @@ class PairClassifier(nn.Sequential):
             torch.default_generator.manual_seed(seed)
             first, last = nn.Linear(feature_dim, hidden_dim), nn.Linear(hidden_dim, 2)
         super().__init__(first, nn.ReLU(), last)
-        self._initial = last.weight.detach().clone()
+        self.register_buffer("initial", last.weight.detach().clone())
 
     def is_trained(self) -> bool:
-        """Returns whether its weights are no longer those that it was made with.
+        """Returns whether its last layer has moved from the weights that it was made with.
+
+        What moved them is not known, nor how well it was trained; and steps so small that rounding
+        to bfloat16 could have moved every weight as far do not count. Of a state dictionary of
+        before `initial` was kept, the initial weights are taken to be those of this one's own seed.
 
         Example:
             >>> classifier = PairClassifier(8)
+            >>> classifier.load_state_dict(PairClassifier(8, seed=5).half().state_dict())
+            <All keys matched successfully>
             >>> before = classifier.is_trained()
             >>> _ = nn.init.normal_(classifier[2].weight)
             >>> before, classifier.is_trained()
@@ -54,8 +67,16 @@ class PairClassifier(nn.Sequential):
         """
         last = self[-1].weight
         assert isinstance(last, Tensor)  # for the type checker
-        initial = self._initial.to(last.device, last.dtype)
-        return last.shape != initial.shape or not torch.equal(last.detach(), initial)
+        now, initial = last.detach().float(), self.initial.to(last.device).float()
+        least = torch.finfo(torch.float16).smallest_normal
+        return now.shape != initial.shape or not torch.allclose(
+            now, initial, rtol=torch.finfo(torch.bfloat16).eps, atol=least / 2**10
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Takes a state of before `initial` was kept, too."""
+        state_dict.setdefault(f"{prefix}initial", self.initial)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class Similarity(nn.Module):
@@ -176,8 +197,8 @@ class Evidence(str, Enum):
 def evidence_of(pair_classifier: nn.Module) -> Evidence:
     """Returns what the attention of pairs is evidence of.
 
-    Of a module that is no :class:`PairClassifier` nobody but the caller knows whether it is
-    trained.
+    Trained is said of a :class:`PairClassifier` whose weights have moved, as its `is_trained` knows
+    it. Of another module nobody but the caller knows whether it is trained.
 
     Example:
         >>> evidence_of(PairClassifier(8)).value, evidence_of(Similarity()).name

@@ -68,7 +68,7 @@ def traced_encoder(
         ValueError: `batch_size` below 1.
     """
     casn = as_casn(model)
-    rows, columns = check_size("size", size or casn.preprocessing.size)
+    rows, columns = check_size("size", casn.preprocessing.size if size is None else size)
     place = place_of(casn)
     noise = torch.randn(
         check_count("batch_size", batch_size), 3, rows, columns,

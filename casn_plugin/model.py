@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from casn_plugin.backbones import Reader, preprocessing_of
 from casn_plugin.basis import encode_head
-from casn_plugin.doors import check_images, check_kind, check_lengths, check_tensor
+from casn_plugin.doors import check_flag, check_images, check_kind, check_lengths, check_tensor
 from casn_plugin.encoding import Encoding, with_mirrored
 from casn_plugin.evidence import PairClassifier, check_pair_classifier
 from casn_plugin.heads import Forward
@@ -123,7 +123,6 @@ class CASN(nn.Module):
 
     backbone: nn.Module
     pair_classifier: nn.Module
-    flip: bool = False
 
     def __init__(
         self,
@@ -175,6 +174,17 @@ class CASN(nn.Module):
     def preprocessing(self, prepared: Preprocessing) -> None:
         """Raises TypeError for anything else than a :class:`Preprocessing`."""
         self.__dict__["_preprocessing"] = check_kind("preprocessing", prepared, Preprocessing)
+
+    @property
+    def flip(self) -> bool:
+        """Whether every image is averaged with its mirror image."""
+        flip: bool = self.__dict__.get("flip", False)
+        return flip
+
+    @flip.setter
+    def flip(self, flip: bool) -> None:
+        """Raises TypeError for anything else than True or False."""
+        self.__dict__["flip"] = check_flag("flip", flip)
 
     def forward(
         self,

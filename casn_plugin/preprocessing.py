@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from casn_plugin.doors import check_size, check_tensor, check_weight
+from casn_plugin.doors import check_number, check_size, check_tensor
 from casn_plugin.packages import needed
 from casn_plugin.picturefiles import read_picture
 
@@ -32,9 +32,12 @@ class Preprocessing:
         mean: what pictures are normalised with, and tensors were: by default ImageNet's.
         std: likewise, positive.
 
+    All three are kept as tuples of Python's own numbers, of whatever they were given as.
+
     Raises:
         TypeError: a size that is no two integers, mean or std of something else than numbers.
-        ValueError: mean or std that are not three finite numbers, a std that is not positive.
+        ValueError: mean or std that are not three finite numbers, a std that is not positive, or
+            so small that float32 has no number for black or white.
 
     Example:
         >>> Preprocessing((4, 2)).load(PIL.Image.new("RGB", (8, 8))).shape
@@ -46,19 +49,24 @@ class Preprocessing:
     std: Sequence[float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a mean or std that can't be."""
-        check_size("size", self.size)
-        for name, numbers in (("mean", self.mean), ("std", self.std)):
-            if not hasattr(numbers, "__len__") or isinstance(numbers, str | bytes | dict):
-                raise TypeError(f"{name} must be three numbers, got {numbers!r}")
-            for number in numbers:
-                check_weight(name, abs(number) if isinstance(number, int | float) else number)
+        """Makes plain tuples of what is given; raises TypeError or ValueError for what can't be."""
+        object.__setattr__(self, "size", check_size("size", self.size))
+        for name in ("mean", "std"):
+            given = getattr(self, name)
+            listed = given.tolist() if isinstance(given, np.ndarray | Tensor) else given
+            if not isinstance(listed, Sequence) or isinstance(listed, str | bytes):
+                raise TypeError(f"{name} must be three numbers, got {given!r}")
+            object.__setattr__(self, name, tuple(check_number(name, each) for each in listed))
         if len(self.mean) != 3 or len(self.std) != 3 or not min(self.std) > 0:
             raise ValueError(
                 f"mean and std must be three numbers, std positive, got {self.mean} and {self.std}"
             )
-        for name, value in (("size", self.size), ("mean", self.mean), ("std", self.std)):
-            object.__setattr__(self, name, tuple(value))  # lists and tuples are equal then
+        white = (1 - torch.tensor(self.mean)) / torch.tensor(self.std)
+        if not torch.cat([self.black, white]).isfinite().all():
+            raise ValueError(
+                "mean and std must make finite numbers of colours in float32, got "
+                f"{self.mean} and {self.std}"
+            )
 
     @classmethod
     def of(cls, datamanager: Any) -> "Preprocessing":

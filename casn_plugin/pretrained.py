@@ -1,4 +1,8 @@
-"""A trained model in a folder, with all that ranking needs: safetensors and JSON, no code."""
+"""A trained model in a folder, with all that ranking needs: one safetensors file, no code.
+
+What else is to be known stands in the file's metadata, as JSON: weights and what belongs to them
+come into their place in one step, whatever interrupts that.
+"""
 
 import hashlib
 import importlib
@@ -10,9 +14,10 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from torch import nn
+from torch import Tensor, nn
 
 from casn_plugin.doors import check_choice, check_kind
 from casn_plugin.evidence import PairClassifier, Similarity
@@ -23,7 +28,10 @@ from casn_plugin.model import CASN, as_casn
 from casn_plugin.packages import needed
 from casn_plugin.preprocessing import Preprocessing
 
-WEIGHTS, ABOUT = "model.safetensors", "casn.json"
+FILE = "model.safetensors"
+"""The file in the folder."""
+
+_ABOUT, _CHECKSUM = "casn_plugin", "sha256"  # in its metadata
 _BUILDERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "torchreid": ("torchreid", "models.build_model", {"pretrained": False}),
     "timm": ("timm", "create_model", {"pretrained": False}),
@@ -81,7 +89,8 @@ def save_pretrained(
 
     Args:
         model: a CASN, or one in any of PyTorch's wrappers.
-        folder: made if need be; a model that is there is replaced.
+        folder: made if need be; a model that is there is replaced in one step, and stays where
+            that fails.
         network: how its backbone is made again; None: it is given when the model is loaded.
 
     Raises:
@@ -97,23 +106,21 @@ def save_pretrained(
             "the pair classifier must be a PairClassifier or a Similarity, got "
             f"{type(classifier).__name__}: nothing says how another one is made again"
         )
-    hidden = classifier[0].out_features if isinstance(classifier, PairClassifier) else None
     state = {name: value.contiguous().clone() for name, value in casn.state_dict().items()}
-    data = save_tensors(state)
+    trains = isinstance(classifier, PairClassifier)
+    hidden = state["pair_classifier.0.weight"].shape[0] if trains else None
     about = {
-        "format": 1,
+        "format": 2,
         "network": None if network is None else {**asdict(network), "options": {**network.options}},
         "target_layer": casn.reader.target_layer if casn.reader.at == "output" else None,
         "evidence": "similarity" if hidden is None else "pair classifier",
         "hidden_dim": hidden,
         "flip": casn.flip,
         "preprocessing": asdict(casn.preprocessing),
-        "sha256": hashlib.sha256(data).hexdigest(),
     }
-    with replacing(folder / WEIGHTS) as partial:
+    data = _packed(state, about)
+    with replacing(folder / FILE) as partial:
         partial.write_bytes(data)
-    with replacing(folder / ABOUT) as partial:
-        partial.write_text(_json(about, indent=1), encoding="utf-8")
     return folder
 
 
@@ -137,14 +144,11 @@ def from_pretrained(
     Raises:
         FileNotFoundError: no model in that folder.
         ModuleNotFoundError: the network's library is not installed.
-        ValueError: files that are damaged, of another format or do not belong together; weights
-            of another network; no backbone, where one is needed.
+        ValueError: a file that is damaged, of another format or of no CASN; weights of another
+            network; no backbone, where one is needed.
     """
     folder = Path(folder)
-    about = _read(folder / ABOUT)
-    data = (folder / WEIGHTS).read_bytes()
-    if hashlib.sha256(data).hexdigest() != about["sha256"]:
-        raise ValueError(f"{folder / WEIGHTS} is damaged, or not the one that {ABOUT} belongs to")
+    about, state = _read(folder / FILE)
     if backbone is None:
         if about["network"] is None:
             raise ValueError(f"{folder} does not say how its network is made: give it as backbone")
@@ -152,7 +156,7 @@ def from_pretrained(
     try:
         prepared = Preprocessing(**{k: tuple(v) for k, v in about["preprocessing"].items()})
     except TypeError as error:
-        raise ValueError(f"{folder / ABOUT}: {error}") from error
+        raise ValueError(f"{folder / FILE}: {error}") from error
     classifier = Similarity() if about["evidence"] == "similarity" else None
     hidden = {} if about["hidden_dim"] is None else {"hidden_dim": about["hidden_dim"]}
     model = CASN(
@@ -161,7 +165,7 @@ def from_pretrained(
     )  # fmt: skip
     model.preprocessing, model.flip = prepared, about["flip"]
     try:
-        model.load_state_dict(load_tensors(data))
+        model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{folder} is of another network: {error}") from error
     return model.eval()
@@ -175,24 +179,54 @@ def _json(value: Any, **options: Any) -> str:
         raise ValueError(f"expected plain values, as JSON has them: {error}") from error
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Returns what a folder says of its model; raises ValueError for what we did not write."""
+def _packed(state: dict[str, Tensor], about: dict[str, Any]) -> bytes:
+    """Returns a file of weights, and what is said of them; raises ValueError for what can't be."""
+    said = _json(about)
+    checksum = _checksum(said, save_tensors(state))
+    return bytes(save_tensors(state, {_ABOUT: said, _CHECKSUM: checksum}))
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns what a file says of its model, and the weights in it.
+
+    Raises:
+        ValueError: what we did not write.
+    """
     kinds: dict[str, tuple[type, ...]] = {
         "format": (int,), "network": (dict, type(None)), "target_layer": (str, type(None)),
         "evidence": (str,), "hidden_dim": (int, type(None)), "flip": (bool,),
-        "preprocessing": (dict,), "sha256": (str,),
+        "preprocessing": (dict,),
     }  # fmt: skip
-    about: dict[str, Any]
+    data = path.read_bytes()
     try:
-        about = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    sound = isinstance(about, dict) and about.keys() == kinds.keys() and about["format"] == 1
+        state, (head, _) = load_tensors(data), _halves(data)
+        metadata = json.loads(head).get("__metadata__", {})
+        about = json.loads(metadata.get(_ABOUT, "null"))
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    sound = isinstance(about, dict) and about.keys() == kinds.keys() and about["format"] == 2
     if not sound or not all(isinstance(about[name], kind) for name, kind in kinds.items()):
-        raise ValueError(f"{path} is of no model that save_pretrained saved, or of a later version")
+        raise ValueError(f"{path} is of no model that save_pretrained saved, or of another version")
+    if metadata.get(_CHECKSUM) != _checksum(metadata[_ABOUT], data):
+        raise ValueError(f"{path} is damaged: its checksum does not fit")
     network: Any = about["network"]
     if network is not None and network.keys() != {"library", "name", "options"}:
         raise ValueError(f"{path}: network must have library, name and options, got {network}")
     if about["preprocessing"].keys() != {"size", "mean", "std"}:
         raise ValueError(f"{path}: preprocessing must have size, mean and std")
-    return about
+    return about, state
+
+
+def _checksum(said: str, data: bytes) -> str:
+    """Returns the checksum of what is said of a model and of its weights, as a file has them."""
+    head, values = _halves(data)
+    tensors = {name: each for name, each in json.loads(head).items() if name != "__metadata__"}
+    digest = hashlib.sha256(_json([said, tensors], sort_keys=True).encode())
+    digest.update(values)
+    return digest.hexdigest()
+
+
+def _halves(data: bytes) -> tuple[bytes, memoryview]:
+    """Returns the head of a safetensors file, as JSON, and the values of all tensors."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    return data[8:start], memoryview(data)[start:]

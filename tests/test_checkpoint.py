@@ -1,19 +1,25 @@
 """Checkpoints: whole, read without running anything, with every generator's state."""
 
+import copy
 import pickle
 import random
 
 import numpy as np
 import pytest
 import torch
+from pytorch_metric_learning import losses as metric_losses
 from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 
 from casn_plugin.checkpoint import (
     Checkpoints,
+    TrainingState,
     load_checkpoint,
     load_weights,
     save_checkpoint,
 )
+from casn_plugin.objective import MetricOptions
+from casn_plugin.randomness import random_state
 
 
 def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
@@ -197,3 +203,41 @@ def test_checkpoints_without_checksums_are_read(tmp_path, monkeypatch, kind):
         finally:
             torch.serialization.set_crc32_options(True)
     assert load_checkpoint(tmp_path / "model") == {"epoch": 4}
+
+
+def training_of(classes=5, proxies=5, schedule=MultiStepLR, milestones=(2,)):
+    """A model with all that goes on beside it, after a step."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, classes))
+    metric = MetricOptions(metric_loss=metric_losses.ProxyAnchorLoss(proxies, 4))
+    parameters = [*model.parameters(), *metric.modules.parameters()]
+    optimizer = torch.optim.SGD(parameters, 0.1, momentum=0.9)
+    scheduler, scaler = schedule(optimizer, milestones), torch.amp.GradScaler("cpu", enabled=True)
+    scaler.scale(model(torch.rand(6, 3)).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update(torch.rand(()).item())
+    scheduler.step()
+    return TrainingState(model, optimizer, scheduler, scaler, None, metric)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"classes": 4}, "size mismatch for 2.weight"),
+        ({"proxies": 4}, "of another metric loss"),
+        ({"schedule": CosineAnnealingLR, "milestones": 2}, r"scheduler lacks \['gamma', 'mile"),
+        ({"optimizer": {}}, "'param_groups'"),
+        ({"scaler": {}}, "state dict is empty"),
+        ({"epoch": "last"}, "invalid literal"),
+        ({"random_state": {**random_state(), "numpy": None}}, "unpack"),
+    ],
+)
+def test_what_can_not_be_taken_over_changes_nothing(change, message):
+    saved = {"optimizer", "scaler", "epoch", "random_state"} & set(change)
+    one, other = training_of(), training_of(**({} if saved else change))
+    state = other.state(1) | (change if saved else {})
+    random.random()
+    before = copy.deepcopy(one.state(0))
+    with pytest.raises(ValueError, match=f"file is of another model(?s:.*){message}"):
+        one.restore(state, "file")
+    torch.testing.assert_close(one.state(0), before, rtol=0, atol=0)
+    assert one.restore(training_of().state(3)) == 3

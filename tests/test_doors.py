@@ -13,11 +13,13 @@ from casn_plugin.doors import (
     check_choice,
     check_count,
     check_finite,
+    check_flag,
     check_images,
     check_kind,
     check_lengths,
     check_matrix,
     check_names,
+    check_number,
     check_settings,
     check_share,
     check_size,
@@ -90,6 +92,17 @@ def test_counts_are_whole():
         check_count("it", 10**30)
     with pytest.raises(ValueError, match="rows of it must be at most 65535, got 65536"):
         check_size("it", (65536, 1))
+
+
+def test_sizes_numbers_and_flags_become_pythons_own():
+    for size in ((np.int64(8), 4), [8, 4], np.array([8, 4]), torch.tensor([8, 4])):
+        assert [type(each) for each in check_size("it", size)] == [int, int]
+    assert type(check_number("it", np.float64(-1))) is float and check_flag("it", np.True_) is True
+    for size in (np.array([8.0, 4.0]), np.int64(8), torch.ones(2, 2, dtype=torch.int64), "84"):
+        with pytest.raises(TypeError, match="it must be"):
+            check_size("it", size)
+    with pytest.raises(TypeError, match="it must be True or False, got 1"):
+        check_flag("it", 1)
 
 
 def test_kinds_are_named():

@@ -1,5 +1,6 @@
 """CASN inside the torchreid engine: its run() and all that it takes."""
 
+import copy
 import shutil
 import subprocess
 import sys
@@ -142,8 +143,10 @@ def test_foreign_checkpoints_are_refused(market_root, tmp_path):
     path = tmp_path / "model" / "model.pth.tar-1"
     other = make_engine(market_root)
     other.casn.backbone.classifier = nn.Linear(6, 77)
+    before = copy.deepcopy(other._state(0))
     with pytest.raises(ValueError, match="of another model"):
         other.resume(str(path))
+    torch.testing.assert_close(other._state(0), before, rtol=0, atol=0)
     checkpoint = torch.load(path, weights_only=True)
     for group in checkpoint["optimizer"]["param_groups"]:
         del group["momentum"]  # as Adam's have none

@@ -23,8 +23,15 @@ from casn_plugin import (
     rank_gallery,
 )
 from casn_plugin.attention import similarity_attention
+from casn_plugin.checkpoint import (
+    TrainingState,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
 from casn_plugin.checks import check_optimizer
 from casn_plugin.evidence import evidence_of, probabilities
+from casn_plugin.pretrained import from_pretrained, save_pretrained
 from casn_plugin.ranking import pair_attention, same_identity_logits
 
 SIZE = (64, 32)
@@ -92,6 +99,61 @@ def test_a_pair_classifier_knows_whether_it_was_trained():
     assert evidence_of(CASN(TinyBackbone(), forward=tiny_forward).pair_classifier).value == (
         "pair classifier with its initial weights (never trained)"
     )
+
+
+def loaded(state, model):
+    model.load_state_dict(state)
+    return model
+
+
+def resumed(model, folder, other):
+    training = [TrainingState(each, torch.optim.SGD(each.parameters(), 0.1))
+                for each in (model, other)]  # fmt: skip
+    training[1].restore(load_checkpoint(save_checkpoint(training[0].state(1), folder / "model")))
+    return other
+
+
+WAYS = {
+    "pretrained": lambda model, folder, _: from_pretrained(
+        save_pretrained(model, folder, None), backbone=TinyBackbone(), forward=tiny_forward
+    ),
+    "resume": resumed,
+    "weights": lambda model, folder, other: (
+        load_weights(other, save_checkpoint({"state_dict": model.state_dict()}, folder / "model"))
+        and other
+    ),
+    "state": lambda model, _, other: loaded(model.state_dict(), other),
+    "assigned": lambda model, _, other: (
+        other.load_state_dict(model.state_dict(), assign=True) and other
+    ),
+    "rounded": lambda model, *_: model.half().bfloat16().double().float(),
+    "rounded before": lambda model, _, other: loaded(model.bfloat16().state_dict(), other),
+    "parameters rounded": lambda model, *_: (
+        [setattr(each, "data", each.bfloat16().float()) for each in model.parameters()] and model
+    ),
+}
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_it_is_known_wherever_weights_go(tmp_path, way, trained):
+    model, other = (CASN(TinyBackbone(), forward=tiny_forward, seed=seed) for seed in (5, 6))
+    if trained:
+        model.pair_classifier(torch.rand(4, 6)).square().sum().backward()
+        torch.optim.Adam(model.parameters(), 1e-5).step()
+    again = WAYS[way](model, tmp_path, other)
+    expected = Evidence.TRAINED if trained else Evidence.UNTRAINED
+    assert evidence_of(again.pair_classifier) is expected
+
+
+def test_states_of_before_are_compared_with_the_initial_weights_of_ones_own_seed():
+    first, second = PairClassifier(6, 8, seed=3), PairClassifier(6, 8, seed=3)
+    state = dict(first.state_dict())
+    del state["initial"]
+    assert str(second.load_state_dict(state)) == "<All keys matched successfully>"
+    assert evidence_of(second) is Evidence.UNTRAINED
+    second.load_state_dict({**state, "2.weight": state["2.weight"] + 0.1})
+    assert evidence_of(second) is Evidence.TRAINED
 
 
 def test_the_words_are_the_same_in_text_and_in_json():

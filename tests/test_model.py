@@ -6,6 +6,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torchreid
@@ -132,7 +133,8 @@ def test_checkpoints_of_backbone_and_wrapped_model_fit_both_ways(tmp_path):
     torchreid.utils.load_pretrained_weights(model, str(path))
     assert torch.equal(model.backbone.conv1.weight, backbone.conv1.weight)
     assert set(model.state_dict()) - set(backbone.state_dict()) == {
-        f"pair_classifier.{name}" for name in ("0.weight", "0.bias", "2.weight", "2.bias")
+        f"pair_classifier.{name}"
+        for name in ("initial", "0.weight", "0.bias", "2.weight", "2.bias")
     }
     buffer = io.BytesIO()
     torch.save(nn.DataParallel(model).state_dict(), buffer)  # named module.*
@@ -445,6 +447,15 @@ def test_flip_averages_every_image_with_its_mirror_image(name):
     torch.testing.assert_close(found.maps, again.maps.flip(3), rtol=0, atol=1e-6)
     assert not torch.allclose(plain.maps, mirrored.maps.flip(3), atol=1e-4)
     assert copy.deepcopy(model).flip and "flip" not in model.state_dict()
+
+
+def test_flip_is_true_or_false(unchecked):
+    model = tiny()
+    model.flip = np.True_
+    for wrong in (1, "no", None, torch.tensor(True)):
+        with pytest.raises(TypeError, match="flip must be True or False, got"):
+            model.flip = wrong
+    assert model.flip is True
 
 
 def test_encode_in_inference_mode_and_half_precision():

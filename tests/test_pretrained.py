@@ -1,14 +1,19 @@
 """A trained model in a folder: the same numbers again, and nothing else is taken for it."""
 
+import contextlib
 import json
+import os
 
+import numpy as np
 import pytest
 import torch
 from conftest import TinyBackbone, build_backbone, tiny_forward
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from casn_plugin import CASN, Preprocessing, Similarity, explain_pair
-from casn_plugin.pretrained import ABOUT, WEIGHTS, Network, from_pretrained, save_pretrained
+from casn_plugin.pretrained import FILE, Network, _packed, from_pretrained, save_pretrained
 
 SIZE = (64, 32)
 OSNET = Network("torchreid", "osnet_x0_25", {"num_classes": 5, "loss": "softmax"})
@@ -29,7 +34,7 @@ def test_a_model_comes_back_with_all_that_ranking_needs(tmp_path, evidence):
         nn.init.normal_(layer)
     model.preprocessing = COLOURS
     folder = save_pretrained(nn.DataParallel(model), tmp_path / "a", OSNET)
-    assert sorted(each.name for each in folder.iterdir()) == [ABOUT, WEIGHTS]
+    assert sorted(each.name for each in folder.iterdir()) == [FILE]
     again = from_pretrained(folder)
     assert not again.training and again.preprocessing == COLOURS and again.flip == model.flip
     imgs = torch.rand(2, 3, *SIZE)
@@ -75,32 +80,77 @@ def test_a_network_of_ones_own_is_given_again(tmp_path):
         from_pretrained(tmp_path, backbone=TinyBackbone(num_classes=9), forward=tiny_forward)
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_wherever_saving_ends_the_folder_has_the_old_model_or_the_new_one(
+    tmp_path, monkeypatch, error
+):
+    old, new = (CASN(TinyBackbone(), forward=tiny_forward, hidden_dim=4) for _ in range(2))
+    new.preprocessing, left, replace = COLOURS, [], os.replace
+
+    def interrupted(*paths):
+        left.append(paths)
+        if len(left) > steps:
+            raise error
+        replace(*paths)
+
+    done = steps = 0
+    while not done:
+        save_pretrained(old, tmp_path, None)
+        with monkeypatch.context() as patched, contextlib.suppress(error):
+            left.clear()
+            patched.setattr(os, "replace", interrupted)
+            done = save_pretrained(new, tmp_path, None)
+        again = from_pretrained(tmp_path, backbone=TinyBackbone(), forward=tiny_forward)
+        one = old if again.preprocessing == old.preprocessing else new
+        for name, value in one.state_dict().items():
+            assert torch.equal(value, again.state_dict()[name]), name
+        steps += 1
+    assert one is new and steps > 1 and [each.name for each in tmp_path.iterdir()] == [FILE]
+
+
+def test_numbers_of_every_kind_are_saved(tmp_path, unchecked):
+    model = CASN(TinyBackbone(), forward=tiny_forward, hidden_dim=np.int64(4))
+    model.preprocessing = Preprocessing(np.array(SIZE), torch.full((3,), 0.5), np.ones(3, "f"))
+    model.flip = np.True_
+    save_pretrained(model, tmp_path, None)
+    again = from_pretrained(tmp_path, backbone=TinyBackbone(), forward=tiny_forward)
+    assert again.flip is True and again.preprocessing == Preprocessing(SIZE, [0.5] * 3, [1] * 3)
+
+
 def test_other_files_are_refused(tmp_path, unchecked):
     with pytest.raises(FileNotFoundError):
         from_pretrained(tmp_path)
-    save_pretrained(osnet(), tmp_path, OSNET)
-    whole = json.loads((tmp_path / ABOUT).read_text())
+    file = save_pretrained(osnet(), tmp_path, OSNET) / FILE
+    state, data = load_file(file), file.read_bytes()
+    with safe_open(file, "pt") as opened:
+        whole = json.loads(opened.metadata()["casn_plugin"])
     for change, message in (
-        ({"format": 2}, "or of a later version"),
-        ({"hidden_dim": "8"}, "or of a later version"),
-        ({"more": 1}, "or of a later version"),
+        ({"format": 1}, "or of another version"),
+        ({"hidden_dim": "8"}, "or of another version"),
+        ({"more": 1}, "or of another version"),
         ({"network": {"library": "os", "name": "system", "options": {}}}, "library must be"),
         ({"network": {"library": "timm"}}, "must have library, name and options"),
         ({"preprocessing": {"size": [64, 32]}}, "must have size, mean and std"),
         ({"preprocessing": {"size": [64, 32], "mean": "red", "std": [1, 1, 1]}}, "mean must be"),
         ({"preprocessing": {"size": [0, 32], "mean": [1] * 3, "std": [1] * 3}}, "size must be"),
     ):
-        (tmp_path / ABOUT).write_text(json.dumps({**whole, **change}))
+        file.write_bytes(_packed(state, {**whole, **change}))
         with pytest.raises(ValueError, match=message):
             from_pretrained(tmp_path)
-    (tmp_path / ABOUT).write_text("[" * 100_000)
-    with pytest.raises(ValueError, match="is no JSON"):
+    for metadata in (None, {"casn_plugin": "{}"}):
+        save_file(state, file, metadata)
+        with pytest.raises(ValueError, match="is of no model that save_pretrained saved"):
+            from_pretrained(tmp_path)
+    save_file(state, file, {"casn_plugin": "[" * 100_000})
+    with pytest.raises(ValueError, match="is damaged: maximum recursion"):
         from_pretrained(tmp_path)
-    (tmp_path / ABOUT).write_text(json.dumps(whole))
-    data = bytearray((tmp_path / WEIGHTS).read_bytes())
-    data[-100] ^= 1
-    (tmp_path / WEIGHTS).write_bytes(data)
-    with pytest.raises(ValueError, match="is damaged, or not the one"):
+    mean = data.index(b"0.485")
+    for place in (0, mean + 4, len(data) // 2, len(data) - 100):
+        file.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with pytest.raises(ValueError, match=f"{FILE} is damaged"):
+            from_pretrained(tmp_path)
+    file.write_bytes(data[:-1])
+    with pytest.raises(ValueError, match=f"{FILE} is damaged"):
         from_pretrained(tmp_path)
 
 

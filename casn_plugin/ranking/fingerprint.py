@@ -24,6 +24,8 @@ _known: "weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]]" = weakref.WeakKe
 def fingerprint(model: nn.Module) -> str:
     """Returns a checksum of all weights of a model, of its kind of evidence and of `flip`.
 
+    What a pair classifier's weights were at first is no part of it: nothing is computed from that.
+
     Weights are hashed again where they may have changed: by an optimizer's step,
     ``load_state_dict``, ``to`` or ``half``, a layer or parameter put in another's place, or a write
     through ``.data``, which PyTorch does not count, but which changes the sum of the bits. What
@@ -52,7 +54,7 @@ def fingerprint(model: nn.Module) -> str:
     weights = {
         name: value
         for name, value in network.state_dict(keep_vars=True).items()
-        if isinstance(value, Tensor)
+        if isinstance(value, Tensor) and not name.endswith("pair_classifier.initial")
     }
     with torch.no_grad():
         state = kind, changes(network), _sums([*weights.values()])

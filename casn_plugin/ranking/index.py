@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from casn_plugin.doors import check_choice, check_count, check_kind, check_names
+from casn_plugin.doors import check_choice, check_count, check_flag, check_kind, check_names
 from casn_plugin.encoding import Encoding, Encodings
 from casn_plugin.evidence import evidence_of
 from casn_plugin.identities import Ids
@@ -116,7 +116,7 @@ class GalleryIndex:
             TypeError: a dtype that is neither a float of 16 bits or more nor torch.int8.
             ValueError: a dtype of maps that are not kept.
         """
-        check_kind("maps", maps, bool)
+        maps = check_flag("maps", maps)
         name = None if dtype is None else dtype_name(dtype)
         if name not in (None, *DTYPES, EIGHT_BITS):
             raise TypeError(f"dtype must be a float dtype or torch.int8, got {dtype}")
