@@ -61,8 +61,10 @@ class Preprocessing:
             raise ValueError(
                 f"mean and std must be three numbers, std positive, got {self.mean} and {self.std}"
             )
-        white = (1 - torch.tensor(self.mean)) / torch.tensor(self.std)
-        if not torch.cat([self.black, white]).isfinite().all():
+        with np.errstate(all="ignore"):
+            mean, std = (np.asarray(each, np.float32) for each in (self.mean, self.std))
+            finite = np.isfinite([-mean / std, (1 - mean) / std]).all()
+        if not finite:
             raise ValueError(
                 "mean and std must make finite numbers of colours in float32, got "
                 f"{self.mean} and {self.std}"
