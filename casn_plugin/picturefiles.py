@@ -1,12 +1,13 @@
 """Picture files: read upright in 8-bit RGB, or refused by name; of every mode, depth and format."""
 
 import errno
+import io
 import os
 import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import PIL.Image
@@ -110,10 +111,35 @@ def _opened(path: str) -> Iterator[PIL.Image.Image]:
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO waits for its other end
         raise OSError(errno.ENXIO, "expected a regular file", path)
     # not by its path: Pillow would map some TIFF files into memory, and not turn them upright
-    with open(path, "rb") as file, PIL.Image.open(file) as picture:
-        if picture.format not in FORMATS:
-            raise OSError(f"expected one of {', '.join(FORMATS)}, got {picture.format}")
-        yield picture
+    with open(path, "rb") as file:
+        content = _Content(file)
+        try:
+            with PIL.Image.open(content) as picture:  # type: ignore[arg-type]
+                if picture.format not in FORMATS:
+                    raise OSError(f"expected one of {', '.join(FORMATS)}, got {picture.format}")
+                yield picture
+        finally:
+            if content.error is not None:
+                raise content.error
+
+
+class _Content(io.BufferedIOBase):
+    """An open file; `error` is why it could not be read, which decoders take for damage or omit."""
+
+    error: OSError | None = None
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        try:
+            return self._file.read(-1 if size is None else size)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        return self._file.seek(offset, whence)
 
 
 def _in_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:

@@ -1,6 +1,8 @@
 """Picture files of every mode and depth, upright; damaged ones by name."""
 
+import builtins
 import errno
+import io
 import os
 
 import cv2
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from casn_plugin import Preprocessing
-from casn_plugin.picturefiles import check_pictures, read_picture
+from casn_plugin.picturefiles import FORMATS, check_pictures, read_picture
 
 
 @pytest.fixture
@@ -141,3 +143,43 @@ def test_what_the_system_refuses_is_told_from_damage(picture, tmp_path, monkeypa
     with pytest.raises(OSError, match=r"exceeds limit .*a\.png") as found:
         read_picture(tmp_path / "a.png")
     assert found.value.errno == errno.ENOMEM
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jp2", "a.tif"])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # so Pillow says that it lacks tags of a TIFF
+def test_an_error_of_reading_is_no_damage(tmp_path, monkeypatch, name):
+    """Whatever a decoder makes of it, at the first part of a file or at the next."""
+    noise = np.random.default_rng(0).integers(0, 256, (99, 99, 3), dtype=np.uint8)
+    PIL.Image.fromarray(noise).save(tmp_path / name)
+
+    class Failing(io.FileIO):
+        left = 0
+
+        def readinto(self, buffer):
+            if not Failing.left:
+                raise OSError(errno.EIO, "broken")
+            Failing.left -= 1
+            return super().readinto(buffer)
+
+        def readall(self):
+            raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(builtins, "open", lambda path, *_: io.BufferedReader(Failing(path), 1000))
+    for left in range(2):
+        Failing.left = left
+        with pytest.raises(OSError, match="broken.*a") as found:
+            read_picture(tmp_path / name)
+        assert found.value.errno == errno.EIO
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_is_read_from_a_file(tmp_path, kind):
+    PIL.Image.init()  # so each of Pillow's formats, rare ones too, looks at it (one by lines)
+    noise = np.random.default_rng(1).integers(0, 256, (48, 24, 3), dtype=np.uint8)
+    image, path = PIL.Image.fromarray(noise), tmp_path / "a.png"
+    try:
+        image.save(path, kind, **({"compression": "tiff_lzw"} if kind == "TIFF" else {}))
+    except (KeyError, OSError):
+        pytest.skip(f"this Pillow has no {kind}")
+    expected = np.asarray(PIL.Image.open(path).convert("RGB"))
+    assert np.array_equal(np.asarray(read_picture(path)), expected)
