@@ -1,6 +1,7 @@
 """Picture files: read upright in 8-bit RGB, or refused by name; of every mode, depth and format."""
 
 import errno
+import io
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -122,20 +123,23 @@ def _opened(path: str) -> Iterator[PIL.Image.Image]:
                 raise content.error
 
 
-class _Content:
+class _Content(io.BufferedIOBase):
     """An open file; `error` is why it could not be read, which decoders take for damage or omit."""
 
     error: OSError | None = None
 
     def __init__(self, file: BinaryIO) -> None:
-        self.seek, self.tell, self._file = file.seek, file.tell, file
+        self._file = file
 
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int | None = -1, /) -> bytes:
         try:
-            return self._file.read(size)
+            return self._file.read(-1 if size is None else size)
         except OSError as error:
             self.error = error
             raise
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        return self._file.seek(offset, whence)
 
 
 def _in_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from casn_plugin import Preprocessing
-from casn_plugin.picturefiles import check_pictures, read_picture
+from casn_plugin.picturefiles import FORMATS, check_pictures, read_picture
 
 
 @pytest.fixture
@@ -170,3 +170,16 @@ def test_an_error_of_reading_is_no_damage(tmp_path, monkeypatch, name):
         with pytest.raises(OSError, match="broken.*a") as found:
             read_picture(tmp_path / name)
         assert found.value.errno == errno.EIO
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_is_read_from_a_file(tmp_path, kind):
+    PIL.Image.init()  # so each of Pillow's formats, rare ones too, looks at it (one by lines)
+    noise = np.random.default_rng(1).integers(0, 256, (48, 24, 3), dtype=np.uint8)
+    image, path = PIL.Image.fromarray(noise), tmp_path / "a.png"
+    try:
+        image.save(path, kind, **({"compression": "tiff_lzw"} if kind == "TIFF" else {}))
+    except (KeyError, OSError):
+        pytest.skip(f"this Pillow has no {kind}")
+    expected = np.asarray(PIL.Image.open(path).convert("RGB"))
+    assert np.array_equal(np.asarray(read_picture(path)), expected)
