@@ -92,8 +92,8 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         results: of the last evaluation: data set, then "features", "attention" and "fused", each
             with "mAP" and "mINP" (shares; with `use_metric_cuhk03` no mINP), "cmc" (a list of
             shares), "TAR@1%" and "TAR@0.1%" (matches that pass where so many pairs of two people
-            do; NaN where these are too few), "auc" of the pair classifier, and "evidence", the
-            words for what that was.
+            do; NaN where these are too few), "auc" of the pair classifier (NaN where no pair shows
+            two people), and "evidence", the words for what that was.
         ranked: of the last evaluation: data set, then who came where in the fused ranking:
             see :class:`casn_plugin.ranked.RankedLists` and :meth:`explain`.
         history: one dictionary an epoch, the mean of every loss term in it, and the number of

@@ -169,6 +169,14 @@ def test_queries_without_a_match_are_found_before_the_first_step(rows, tmp_path)
     assert engine.history == [] and not (tmp_path / "model").exists()
 
 
+def test_a_test_set_of_one_person_is_evaluated(rows, tmp_path, capsys):
+    train, query, gallery = rows
+    one = [[row for row in part if row[1] == query[0][1]] for part in (query, gallery)]
+    engine = engine_of(register("one_person", train, *one), 4, batch_size_train=8)
+    engine.run(save_dir=str(tmp_path), max_epoch=1)
+    assert engine.best == 1.0 and "AUC -" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("part", [0, 1, 2])
 def test_damaged_pictures_are_named_at_once(rows, tmp_path, part):
     """torchreid's own reader tries a cut picture for ever."""
