@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from casn_plugin.attention import ROW_THRESHOLD
 from casn_plugin.calibration import Calibration, calibrate, true_accept_rates
-from casn_plugin.doors import check_count, check_fraction, check_kind
+from casn_plugin.doors import check_count, check_fraction, check_kind, check_ranks
 from casn_plugin.encoding import Encoding, Encodings
 from casn_plugin.evaluation import (
     evaluate_rank,
@@ -337,8 +337,8 @@ def side_by_side(results: Mapping[str, Any], ranks: Sequence[int] = (1, 5, 10, 2
         ranks: of the CMC, as far as it goes.
 
     Raises:
-        TypeError: no dictionary, or ranks that are no integers.
-        ValueError: figures that are missing, or ranks below 1.
+        TypeError: as :func:`check_results`; ranks that are no integers.
+        ValueError: likewise; no rank, or one below 1.
 
     Example:
         >>> figures = {"mAP": 0.5, "cmc": [0.25, 1.0]}
@@ -351,8 +351,7 @@ def side_by_side(results: Mapping[str, Any], ranks: Sequence[int] = (1, 5, 10, 2
     """
     check_results(results)
     auc = check_kind("results['auc']", results.get("auc"), float, int, np.floating)
-    for rank in ranks:
-        check_count("ranks", rank)
+    check_ranks(ranks)
     rows = {
         name: [results[kind][name] for kind in RANKINGS]
         for name in ("mAP", "mINP")
