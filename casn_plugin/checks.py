@@ -117,6 +117,29 @@ def check_datamanager(datamanager: Any, *, pairs: bool) -> None:
         check_labels("pids of the training images", labels, datamanager.num_train_pids)
 
 
+def check_classifier(model: CASN, identities: int) -> None:
+    """Finds out whether a model can tell all identities apart that it is to be trained on.
+
+    Args:
+        model: whose backbone gives the logits.
+        identities: their number.
+
+    Raises:
+        ValueError: no classifier, or one of fewer classes.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> check_classifier(CASN(net.append(nn.Linear(8, 5))), 5)
+    """
+    classes = model.reader.classes(model.backbone)
+    if classes < identities:
+        raise ValueError(
+            f"the model's classifier must have a class for each of the {identities} identities in "
+            f"the training data, got {classes} classes: build the backbone with "
+            "num_classes=datamanager.num_train_pids"
+        )
+
+
 def check_processes(processes: Processes, datamanager: Any) -> None:
     """Finds out whether each of the processes that train draws its own share of the same data.
 

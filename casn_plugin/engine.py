@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from casn_plugin.checkpoint import Checkpoints, TrainingState, checkpoint_in
 from casn_plugin.checks import (
     CheckedData,
+    check_classifier,
     check_datamanager,
     check_optimizer,
     check_options,
@@ -95,11 +96,9 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         sync_batchnorm: BatchNorm normalises by the images of all processes.
 
     Attributes:
-        results: of the last evaluation: data set, then "features", "attention" and "fused", each
-            with "mAP" and "mINP" (shares; with `use_metric_cuhk03` no mINP), "cmc" (a list of
-            shares), "TAR@1%" and "TAR@0.1%" (matches that pass where so many pairs of two people
-            do; NaN where these are too few), "auc" of the pair classifier (NaN where no pair shows
-            two people), and "evidence", the words for what that was.
+        results: of the last evaluation: data set, then "features", "attention", "fused", "auc" and
+            "evidence", as :class:`casn_plugin.retrieval.Retrieval` has them; with
+            `use_metric_cuhk03`, without "mINP".
         ranked: of the last evaluation: data set, then who came where in the fused ranking:
             see :class:`casn_plugin.ranked.RankedLists` and :meth:`explain`.
         history: one dictionary an epoch, the mean of every loss term in it, and the number of
@@ -213,8 +212,8 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             OSError: a `save_dir` or `gallery_dir` that can't be made or written.
             RuntimeError: another run has the same `save_dir`; or another process has failed.
             TypeError: arguments of another kind.
-            ValueError: arguments out of range, queries without a match, pictures that can't be
-                read, or what torchreid rejects.
+            ValueError: arguments out of range, fewer classes than identities, queries without a
+                match, pictures that can't be read, or what torchreid rejects.
             DivergedError: several steps in a row whose losses or gradients were not finite.
             Interrupted: a signal.
         """
@@ -227,6 +226,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             super().run(**options)
             return
         check_processes(self.processes, self.datamanager)
+        check_classifier(self.casn, self.datamanager.num_train_pids)
         with shared_folder(self.ranking.gallery_dir, self.processes):  # could be made, later on
             self._check_data(self.train_loader.dataset)
         self._checkpoints = self._checkpoints_in(options["save_dir"])

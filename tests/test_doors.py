@@ -289,7 +289,7 @@ def test_errors_name_the_tensor_and_its_shape(unchecked, function, arguments, pl
         (lambda: losses.identification_loss(torch.rand(4, 5), PIDS, label_smoothing=1.5),
          r"^label_smoothing must lie in \[0, 1\], got 1.5$"),
         (lambda: losses.identification_loss(torch.rand(4, 2), PIDS),
-         r"^pids must lie in \[0, 2\), the classes of the logits: "),
+         r"^pids must lie in \[0, 2\), the classes of the logits, but they go"),
         (lambda: losses.pair_loss(PAIRS, PIDS[:2]), "^same must be a bool tensor"),
         (lambda: losses.consistency(ROWS, PIDS[:2]), "^same must be a bool tensor"),
         (lambda: losses.siamese_attention_loss(PAIRS, ROWS, PIDS[:2]), "^same must be a bool"),

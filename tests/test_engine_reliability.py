@@ -8,6 +8,7 @@ import pytest
 import torch
 import torchreid
 from engines import SIZE, Backbone, Recorder, make_engine, manager, seed_all
+from torch import nn
 
 from casn_plugin import CASN, ImageCASNEngine, PairSampler, RankingOptions
 from casn_plugin.checkpoint import Checkpoints, load_checkpoint
@@ -167,6 +168,18 @@ def test_queries_without_a_match_are_found_before_the_first_step(rows, tmp_path)
         with pytest.raises(ValueError, match="none of the 1 queries of one_camera has a match"):
             run()
     assert engine.history == [] and not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"lambda_ia": 0.0}, {"lambda_ia": 0.0, "lambda_sa": 0.0}])
+def test_fewer_classes_than_identities_are_found_before_the_first_step(
+    market_root, tmp_path, options
+):
+    engine = make_engine(market_root, wrap=nn.DataParallel, **options)
+    engine.casn.classifier = nn.Linear(6, 3)
+    with pytest.raises(ValueError, match="each of the 4 identities .*, got 3 classes"):
+        engine.run(save_dir=str(tmp_path), max_epoch=1)
+    assert not list(tmp_path.iterdir())
+    engine.run(save_dir=str(tmp_path), test_only=True)  # for which no classifier is needed
 
 
 def test_a_test_set_of_one_person_is_evaluated(rows, tmp_path, capsys):
