@@ -244,6 +244,20 @@ def check_count(name: str, value: Any, least: int = 1, most: int = 2**31 - 1) ->
     return value
 
 
+def check_seed(seed: Any) -> int:
+    """Returns the seed of what is drawn at random: a whole number from 0 to 2**63 - 1.
+
+    Raises:
+        TypeError: no integer.
+        ValueError: it lies outside.
+
+    Example:
+        >>> check_seed(7)
+        7
+    """
+    return int(check_count("seed", seed, least=0, most=2**63 - 1))
+
+
 def check_ranks(ranks: Any) -> Any:
     """Returns ranks of a CMC: one whole number or more, each at least 1.
 

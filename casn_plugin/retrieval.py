@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from casn_plugin.attention import ROW_THRESHOLD
 from casn_plugin.calibration import Calibration, calibrate, true_accept_rates
-from casn_plugin.doors import check_count, check_fraction, check_kind, check_ranks
+from casn_plugin.doors import check_count, check_fraction, check_kind, check_ranks, check_seed
 from casn_plugin.encoding import Encoding, Encodings
 from casn_plugin.evaluation import (
     evaluate_rank,
@@ -234,9 +234,10 @@ def calibrate_gallery(
         options: how distances become one ranking, normalization "unit".
 
     Raises:
-        TypeError: no labelled encodings; as :func:`casn_plugin.rank_gallery`.
-        ValueError: as :func:`casn_plugin.calibrate`; `images` below 2; another normalization, by
-            which a distance depends on the other pairs.
+        TypeError: no labelled encodings, a seed that is no integer; as
+            :func:`casn_plugin.rank_gallery`.
+        ValueError: as :func:`casn_plugin.calibrate`; `images` below 2; a negative seed; another
+            normalization, by which a distance depends on the other pairs.
 
     Example:
         >>> model = nn.Module()
@@ -255,7 +256,7 @@ def calibrate_gallery(
     check_count("images", images, least=2)
     encoding, length = gallery.encoding, len(gallery.encoding)
     pids, camids = as_ids("pids", gallery.pids, length), as_ids("camids", gallery.camids, length)
-    order = torch.randperm(length, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(check_seed(seed)))
     rows = order[:images].sort().values
     some: Encoding = encoding[:length] if len(rows) == length else encoding[rows]
     pids, camids = pids[rows.numpy()], camids[rows.numpy()]
