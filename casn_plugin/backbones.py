@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from casn_plugin.doors import check_size
 from casn_plugin.encoding import part_embedding
 from casn_plugin.heads import Forward, find_classifier, is_torchreid, torchreid_forward
-from casn_plugin.hooks import Captured, capture, evaluating, place_of
+from casn_plugin.hooks import Captured, capture, evaluating, place_of, twin
 from casn_plugin.layouts import Reshape
 from casn_plugin.preprocessing import Preprocessing
-from casn_plugin.scores import Logits, at_least_float32
+from casn_plugin.scores import Logits, at_least_float32, parts_of
 from casn_plugin.taps import Maps
 from casn_plugin.tryout import Tap, TryOut
 
@@ -137,6 +137,22 @@ class Reader:
         if logits is None:
             raise ValueError(f"{type(backbone).__name__} has no classifier, so it gives no logits")
         return logits
+
+    def classes(self, backbone: nn.Module) -> int:
+        """Returns how many classes the logits have; of several classifiers, each has them.
+
+        The backbone, which may have changed since, gives them of blank images, and is left as
+        found.
+
+        Raises:
+            ValueError: a network without classifier, or one whose logits are not (B, classes).
+        """
+        other = twin(backbone).eval()
+        other.training = self._torchreid  # which says alone whether there are logits
+        imgs = torch.zeros(2, 3, *self.input_size).to(*place_of(backbone))
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            logits = self.logits(other, imgs)
+        return parts_of(logits, torch.zeros(2, dtype=torch.long))[0].shape[1]
 
     def capture(
         self,

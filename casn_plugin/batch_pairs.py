@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int, Int64
 from torch import Tensor
 
-from casn_plugin.doors import check_choice, check_count, check_weight
+from casn_plugin.doors import check_choice, check_count, check_seed, check_weight
 from casn_plugin.identities import UNKNOWN, Ids, as_ids, pairs_by_identity
 
 
@@ -58,7 +58,7 @@ class BatchPairs:
                 )
         elif self.number is not None:
             check_count("number", self.number)
-        check_count("seed", self.seed, least=0, most=2**63 - 1)
+        check_seed(self.seed)
 
     def draw(self, pids: Ids, camids: Ids | None = None) -> Int[Tensor, "pairs 2"]:
         """Returns the two rows of each pair, on the CPU; where no pair is valid, none.

@@ -1,5 +1,6 @@
-"""What would fail after hours, found before the first step: data, labels, optimizer, test sets."""
+"""What would fail after hours, found before the first step: options, optimizer, data, test sets."""
 
+import inspect
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -8,13 +9,73 @@ from typing import Any
 import torch
 from torch import nn
 
-from casn_plugin.doors import check_kind
+from casn_plugin.doors import check_choice, check_count, check_kind, check_ranks, check_weight
 from casn_plugin.evidence import Similarity
 from casn_plugin.identities import check_labels, have_match
 from casn_plugin.model import CASN
 from casn_plugin.picturefiles import check_pictures
 from casn_plugin.processes import Processes, started
 from casn_plugin.sampler import PairSampler
+
+_METRICS = "euclidean", "cosine"  # of torchreid's compute_distance_matrix
+_SWITCHES = (
+    "label_smooth", "sync_batchnorm", "test_only", "normalize_feature", "visrank",
+    "use_metric_cuhk03", "rerank",
+)  # fmt: skip
+
+# whole numbers, and the least that each may be
+_LEAST = {
+    "logged_pairs": 0, "keep_checkpoints": 0, "max_epoch": 0, "start_epoch": 0, "print_freq": 1,
+    "fixbase_epoch": 0, "start_eval": 0, "eval_freq": -1, "visrank_topk": 1,
+}  # fmt: skip
+
+
+def check_options(model: CASN, **options: Any) -> None:
+    """Finds out whether arguments of the engine, of ``run()`` and of ``test()`` can be used.
+
+    Args:
+        model: that is trained and evaluated.
+        **options: their names and values, as far as they are to be looked at.
+
+    Raises:
+        TypeError: of another kind; a scheduler that can't be stepped and saved after an epoch.
+        ValueError: out of range, an unknown metric, or layers to open that the model lacks.
+
+    Example:
+        >>> def forward(net, imgs):
+        ...     return None, net(imgs).mean((2, 3))
+        >>> model = CASN(nn.Sequential(nn.Conv2d(3, 8, 3)), forward=forward)
+        >>> check_options(model, lambda_ia=0.5, max_epoch=40, ranks=[1, 5], dist_metric="cosine")
+    """
+    for name, value in options.items():
+        if name in _LEAST:
+            check_count(name, value, _LEAST[name])
+        elif name in _SWITCHES:
+            check_choice(name, value, (True, False))
+        elif name.startswith("lambda_"):
+            check_weight(name, value)
+    if options.get("autocast") not in (None, torch.float16, torch.bfloat16):
+        raise TypeError(
+            f"autocast must be torch.float16 or torch.bfloat16, got {options['autocast']}"
+        )
+    check_kind("save_dir", options.get("save_dir", ""), str, os.PathLike)
+    check_choice("dist_metric", options.get("dist_metric", "euclidean"), _METRICS)
+    check_ranks(options.get("ranks", (1,)))
+    scheduler = options.get("scheduler")
+    for method in ("step", "state_dict") if scheduler is not None else ():
+        try:
+            inspect.signature(getattr(scheduler, method)).bind()
+        except (AttributeError, TypeError) as error:
+            raise TypeError(
+                f"scheduler must have a {method}() that is called after each epoch, got "
+                f"{scheduler if isinstance(scheduler, type) else type(scheduler).__name__}: {error}"
+            ) from error
+    layers = options.get("open_layers")
+    if layers is not None and options.get("fixbase_epoch"):
+        there = [name for name, _ in model.named_children()]
+        check_kind("open_layers", layers, str, list, tuple)
+        for layer in [layers] if isinstance(layers, str) else layers:
+            check_choice("each of the open_layers", layer, there)
 
 
 def check_datamanager(datamanager: Any, *, pairs: bool) -> None:
@@ -27,13 +88,15 @@ def check_datamanager(datamanager: Any, *, pairs: bool) -> None:
     Raises:
         TypeError: it holds videos, or identities that are no integers.
         ValueError: it draws several views of an image, or no pairs; or identities that are no
-            classes.
+            classes; or there is no test set.
     """
     loader = getattr(datamanager, "train_loader", None)
     if loader is None:
         raise TypeError(
             f"expected an ImageDataManager with a train_loader, got {type(datamanager).__name__}"
         )
+    if not getattr(datamanager, "test_loader", True):
+        raise ValueError("expected a data manager with one test set or more, got none")
     kind = getattr(datamanager, "data_type", "image")
     if kind != "image":
         raise TypeError(
@@ -52,6 +115,29 @@ def check_datamanager(datamanager: Any, *, pairs: bool) -> None:
     if hasattr(loader.dataset, "train"):
         labels = [row[1] for row in loader.dataset.train]
         check_labels("pids of the training images", labels, datamanager.num_train_pids)
+
+
+def check_classifier(model: CASN, identities: int) -> None:
+    """Finds out whether a model can tell all identities apart that it is to be trained on.
+
+    Args:
+        model: whose backbone gives the logits.
+        identities: their number.
+
+    Raises:
+        ValueError: no classifier, or one of fewer classes.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> check_classifier(CASN(net.append(nn.Linear(8, 5))), 5)
+    """
+    classes = model.reader.classes(model.backbone)
+    if classes < identities:
+        raise ValueError(
+            f"the model's classifier must have a class for each of the {identities} identities in "
+            f"the training data, got {classes} classes: build the backbone with "
+            "num_classes=datamanager.num_train_pids"
+        )
 
 
 def check_processes(processes: Processes, datamanager: Any) -> None:
@@ -196,7 +282,7 @@ class CheckedData:
         counting: Mapping[str, Any],
         processes: Processes | None = None,
     ) -> None:
-        """Finds before the first step what would fail after the last.
+        """Finds before the first step what would fail after the last; makes paths text.
 
         Args:
             train: the training data set, whose `train` lists (path, pid, camid); or None.
@@ -210,18 +296,20 @@ class CheckedData:
             RuntimeError: process 0 has found something.
         """
         processes = processes or Processes()
+        sets = [part for parts in tests.values() for part in parts]
+        listed = [getattr(train, "train", []), *(getattr(part, "data", []) for part in sets)]
+        for rows in listed:
+            if isinstance(rows, list) and any(isinstance(row[0], os.PathLike) for row in rows):
+                rows[:] = [(_as_text(row[0]), *row[1:]) for row in rows]
         with processes.together():
             if processes.leads:
-                self._check(train, tests, counting)
+                new = {_as_text(row[0]) for rows in listed for row in rows} - self._paths
+                check_pictures(sorted(each for each in new if isinstance(each, str)), progress=True)
+                self._paths |= new
+                for name, (query, gallery) in tests.items():
+                    check_test_set(name, query, gallery, **counting)
 
-    def _check(
-        self, train: Any, tests: Mapping[str, tuple[Any, Any]], counting: Mapping[str, Any]
-    ) -> None:
-        rows = list(getattr(train, "train", []))
-        for parts in tests.values():
-            rows += [row for part in parts for row in getattr(part, "data", [])]
-        new = {row[0] for row in rows if isinstance(row[0], str)} - self._paths
-        check_pictures(sorted(new), progress=True)
-        self._paths |= new
-        for name, (query, gallery) in tests.items():
-            check_test_set(name, query, gallery, **counting)
+
+def _as_text(path: Any) -> Any:
+    """Returns a path as text, of which a loader makes batches; what is none as it is."""
+    return os.fspath(path) if isinstance(path, os.PathLike) else path

@@ -306,6 +306,40 @@ def check_count(name: str, value: Any, least: int = 1, most: int = 2**31 - 1) ->
     return value
 
 
+def check_seed(seed: Any) -> int:
+    """Returns the seed of what is drawn at random: a whole number from 0 to 2**63 - 1.
+
+    Raises:
+        TypeError: no integer.
+        ValueError: it lies outside.
+
+    Example:
+        >>> check_seed(7)
+        7
+    """
+    return int(check_count("seed", seed, least=0, most=2**63 - 1))
+
+
+def check_ranks(ranks: Any) -> Any:
+    """Returns ranks of a CMC: one whole number or more, each at least 1.
+
+    Raises:
+        TypeError: something else than several, or ranks that are no integers.
+        ValueError: no rank, or one below 1.
+
+    Example:
+        >>> check_ranks([1, 5, 10])
+        [1, 5, 10]
+    """
+    if isinstance(ranks, str | bytes) or not hasattr(ranks, "__len__"):
+        raise TypeError(f"ranks must be several, such as [1, 5, 10], got {ranks!r:.80}")
+    if not len(ranks):
+        raise ValueError(f"ranks must be one or more, such as [1, 5, 10], got {ranks!r}")
+    for rank in ranks:
+        check_count(f"each of the ranks {ranks!r:.80}", rank)
+    return ranks
+
+
 def check_size(name: str, value: Any) -> tuple[int, int]:
     """Returns the rows and columns of a picture: two integers of Python's, from 1 to 65,535.
 

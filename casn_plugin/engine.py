@@ -17,8 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from casn_plugin.checkpoint import Checkpoints, TrainingState, checkpoint_in
-from casn_plugin.checks import CheckedData, check_datamanager, check_optimizer, check_processes
-from casn_plugin.doors import check_count, check_kind, check_settings, check_weight
+from casn_plugin.checks import (
+    CheckedData,
+    check_classifier,
+    check_datamanager,
+    check_optimizer,
+    check_options,
+    check_processes,
+)
+from casn_plugin.doors import check_count, check_kind, check_settings
 from casn_plugin.explanation import AttentionBoard, ExplainedRankings, log_results
 from casn_plugin.heap import kept_heap
 from casn_plugin.losses import IdentificationAttentionLoss
@@ -89,11 +96,9 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         sync_batchnorm: BatchNorm normalises by the images of all processes.
 
     Attributes:
-        results: of the last evaluation: data set, then "features", "attention" and "fused", each
-            with "mAP" and "mINP" (shares; with `use_metric_cuhk03` no mINP), "cmc" (a list of
-            shares), "TAR@1%" and "TAR@0.1%" (matches that pass where so many pairs of two people
-            do; NaN where these are too few), "auc" of the pair classifier, and "evidence", the
-            words for what that was.
+        results: of the last evaluation: data set, then "features", "attention", "fused", "auc" and
+            "evidence", as :class:`casn_plugin.retrieval.Retrieval` has them; with
+            `use_metric_cuhk03`, without "mINP".
         ranked: of the last evaluation: data set, then who came where in the fused ranking:
             see :class:`casn_plugin.ranked.RankedLists` and :meth:`explain`.
         history: one dictionary an epoch, the mean of every loss term in it, and the number of
@@ -134,12 +139,11 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         sync_batchnorm: bool = False,
     ) -> None:
         casn = as_casn(model)
-        check_weight("lambda_ia", lambda_ia)
-        check_weight("lambda_sa", lambda_sa)
-        check_count("logged_pairs", logged_pairs, least=0)
-        check_count("keep_checkpoints", keep_checkpoints, least=0)
-        if autocast not in (None, torch.float16, torch.bfloat16):
-            raise TypeError(f"autocast must be torch.float16 or torch.bfloat16, got {autocast}")
+        check_options(
+            casn, label_smooth=label_smooth, lambda_ia=lambda_ia, lambda_sa=lambda_sa,
+            autocast=autocast, logged_pairs=logged_pairs, keep_checkpoints=keep_checkpoints,
+            sync_batchnorm=sync_batchnorm, scheduler=scheduler,
+        )  # fmt: skip
         self.processes = Processes.found()
         identification = check_settings(
             "identification", identification, IdentificationAttentionLoss
@@ -205,23 +209,26 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         kept. SIGINT and SIGTERM finish the step, write a checkpoint, and end the run.
 
         Raises:
+            OSError: a `save_dir` or `gallery_dir` that can't be made or written.
             RuntimeError: another run has the same `save_dir`; or another process has failed.
-            ValueError: queries without a match, pictures that can't be read, or what torchreid
-                rejects.
+            TypeError: arguments of another kind.
+            ValueError: arguments out of range, fewer classes than identities, queries without a
+                match, pictures that can't be read, or what torchreid rejects.
             DivergedError: several steps in a row whose losses or gradients were not finite.
             Interrupted: a signal.
         """
         bound = inspect.signature(super().run).bind(*args, **kwargs)
-        bound.arguments.setdefault("print_freq", 2**63)  # never
+        bound.arguments.setdefault("print_freq", 2**31 - 1)  # never
         bound.apply_defaults()
         options = bound.arguments
+        check_options(self.casn, **options)
         if options["test_only"]:
             super().run(**options)
             return
-        if not options["ranks"] or min(options["ranks"]) < 1:
-            raise ValueError(f"ranks must be at least 1, got {options['ranks']}")
         check_processes(self.processes, self.datamanager)
-        self._check_data(self.train_loader.dataset)
+        check_classifier(self.casn, self.datamanager.num_train_pids)
+        with shared_folder(self.ranking.gallery_dir, self.processes):  # could be made, later on
+            self._check_data(self.train_loader.dataset)
         self._checkpoints = self._checkpoints_in(options["save_dir"])
         self.writer = self.writer if self.processes.leads else silent_writer()
         heap = kept_heap() if self._device.type == "cpu" else contextlib.nullcontext()
@@ -313,6 +320,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
 
         Evaluation leaves the random state as found, so how often it is done changes no training.
         """
+        check_options(self.casn, **inspect.signature(super().test).bind(*args, **kwargs).arguments)
         self.results, self.ranked = {}, {}
         folder = shared_folder(self.ranking.gallery_dir, self.processes)
         with preserved_random_state(), self.processes.one_voice(), folder as self._folder:
@@ -330,7 +338,7 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         normalize_feature: bool = False,
         visrank: bool = False,
         visrank_topk: int = 10,
-        save_dir: str = "",
+        save_dir: str | os.PathLike[str] = "",
         use_metric_cuhk03: bool = False,
         ranks: Sequence[int] = (1, 5, 10, 20),
         rerank: bool = False,
@@ -346,14 +354,12 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             print("Applying person re-ranking to features and fused ...")
         distances = partial(torchreid.metrics.compute_distance_matrix, metric=dist_metric)
         found = retrieve(
-            self.model,
-            query,
-            gallery,
+            self.model, query, gallery,
             options=replace(self.ranking, compute=ranked_by(self.ranking.compute, self.processes)),
             row_threshold=self.siamese.row_threshold,
             metric=FeatureMetric(distances, normalize_feature, dist_metric == "euclidean"),
             reciprocity=Reciprocity() if rerank else None,
-        )
+        )  # fmt: skip
         results = found.results
         if use_metric_cuhk03:
             ids = query.pids, gallery.pids, query.camids, gallery.camids
@@ -370,14 +376,10 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             log_results(self.writer, dataset_name, results, self.epoch)
         if visrank and self.processes.leads:
             torchreid.utils.visualize_ranked_results(
-                found.distmats["fused"].numpy(),
-                self.datamanager.fetch_test_loaders(dataset_name),
-                self.datamanager.data_type,
-                width=self.datamanager.width,
-                height=self.datamanager.height,
-                save_dir=os.path.join(save_dir, "visrank_" + dataset_name),
-                topk=visrank_topk,
-            )
+                found.distmats["fused"].numpy(), self.datamanager.fetch_test_loaders(dataset_name),
+                self.datamanager.data_type, self.datamanager.width, self.datamanager.height,
+                os.path.join(save_dir, "visrank_" + dataset_name), visrank_topk,
+            )  # fmt: skip
         return results["fused"]["cmc"][0], results["fused"]["mAP"]
 
     def explain(self, dataset_name: str | None = None, *, topk: int = 5) -> ExplainedRankings:
@@ -401,12 +403,9 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
             )
         check_count("topk", topk, most=10)
         return ExplainedRankings(
-            self.casn,
-            *self._test_data(name),
-            self.ranked[name],
-            topk=topk,
+            self.casn, *self._test_data(name), self.ranked[name], topk=topk,
             row_threshold=self.siamese.row_threshold,
-        )
+        )  # fmt: skip
 
     def _check_data(self, train: Any) -> None:
         tests = {name: self._test_data(name) for name in self.test_loader}
@@ -417,16 +416,16 @@ class ImageCASNEngine(torchreid.engine.ImageSoftmaxEngine):  # type: ignore[misc
         query, gallery = (self.test_loader[name][part].dataset for part in ("query", "gallery"))
         return query, gallery
 
-    def save_model(self, epoch: int, rank1: float, save_dir: str, is_best: bool = False) -> None:
+    def save_model(self, epoch: int, rank1: float, save_dir: Any, is_best: bool = False) -> None:
         """Saves the checkpoint of an epoch again, with its rank-1, once it was evaluated."""
         is_best, self.best = is_best or rank1 > self.best, max(self.best, rank1)
         checkpoints = self._checkpoints or self._checkpoints_in(save_dir)
         state = {**self._state(epoch + 1), "rank1": float(rank1)}
         print(f'Checkpoint saved to "{checkpoints.save(state, is_best=is_best)}"')
 
-    def _checkpoints_in(self, save_dir: str) -> Checkpoints:
-        keep = max(self.keep_checkpoints, 1)
-        return Checkpoints(os.path.join(save_dir, "model"), keep, self.processes)
+    def _checkpoints_in(self, save_dir: str | os.PathLike[str]) -> Checkpoints:
+        folder = os.path.join(save_dir, "model")
+        return Checkpoints(folder, max(self.keep_checkpoints, 1), self.processes)
 
     def resume(self, fpath: str | os.PathLike[str]) -> int:
         """Returns the epoch to start from, having loaded a checkpoint of this engine.

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from casn_plugin.attention import check_width
-from casn_plugin.doors import check_count, check_tensor
+from casn_plugin.doors import check_count, check_seed, check_tensor
 from casn_plugin.hooks import evaluating, place_of
 
 
@@ -42,7 +42,7 @@ class PairClassifier(nn.Sequential):
     def __init__(self, feature_dim: int, hidden_dim: int = 512, *, seed: int = 0) -> None:
         check_count("feature_dim", feature_dim, most=2**24)
         check_count("hidden_dim", hidden_dim, most=2**24)
-        check_count("seed", seed, least=0, most=2**63 - 1)
+        seed = check_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             first, last = nn.Linear(feature_dim, hidden_dim), nn.Linear(hidden_dim, 2)

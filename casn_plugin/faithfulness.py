@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from casn_plugin.doors import check_count, check_images, check_lengths, check_tensor
+from casn_plugin.doors import check_count, check_images, check_lengths, check_seed, check_tensor
 from casn_plugin.evidence import Similarity
 from casn_plugin.hooks import evaluating, place_of
 from casn_plugin.imputation import Fill, without_pixels
@@ -85,8 +85,8 @@ def pixel_ranks(
         seed: of what is drawn.
 
     Raises:
-        TypeError: maps that are no float tensor.
-        ValueError: maps of another shape.
+        TypeError: maps that are no float tensor, a seed that is no integer.
+        ValueError: maps of another shape, or a negative seed.
 
     Example:
         >>> pixel_ranks(torch.tensor([[[0.1, 0.9]]]), (1, 2))
@@ -94,7 +94,7 @@ def pixel_ranks(
     """
     check_tensor("maps", maps, "images height width")
     resized = F.interpolate(maps.detach().float()[:, None], size=size, mode="bilinear").flatten(1)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(check_seed(seed))
     drawn = torch.rand(resized.shape, generator=generator).argsort(1).to(resized.device)
     order = resized.gather(1, drawn).argsort(dim=1, descending=True, stable=True)
     return drawn.gather(1, order).argsort(1).view(-1, *size)
@@ -191,6 +191,7 @@ def pair_faithfulness(
         query_maps=query_maps, gallery_maps=gallery_maps,
     )  # fmt: skip
     check_count("batch_size", batch_size)
+    seed = check_seed(seed)
     ascending = _ascending(shares)
     with tqdm(
         total=4 * (len(ascending) - 1), desc="Removing pixels", disable=None if progress else True

@@ -10,7 +10,7 @@ from scipy import sparse
 from scipy.sparse.linalg import splu
 from torch import Tensor
 
-from casn_plugin.doors import check_choice, check_count, check_tensor, check_weight
+from casn_plugin.doors import check_choice, check_seed, check_tensor, check_weight
 
 Fill = Literal["neighbours", "mean"]
 """What stands where pixels were, if it is not one colour."""
@@ -61,7 +61,7 @@ def without_pixels(
             f"{tuple(removed.shape)}"
         )
     check_weight("noise", noise)
-    check_count("seed", seed, least=0, most=2**63 - 1)
+    seed = check_seed(seed)
     if isinstance(fill, Tensor):
         if fill.shape != imgs.shape[1:2]:
             raise ValueError(f"fill must be of {imgs.shape[1]} channels, got {tuple(fill.shape)}")

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from casn_plugin.doors import check_images, check_names
 from casn_plugin.encoding import Encoding
@@ -198,7 +198,7 @@ def image_loader(name: str, data: Any, preprocessing: Preprocessing) -> DataLoad
         preprocessing: with a size.
 
     Raises:
-        TypeError: data of another form.
+        TypeError: data of another form, such as a loader of an IterableDataset.
         ValueError: no data, or images of unlike sizes.
 
     Example:
@@ -208,6 +208,11 @@ def image_loader(name: str, data: Any, preprocessing: Preprocessing) -> DataLoad
         [[7]]
     """
     if isinstance(data, DataLoader):
+        if isinstance(data.dataset, IterableDataset) or not hasattr(data.dataset, "__len__"):
+            raise TypeError(
+                f"{name} must be a loader of a data set of numbered images, of which each can be "
+                f"read again, got one of {type(data.dataset).__name__}, which has no length"
+            )
         loader = DataLoader[Any](  # in the order of the data set, whatever its own sampler draws
             data.dataset,
             batch_size=data.batch_size or 32,

@@ -38,6 +38,11 @@ def identification_loss(
     Several part classifiers are averaged, as torchreid's ``DeepSupervision`` does. The engine
     uses torchreid's own criterion; this is for training loops without torchreid.
 
+    Raises:
+        TypeError: logits that are no float tensors, identities that are no integers.
+        ValueError: unlike numbers of logits and identities, identities outside of the classes, or
+            label smoothing outside of [0, 1].
+
     Example:
         >>> identification_loss(torch.zeros(2, 4), torch.tensor([0, 3]))
         tensor(1.3863)
@@ -45,14 +50,16 @@ def identification_loss(
     parts = parts_of(logits, pids)
     if check_weight("label_smoothing", label_smoothing) > 1:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+    known = pids.long().clamp(min=-1)  # -1 is no class, where PyTorch would leave -100 out
     try:
         losses = [
-            F.cross_entropy(part, pids.to(part.device).long(), label_smoothing=label_smoothing)
+            F.cross_entropy(part, known.to(part.device), label_smoothing=label_smoothing)
             for part in parts
         ]
     except IndexError as error:  # found by PyTorch, so that nothing is read here
         raise ValueError(
-            f"pids must lie in [0, {parts[0].shape[1]}), the classes of the logits: {error}"
+            f"pids must lie in [0, {parts[0].shape[1]}), the classes of the logits, but they go "
+            f"from {int(pids.min())} to {int(pids.max())}"
         ) from error
     return torch.stack(losses).mean()
 

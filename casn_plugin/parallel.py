@@ -1,5 +1,6 @@
 """One optimisation step of several processes, and of a batch that is worked on in several parts."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -247,8 +248,13 @@ def encode_together(
 
 
 @contextmanager
-def shared_folder(parent: str | None, processes: Processes) -> Iterator[str | None]:
+def shared_folder(
+    parent: str | os.PathLike[str] | None, processes: Processes
+) -> Iterator[str | None]:
     """Yields to all processes a new folder within another, deleted at the end; or None.
+
+    Raises:
+        OSError: the other can't be made, or not be written to.
 
     Example:
         >>> with shared_folder(None, Processes()) as folder:
@@ -258,9 +264,17 @@ def shared_folder(parent: str | None, processes: Processes) -> Iterator[str | No
     if parent is None:
         yield None
         return
-    Path(parent).mkdir(parents=True, exist_ok=True)
+
+    def make() -> str:
+        try:
+            Path(parent).mkdir(parents=True, exist_ok=True)
+            return stack.enter_context(TemporaryDirectory(dir=parent))
+        except OSError as error:
+            wanted = f"gallery_dir must be a folder that can be written: {error.strerror}"
+            raise OSError(error.errno, wanted, os.fspath(parent)) from error
+
     with ExitStack() as stack:
-        yield processes.first(lambda: stack.enter_context(TemporaryDirectory(dir=parent)))
+        yield processes.first(make)
         processes.gather(None)  # before it is deleted
 
 

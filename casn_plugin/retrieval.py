@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from casn_plugin.attention import ROW_THRESHOLD
 from casn_plugin.calibration import Calibration, calibrate, true_accept_rates
-from casn_plugin.doors import check_count, check_kind, check_weight
+from casn_plugin.doors import check_count, check_fraction, check_kind, check_ranks, check_seed
 from casn_plugin.encoding import Encoding, Encodings
 from casn_plugin.evaluation import (
     evaluate_rank,
@@ -47,9 +47,10 @@ def check_results(results: Any, rankings: Sequence[str] = RANKINGS) -> None:
         rankings: which must be in it.
 
     Raises:
-        TypeError: no dictionary, or rankings that are none.
+        TypeError: no dictionary, or rankings that are none; figures that are no numbers.
         ValueError: a ranking that is missing or lacks "mAP", a non-empty "cmc" or what the others
-            have.
+            have; figures outside [0, 1]. NaN is none, but where a test set may have no value: in
+            the AUC and in the rates of pairs of two people, "TAR@...".
 
     Example:
         >>> check_results({"fused": {"mAP": 0.5, "cmc": [0.4, 0.8]}}, ["fused"])
@@ -66,9 +67,17 @@ def check_results(results: Any, rankings: Sequence[str] = RANKINGS) -> None:
         cmc = of_one["cmc"]
         if not isinstance(cmc, Sequence | np.ndarray) or isinstance(cmc, str) or not len(cmc):
             raise ValueError(f"results[{name!r}]['cmc'] must be one share or more, got {cmc!r:.80}")
-        for number in (*cmc, *(of_one[key] for key in of_one if key != "cmc")):
-            if not isinstance(number, float | int | np.floating) or isinstance(number, bool):
-                raise TypeError(f"results[{name!r}] must be shares, got {number!r:.80}")
+        for key in of_one:
+            for share in cmc if key == "cmc" else (of_one[key],):
+                if not (str(key).startswith("TAR@") and _is_nan(share)):
+                    check_fraction(f"results[{name!r}][{key!r}]", share)
+    if results.get("auc") is not None and not _is_nan(results["auc"]):
+        check_fraction("results['auc']", results["auc"])
+
+
+def _is_nan(figure: Any) -> bool:
+    """Returns whether a figure has no value."""
+    return isinstance(figure, float | np.floating) and bool(np.isnan(figure))
 
 
 class LabelledEncodings(NamedTuple):
@@ -124,7 +133,8 @@ class Retrieval:
         results: "features", "attention" and "fused", each with "mAP" and "mINP" (shares), "cmc"
             (a list of shares), "TAR@1%" and "TAR@0.1%" (the shares of matches that pass where 1 %
             and 0.1 % of the pairs of two people do, NaN where no distance lets so few pass); "auc"
-            of the pair classifier or the similarity, and "evidence", which of them it was.
+            of the pair classifier or the similarity, NaN where no pair shows two people, and
+            "evidence", which of them it was.
         ranked: who came where in the fused ranking.
         distmats: the (Q, G) distances of the three.
     """
@@ -224,9 +234,10 @@ def calibrate_gallery(
         options: how distances become one ranking, normalization "unit".
 
     Raises:
-        TypeError: no labelled encodings; as :func:`casn_plugin.rank_gallery`.
-        ValueError: as :func:`casn_plugin.calibrate`; `images` below 2; another normalization, by
-            which a distance depends on the other pairs.
+        TypeError: no labelled encodings, a seed that is no integer; as
+            :func:`casn_plugin.rank_gallery`.
+        ValueError: as :func:`casn_plugin.calibrate`; `images` below 2; a negative seed; another
+            normalization, by which a distance depends on the other pairs.
 
     Example:
         >>> model = nn.Module()
@@ -245,7 +256,7 @@ def calibrate_gallery(
     check_count("images", images, least=2)
     encoding, length = gallery.encoding, len(gallery.encoding)
     pids, camids = as_ids("pids", gallery.pids, length), as_ids("camids", gallery.camids, length)
-    order = torch.randperm(length, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(check_seed(seed)))
     rows = order[:images].sort().values
     some: Encoding = encoding[:length] if len(rows) == length else encoding[rows]
     pids, camids = pids[rows.numpy()], camids[rows.numpy()]
@@ -323,11 +334,12 @@ def side_by_side(results: Mapping[str, Any], ranks: Sequence[int] = (1, 5, 10, 2
     Args:
         results: "features", "attention" and "fused", each with "mAP", "cmc" and maybe "mINP",
             "TAR@1%" and "TAR@0.1%", as shares; "auc", and maybe the "evidence" that it is of.
+            "-" stands for what has no value.
         ranks: of the CMC, as far as it goes.
 
     Raises:
-        TypeError: no dictionary, or ranks that are no integers.
-        ValueError: figures that are missing, or ranks below 1.
+        TypeError: as :func:`check_results`; ranks that are no integers.
+        ValueError: likewise; no rank, or one below 1.
 
     Example:
         >>> figures = {"mAP": 0.5, "cmc": [0.25, 1.0]}
@@ -339,9 +351,8 @@ def side_by_side(results: Mapping[str, Any], ranks: Sequence[int] = (1, 5, 10, 2
         Evidence: AUC 0.900 (0.5 is chance)
     """
     check_results(results)
-    check_weight("auc", results.get("auc"))
-    for rank in ranks:
-        check_count("ranks", rank)
+    auc = check_kind("results['auc']", results.get("auc"), float, int, np.floating)
+    check_ranks(ranks)
     rows = {
         name: [results[kind][name] for kind in RANKINGS]
         for name in ("mAP", "mINP")
@@ -357,7 +368,10 @@ def side_by_side(results: Mapping[str, Any], ranks: Sequence[int] = (1, 5, 10, 2
         f"{name:<9}" + "".join(f"{'-' if share != share else f'{share:.1%}':>11}" for share in row)
         for name, row in rows.items()
     ]
-    if any(share != share for row in rows.values() for share in row):
+    if _is_nan(auc):
+        lines.append("-: no pair shows two people")
+    elif any(_is_nan(share) for row in rows.values() for share in row):
         lines.append("-: no distance lets so few pairs of two people pass")
     evidence = f"Evidence: {results['evidence']}, AUC" if "evidence" in results else "Evidence: AUC"
-    return "\n".join([*lines, f"{evidence} {results['auc']:.3f} (0.5 is chance)"])
+    how_well = "-" if _is_nan(auc) else f"{auc:.3f} (0.5 is chance)"
+    return "\n".join([*lines, f"{evidence} {how_well}"])

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
-from casn_plugin.doors import check_count, check_weight
+from casn_plugin.doors import check_count, check_seed, check_weight
 from casn_plugin.identities import UNKNOWN, Ids, as_ids, check_labels
 from casn_plugin.loaders import like
 from casn_plugin.processes import Processes
@@ -76,7 +76,7 @@ class PairSampler(Sampler[int]):
                 f"pairs need known identities, but {int((self.pids == UNKNOWN).sum())} of "
                 f"{len(self.pids)} are unknown (-1 or None)"
             )
-        check_count("seed", seed, least=0, most=2**63 - 1)
+        self.seed = check_seed(seed)
         found = Processes.found()
         num_replicas = found.count if num_replicas is None else num_replicas
         self.num_replicas = check_count("num_replicas", num_replicas)
@@ -86,7 +86,6 @@ class PairSampler(Sampler[int]):
         self.batch_size = batch_size
         self._rows = batch_size * num_replicas  # in a batch of all processes
         self.positive_fraction = positive_fraction
-        self.seed = seed
         self.epoch = 0
         self._images = {int(pid): np.flatnonzero(self.pids == pid) for pid in set(self.pids)}
         single = sum(len(images) == 1 for images in self._images.values())

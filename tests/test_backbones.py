@@ -64,6 +64,7 @@ def test_every_backbone_trains_evaluates_and_ranks(name):
     first = next(p for p in backbone.parameters() if p.ndim == 4)
     assert first.grad.isfinite().all() and first.grad.abs().max() > 0
     assert output.activations.ndim == 4 and min(output.activations.shape[2:]) > 1
+    assert model.reader.classes(backbone) == 5
     assert state_of(backbone) == before
 
     model.eval()
@@ -188,6 +189,22 @@ def test_a_wrong_target_layer_lists_the_candidates(target):
 def test_a_layer_that_is_never_called_is_an_error():
     with pytest.raises(ValueError, match=r"not called.*'layer4'.*candidates"):
         CASN(build_backbone("resnet50mid"), target_layer="layer4", input_size=(64, 32))
+
+
+def test_classes_are_those_of_the_classifier_that_is_there_now():
+    model = CASN(build_backbone("pcb_p4"), input_size=(64, 32), hidden_dim=16)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert model.reader.classes(model.backbone) == 5
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.classifier = nn.ModuleList([nn.Linear(256, 7) for _ in range(4)])
+    assert model.reader.classes(model.backbone) == 7
+    without = CASN(nn.Sequential(nn.Conv2d(3, 4, 3)), forward=features_alone, hidden_dim=16)
+    with pytest.raises(ValueError, match="Sequential has no classifier, so it gives no logits"):
+        without.reader.classes(without.backbone)
+
+
+def features_alone(net, imgs):
+    return None, net(imgs).mean((2, 3))
 
 
 def test_the_size_that_was_tried_out_is_kept():

@@ -1,5 +1,6 @@
 """What would fail after hours is found before the first step."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +10,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from casn_plugin import CASN, PairSampler
 from casn_plugin.checks import (
+    CheckedData,
     check_datamanager,
     check_optimizer,
+    check_options,
     check_processes,
     check_test_set,
 )
@@ -50,6 +53,7 @@ def test_a_sound_data_manager_passes():
         (manager(pids=(0, 0, -1, -1)), ValueError, "-1 is no class"),
         (manager(pids=("a", "a", "b", "b")), TypeError, "must be integers, got <U1"),
         (manager(num_train_pids=3), ValueError, "2 is missing"),
+        (manager(test_loader={}), ValueError, "with one test set or more, got none"),
         (manager(), ValueError, r"draws no pairs: datamanager = PairSampler\.install"),
     ],
 )
@@ -78,6 +82,58 @@ def test_an_optimizer_has_all_that_is_to_be_learned():
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("classifier"))
     check_optimizer(model, head, pairs=True)  # what is frozen need not be there
+
+
+class Stepless:
+    state_dict = step = None
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "error", "message"),
+    [
+        ("dist_metric", "l3", ValueError, "must be 'euclidean' or 'cosine', got 'l3'"),
+        ("ranks", [1.5], TypeError, r" \[1.5\] must be an integer, got float"),
+        ("ranks", ["1"], TypeError, "must be an integer, got str"),
+        ("ranks", "15", TypeError, r"must be several, such as \[1, 5, 10\], got '15'"),
+        ("ranks", [], ValueError, r"must be one or more, such as .*, got \[\]"),
+        ("ranks", [0, 1], ValueError, "must be at least 1, got 0"),
+        ("rerank", "no", ValueError, "must be True or False, got 'no'"),
+        ("label_smooth", 0.1, ValueError, "must be True or False, got 0.1"),
+        ("print_freq", 0, ValueError, "must be at least 1, got 0"),
+        ("eval_freq", "1", TypeError, "must be an integer, got str"),
+        ("max_epoch", 3.0, TypeError, "must be an integer, got float"),
+        ("save_dir", 5, TypeError, "must be a str or PathLike, got int"),
+        ("open_layers", "nope", ValueError, "must be 'features', .* or 'pair_classifier', got"),
+        ("open_layers", ["training"], ValueError, "must be .* got 'training'"),
+        ("open_layers", 5, TypeError, "must be a str or list or tuple, got int"),
+        ("scheduler", "cosine", TypeError, "must have a step.* got str"),
+        ("scheduler", Stepless(), TypeError, "must have a step.* got Stepless"),
+        ("scheduler", torch.optim.lr_scheduler.StepLR, TypeError, "got .*StepLR.* 'self'"),
+    ],
+)
+def test_options_that_can_not_be_are_named(name, bad, error, message):
+    model = CASN(TinyBackbone(), forward=tiny_forward, input_size=(48, 24), hidden_dim=4)
+    with pytest.raises(error, match=f"{name}.*{message}"):
+        check_options(model, fixbase_epoch=1, **{name: bad})
+
+
+def test_options_that_can_be_pass():
+    model = CASN(TinyBackbone(), forward=tiny_forward, input_size=(48, 24), hidden_dim=4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    with pytest.raises(TypeError, match=r"called after each epoch, got ReduceLROnPlateau.*metrics"):
+        check_options(model, scheduler=plateau)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    check_options(model, scheduler=scheduler, open_layers="nope", eval_freq=-1, ranks=range(1, 3))
+    check_options(model, fixbase_epoch=2, open_layers=["classifier"], rerank=1, save_dir=Path())
+
+
+def test_paths_are_text_and_their_pictures_are_looked_at(tmp_path):
+    train = Rows([(tmp_path / "no.png", 7, 0)])
+    query, gallery = Rows([(tmp_path / "a.png", 7, 0)]), Rows([(str(tmp_path / "b.png"), 7, 1)])
+    with pytest.raises(ValueError, match=r"3 of 3 pictures can't be read: .*a\.png .*b\.png"):
+        CheckedData().check(train, {"set": (query, gallery)}, {})
+    assert query.data == [(str(tmp_path / "a.png"), 7, 0)] and isinstance(train.train[0][0], str)
 
 
 def test_queries_have_a_match_in_the_gallery():

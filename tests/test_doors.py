@@ -7,8 +7,23 @@ import numpy as np
 import pytest
 import torch
 from conftest import TinyBackbone, tiny_forward
+from torch import nn
 
-from casn_plugin import CASN, Encoding, SiameseAttentionLoss, attention, identities, losses, scores
+from casn_plugin import (
+    CASN,
+    Encoding,
+    SiameseAttentionLoss,
+    attention,
+    batch_pairs,
+    evidence,
+    faithfulness,
+    identities,
+    imputation,
+    losses,
+    retrieval,
+    sampler,
+    scores,
+)
 from casn_plugin.doors import (
     check_choice,
     check_count,
@@ -58,6 +73,45 @@ def test_tensors_of_the_kind_come_back():
     for wrong in (ids.float(), ids.bool()):
         with pytest.raises(TypeError, match="a tensor of integers"):
             check_tensor("it", wrong, "batch", floating=False)
+
+
+ONES = torch.ones(2, 4, 2)
+
+
+@pytest.mark.parametrize(
+    "seeded",
+    [
+        lambda seed: evidence.PairClassifier(4, 4, seed=seed),
+        lambda seed: batch_pairs.BatchPairs(seed=seed),
+        lambda seed: sampler.PairSampler([0, 0, 1, 1], batch_size=2, seed=seed),
+        lambda seed: imputation.without_pixels(
+            torch.ones(1, 3, 2, 2), torch.ones(1, 2, 2, dtype=torch.bool), seed=seed
+        ),
+        lambda seed: faithfulness.pixel_ranks(ONES, (8, 4), seed=seed),
+        lambda seed: faithfulness.faithfulness(
+            lambda imgs: imgs.mean((1, 2, 3)), torch.rand(2, 3, 8, 4), ONES, seed=seed
+        ),
+        lambda seed: faithfulness.pair_faithfulness(
+            CASN(TinyBackbone(), forward=tiny_forward, input_size=(48, 24), hidden_dim=4),
+            *torch.rand(2, 2, 3, 48, 24), ONES, ONES, shares=(0.0, 1.0), fill="mean", seed=seed,
+        ),
+        lambda seed: retrieval.calibrate_gallery(
+            nn.ModuleDict({"pair_classifier": evidence.PairClassifier(4, 4)}),
+            retrieval.LabelledEncodings(
+                Encoding(torch.rand(4, 4), basis=torch.rand(4, 4, 6, 2)), [0, 0, 1, 1], [0, 1] * 2
+            ),
+            0.5, seed=seed,
+        ),
+    ],
+)  # fmt: skip
+def test_whatever_is_seeded_takes_the_same_seeds(unchecked, seeded):
+    for bad, error, message in (
+        ("a", TypeError, "an integer, got str"), (1.0, TypeError, "an integer, got float"),
+        (-1, ValueError, ">= 0, got -1"), (2**70, ValueError, "at most 9223372036854775807, got"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=f"^seed must be {message}"):
+            seeded(bad)
+    seeded(np.int64(3))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, -1e-9])
@@ -317,7 +371,7 @@ def test_errors_name_the_tensor_and_its_shape(unchecked, function, arguments, pl
         (lambda: losses.identification_loss(torch.rand(4, 5), PIDS, label_smoothing=1.5),
          r"^label_smoothing must lie in \[0, 1\], got 1.5$"),
         (lambda: losses.identification_loss(torch.rand(4, 2), PIDS),
-         r"^pids must lie in \[0, 2\), the classes of the logits: "),
+         r"^pids must lie in \[0, 2\), the classes of the logits, but they go"),
         (lambda: losses.pair_loss(PAIRS, PIDS[:2]), "^same must be a bool tensor"),
         (lambda: losses.consistency(ROWS, PIDS[:2]), "^same must be a bool tensor"),
         (lambda: losses.siamese_attention_loss(PAIRS, ROWS, PIDS[:2]), "^same must be a bool"),

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torchreid
 from engines import SIZE, Backbone, Recorder, make_engine, manager, seed_all
+from torch import nn
 
-from casn_plugin import CASN, ImageCASNEngine, PairSampler
+from casn_plugin import CASN, ImageCASNEngine, PairSampler, RankingOptions
 from casn_plugin.checkpoint import Checkpoints, load_checkpoint
 from casn_plugin.training import DivergedError, Interrupted
 
@@ -169,6 +170,26 @@ def test_queries_without_a_match_are_found_before_the_first_step(rows, tmp_path)
     assert engine.history == [] and not (tmp_path / "model").exists()
 
 
+@pytest.mark.parametrize("options", [{}, {"lambda_ia": 0.0}, {"lambda_ia": 0.0, "lambda_sa": 0.0}])
+def test_fewer_classes_than_identities_are_found_before_the_first_step(
+    market_root, tmp_path, options
+):
+    engine = make_engine(market_root, wrap=nn.DataParallel, **options)
+    engine.casn.classifier = nn.Linear(6, 3)
+    with pytest.raises(ValueError, match="each of the 4 identities .*, got 3 classes"):
+        engine.run(save_dir=str(tmp_path), max_epoch=1)
+    assert not list(tmp_path.iterdir())
+    engine.run(save_dir=str(tmp_path), test_only=True)  # for which no classifier is needed
+
+
+def test_a_test_set_of_one_person_is_evaluated(rows, tmp_path, capsys):
+    train, query, gallery = rows
+    one = [[row for row in part if row[1] == query[0][1]] for part in (query, gallery)]
+    engine = engine_of(register("one_person", train, *one), 4, batch_size_train=8)
+    engine.run(save_dir=str(tmp_path), max_epoch=1)
+    assert engine.best == 1.0 and "AUC -" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("part", [0, 1, 2])
 def test_damaged_pictures_are_named_at_once(rows, tmp_path, part):
     """torchreid's own reader tries a cut picture for ever."""
@@ -229,14 +250,28 @@ def test_options_are_checked_when_the_engine_is_built(
         make_engine(market_root, **options)
 
 
-def test_options_of_run_are_checked_before_the_first_step(market_root, tmp_path):
-    engine = make_engine(market_root)
-    for ranks in ([], [0, 1]):
-        with pytest.raises(ValueError, match="ranks must be at least 1"):
-            engine.run(save_dir=str(tmp_path), max_epoch=1, ranks=ranks)
-    with pytest.raises(TypeError, match="no_such_option"):
-        engine.run(save_dir=str(tmp_path), no_such_option=1)
-    assert not list(tmp_path.iterdir())
+def test_options_of_run_are_checked_before_the_first_step(market_root, tmp_path, unchecked):
+    (tmp_path / "file").touch()
+    ranking = RankingOptions(gallery_dir=tmp_path / "file")
+    engine = make_engine(market_root, ranking=ranking)
+    bad = {"ranks": ([], [0, 1]), "dist_metric": ["l3"], "no_such_option": [1]}
+    for name, value in ((name, value) for name, values in bad.items() for value in values):
+        for run in (engine.run, engine.test):
+            with pytest.raises((TypeError, ValueError), match=name):
+                run(save_dir=str(tmp_path / "log"), **{name: value})
+    with pytest.raises(OSError, match="gallery_dir must be a folder that can be written: .*file'"):
+        engine.run(save_dir=str(tmp_path / "log"), max_epoch=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and not engine.history
+    with pytest.raises(TypeError, match="gallery_dir must be a str or PathLike, got int"):
+        RankingOptions(gallery_dir=5)
+
+
+def test_pictures_may_be_named_by_paths(rows, tmp_path):
+    parts = [[(Path(row[0]), *row[1:]) for row in part] for part in rows]
+    engine = engine_of(register("paths", *parts), 4, batch_size_train=8)
+    engine.run(save_dir=tmp_path / "log", max_epoch=1)
+    engine.run(save_dir=tmp_path / "log", test_only=True, visrank=True, visrank_topk=1)
+    assert (tmp_path / "log" / "visrank_paths").is_dir()
 
 
 def test_without_kept_checkpoints_only_torchreids_own_is_written(market_root, tmp_path):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TinyBackbone, tiny_forward
+from torch.utils.data import DataLoader, IterableDataset
 
 from casn_plugin import CASN, Preprocessing
 from casn_plugin.loading import encode_loader, image_loader, read_batch, read_item
@@ -83,3 +84,13 @@ def test_items_are_read_whatever_their_form(unchecked):
             read_item(bad)
     with pytest.raises(TypeError, match="pids must be integers"):
         read_item((img, 0.5))
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([(torch.rand(3, 8, 4), 7, 0)])
+
+
+def test_what_is_read_again_must_be_numbered():
+    with pytest.raises(TypeError, match="query must be a loader of .* got one of Stream, which"):
+        image_loader("query", DataLoader(Stream()), Preprocessing((8, 4)))

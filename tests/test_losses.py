@@ -39,6 +39,16 @@ def test_identification_loss_agrees_with_the_reference():
     assert identification_loss(parts, pids, label_smoothing=0.1).item() == pytest.approx(both)
 
 
+@pytest.mark.parametrize("bad", [-100, -1, 5, -(2**63)])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_identities_that_are_no_class_are_refused(bad, smoothing):
+    """-100 is what PyTorch leaves out in silence."""
+    logits, pids = torch.randn(4, 5), torch.tensor([0, 1, bad, 4])
+    for each in (logits, [logits, logits]):
+        with pytest.raises(ValueError, match=r"^pids must lie in \[0, 5\), .* from .*"):
+            identification_loss(each, pids, label_smoothing=smoothing)
+
+
 @pytest.mark.parametrize("score", SCORES)
 def test_identification_attention_loss_agrees_with_the_reference(score):
     logits = torch.randn(4, 5, dtype=torch.float64)

@@ -1,14 +1,24 @@
 """What an evaluation has found, and whether it is that."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from casn_plugin import Encoding, PairClassifier, RankingOptions, calibrate, fuse_distmats
+from casn_plugin.explanation import log_results
 from casn_plugin.ranking import attention_distmat
-from casn_plugin.retrieval import LabelledEncodings, calibrate_gallery, check_results
+from casn_plugin.retrieval import (
+    LabelledEncodings,
+    calibrate_gallery,
+    check_results,
+    retrieve,
+    side_by_side,
+)
 
+NAN = float("nan")
 FIGURES = {"mAP": 0.5, "cmc": [0.4, 0.8], "mINP": 0.25}
 
 
@@ -21,8 +31,12 @@ FIGURES = {"mAP": 0.5, "cmc": [0.4, 0.8], "mINP": 0.25}
         ({"fused": {"mAP": 0.5}}, ValueError, r"results\['fused'\] lack \['cmc'\]"),
         ({"fused": FIGURES | {"cmc": []}}, ValueError, "must be one share or more, got"),
         ({"fused": FIGURES | {"cmc": "ab"}}, ValueError, "must be one share or more, got 'ab'"),
-        ({"fused": FIGURES | {"mAP": "high"}}, TypeError, "must be shares, got 'high'"),
-        ({"fused": FIGURES | {"cmc": [None]}}, TypeError, "must be shares, got None"),
+        ({"fused": FIGURES | {"mAP": "high"}}, TypeError, "'mAP'. must be a number, got str"),
+        ({"fused": FIGURES | {"cmc": [None]}}, TypeError, "'cmc'. must be a number, got NoneType"),
+        ({"fused": FIGURES | {"mAP": NAN}}, ValueError, r"'mAP'\] must lie in \[0, 1\], got nan"),
+        ({"fused": FIGURES | {"cmc": [0.4, NAN]}}, ValueError, "'cmc'. must lie in .* got nan"),
+        ({"fused": FIGURES | {"TAR@1%": 1.5}}, ValueError, "'TAR@1%'. must lie in .* got 1.5"),
+        ({"fused": FIGURES, "auc": -1}, ValueError, "'auc'. must lie in .* got -1"),
     ],
 )
 def test_results_that_lack_figures_are_refused(unchecked, results, error, message):
@@ -46,6 +60,21 @@ def people():
     pids = [-1 if row // 4 == 5 else row // 4 for row in range(24)]
     camids = [-1 if row == 7 else row % 2 for row in range(24)]
     return model, LabelledEncodings(images, pids, camids)
+
+
+def test_what_a_test_set_has_no_value_for_is_shown_as_a_dash(people):
+    model, (images, pids, camids) = people
+    one = LabelledEncodings(images[:4], pids[:4], camids[:4])
+    results = retrieve(model, one, one).results
+    assert np.isnan([results["auc"], results["fused"]["TAR@1%"]]).all()
+    shown = side_by_side(results).splitlines()
+    assert shown[-1].endswith("AUC -") and shown[-2] == "-: no pair shows two people"
+    assert shown[-3].split() == ["TAR@0.1%", "-", "-", "-"]
+    logged = []
+    log_results(SimpleNamespace(add_scalar=lambda *each: logged.append(each)), "one", results, 0)
+    assert len(logged) == 6 and not any(np.isnan(value) for _, value, _ in logged)
+    with pytest.raises(TypeError, match="'auc'. must be a float .* got NoneType"):
+        side_by_side(dict(results, auc=None))
 
 
 def test_a_gallery_is_calibrated_on_each_pair_once(people):

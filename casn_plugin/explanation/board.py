@@ -11,7 +11,7 @@ from casn_plugin.retrieval import RANKINGS
 
 
 def log_results(writer: Any, name: str, results: Mapping[str, Any], epoch: int) -> None:
-    """Writes an evaluation to TensorBoard.
+    """Writes an evaluation to TensorBoard, but for figures that have no value.
 
     Args:
         writer: a ``torch.utils.tensorboard.SummaryWriter``.
@@ -26,7 +26,8 @@ def log_results(writer: Any, name: str, results: Mapping[str, Any], epoch: int) 
         for figure, value in results[ranking].items():
             if figure.startswith("TAR@") and value == value:  # it is not NaN
                 writer.add_scalar(f"{tag}/{figure}", value, epoch)
-    writer.add_scalar(f"Test/{name}/pair_auc", results["auc"], epoch)
+    if results["auc"] == results["auc"]:
+        writer.add_scalar(f"Test/{name}/pair_auc", results["auc"], epoch)
 
 
 class AttentionBoard:

@@ -1,5 +1,6 @@
 """Distances of features and of attention, "normalized and summed for final ranking" (Section 4)."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypedDict
@@ -58,9 +59,9 @@ class RankingOptions:
         compute: with what the pairs are worked on.
 
     Raises:
-        TypeError: identities that are no integers.
+        TypeError: identities that are no integers, a folder that is no path.
         ValueError: an unknown normalization or one that does not go with `shortlist`, `shortlist`
-            below 1, a weight that is negative or infinite.
+            below 1, a weight that is negative or infinite, another `cross_camera` than True, False.
 
     Example:
         >>> RankingOptions(shortlist=100).normalization
@@ -70,7 +71,7 @@ class RankingOptions:
     normalization: Normalization = "unit"
     attention_weight: float = 0.1
     shortlist: int | None = None
-    gallery_dir: str | None = None
+    gallery_dir: str | os.PathLike[str] | None = None
     cross_camera: bool = True
     junk_pids: tuple[int, ...] = ()
     compute: Compute = field(default_factory=Compute)
@@ -81,6 +82,9 @@ class RankingOptions:
         check_weight("attention_weight", self.attention_weight)
         as_ids("junk_pids", self.junk_pids)
         check_kind("compute", self.compute, Compute)
+        check_choice("cross_camera", self.cross_camera, (True, False))
+        if self.gallery_dir is not None:
+            check_kind("gallery_dir", self.gallery_dir, str, os.PathLike)
         if self.shortlist is not None:
             check_count("shortlist", self.shortlist)
             if self.normalization != "unit":

@@ -178,6 +178,7 @@ def test_rank_1_is_compared_with_the_right_one_wherever_that_stands(topk, apart)
 def test_nothing_to_show_is_no_error(explained):
     page = html_report(explained, {**RESULTS, "auc": float("nan")}, number=0)
     assert "<article" not in page and "Worst queries" in page
+    assert "ROC AUC –, as no pair shows two people" in page
 
 
 def test_bad_arguments_are_refused(explained, tmp_path):
