@@ -13,7 +13,7 @@ from casn_plugin.doors import check_images, check_kind, check_lengths, check_ten
 from casn_plugin.encoding import Encoding, with_mirrored
 from casn_plugin.evidence import PairClassifier
 from casn_plugin.heads import Forward
-from casn_plugin.hooks import place_of, twin, unwrapped
+from casn_plugin.hooks import place_of, unwrapped
 from casn_plugin.identities import same_identity
 from casn_plugin.kernels import uncompiled
 from casn_plugin.layouts import Reshape
@@ -21,6 +21,7 @@ from casn_plugin.losses import IdentificationAttentionLoss
 from casn_plugin.preprocessing import Preprocessing
 from casn_plugin.scores import Logits
 from casn_plugin.siamese import SiameseAttentionLoss
+from casn_plugin.twins import evaluated
 
 
 class CASNOutput(NamedTuple):
@@ -273,10 +274,11 @@ class CASN(nn.Module):
 
     def _encode(self, imgs: Tensor) -> Encoding:
         """Returns the encoding of images as they are."""
-        backbone = self.backbone
-        if any(layer.training for layer in backbone.modules()):
-            backbone = twin(backbone).eval()  # so that other threads may use the model
-        with torch.inference_mode(False), torch.no_grad():
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            evaluated(self.backbone) as backbone,
+        ):
             if imgs.is_inference():
                 imgs = imgs.clone()
             joined = self.reader.joined(backbone, imgs)
