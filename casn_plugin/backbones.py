@@ -29,6 +29,8 @@ _LAST_MAP = {
     "ShuffleNet": "stage4",
 }
 _POOL_NAMES = ("global_avgpool", "parts_avgpool")
+# three add to their last map's features what goes round it
+_FUSED = ("hacnn.HACNN", "mlfn.MLFN", "resnetmid.ResNetMid")
 _INPUT_SIZE = {"HACNN": (160, 64)}
 _USUAL_SIZE = (256, 128)
 
@@ -301,11 +303,12 @@ def _find_tap(
         if target_layer not in layers or not target_layer:
             raise ValueError(f"the backbone has no layer {target_layer!r}; {maps.candidates()}")
         return maps.tap_of(target_layer)
-    kind = type(backbone).__name__
-    if known and kind in _LAST_MAP:
-        return Tap(_LAST_MAP[kind])
-    children = dict(backbone.named_children())
-    for name in _POOL_NAMES:
-        if known and name in children:
-            return Tap(name, "input")
+    kind, children = type(backbone), dict(backbone.named_children())
+    taps = [Tap(name, "input") for name in _POOL_NAMES if name in children]
+    if kind.__name__ in _LAST_MAP:
+        taps = [Tap(_LAST_MAP[kind.__name__])]
+    fused = f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}" in _FUSED
+    for tap in taps:
+        if known and (fused or maps.is_whole(tap)):
+            return tap
     return maps.last()

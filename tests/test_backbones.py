@@ -204,3 +204,41 @@ def test_timms_networks_say_their_colours():
     grey = timm.create_model("resnet10t", num_classes=4)
     grey.pretrained_cfg = {**grey.pretrained_cfg, "mean": (0.5,), "std": (0.5,)}
     assert CASN(grey, hidden_dim=4, input_size=(64, 32)).preprocessing == Preprocessing((64, 32))
+
+
+class Torchreidlike(nn.Module):
+    """A network of one's own that is built as torchreid builds its own; `two` joins two maps."""
+
+    loss = "softmax"
+
+    def __init__(self, two=False):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, 8), nn.Conv2d(8, 8, 3, 2, 1)
+        self.global_avgpool, self.two = nn.AdaptiveAvgPool2d(1), two
+        self.classifier = nn.Linear(16 if two else 8, 5)
+
+    def forward(self, imgs):
+        first = self.first(imgs).tanh()
+        pooled = [self.global_avgpool(first)] if self.two else []
+        pooled.append(self.global_avgpool(self.second(first).tanh()))
+        features = torch.cat(pooled, 1).flatten(1)
+        if not self.training:
+            return features
+        logits = self.classifier(features)
+        return (logits, features) if self.loss == "triplet" else logits
+
+
+@pytest.mark.parametrize(
+    ("two", "tap"), [(False, ("global_avgpool", "input")), (True, ("first", "output"))]
+)
+def test_the_pooling_of_one_of_two_maps_is_not_taken_for_the_whole(two, tap):
+    model = CASN(Torchreidlike(two), input_size=(64, 32)).eval()
+    assert (model.reader.target_layer, model.reader.at) == tap
+    assert model.encode(torch.rand(2, 3, 64, 32)).basis.abs().amax((0, 2, 3)).all()
+
+
+def test_what_is_known_not_to_be_whole_is_read_as_known(monkeypatch):
+    backbone = build_backbone("resnet50mid")
+    assert CASN(backbone, input_size=(64, 64)).reader.target_layer == "global_avgpool"
+    monkeypatch.setattr("casn_plugin.backbones._FUSED", ())
+    assert CASN(backbone, input_size=(64, 64)).reader.target_layer == "layer4.0"
