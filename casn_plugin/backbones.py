@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from casn_plugin.doors import check_size
 from casn_plugin.encoding import part_embedding
-from casn_plugin.heads import Forward, find_classifier, is_torchreid, torchreid_forward
+from casn_plugin.heads import (
+    Forward,
+    find_classifier,
+    is_torchreid,
+    otherwise_than_torchreid,
+    torchreid_forward,
+)
 from casn_plugin.hooks import Captured, capture, evaluating, place_of
 from casn_plugin.layouts import Reshape
 from casn_plugin.preprocessing import Preprocessing
@@ -75,8 +81,8 @@ class Reader:
         target_layer: the layer whose output is the map A, by name or as a module; by default the
             last map that the features come from is looked for.
         forward: how a backbone gives logits and features. By default a model of torchreid's
-            factory is asked as such, and of any other network the features are what its last
-            linear layer, the classifier, takes.
+            factory, or one that gives in both modes what these give, is asked as such, and of any
+            other network the features are what its last linear layer, the classifier, takes.
         reshape: how what the layer gives is a map (B, C, H, W), where that is not found.
         input_size: (rows, columns) of the images it is tried out with; by default what the
             network says that it is made for, else 256x128.
@@ -115,7 +121,13 @@ class Reader:
         sizes = _sizes_of(backbone)
         if input_size is not None:
             sizes = [check_size("input_size", input_size)]
-        with evaluating(backbone), torch.random.fork_rng(devices=[]), torch.inference_mode(False):
+        device = place_of(backbone).device
+        devices = [device] if device.type == "cuda" else []
+        with (
+            evaluating(backbone),
+            torch.random.fork_rng(devices),
+            torch.inference_mode(False),
+        ):
             self._forward, tried = self._try(backbone, forward, sizes)
             maps = Maps(tried, reshape)
             self.tap = _find_tap(backbone, target_layer, maps, known=self._torchreid)
@@ -214,14 +226,18 @@ class Reader:
     ) -> tuple[Forward, TryOut]:
         """Returns what runs the backbone, tried out with the first size that goes through."""
         kind, place = type(backbone).__name__, place_of(backbone)
-        known: Forward | None = torchreid_forward if self._torchreid else forward
+        says_so, otherwise = self._torchreid, None
         problem: Exception | None = None
         for size in sizes:
             noise = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
             imgs = noise.to(*place)
             try:
                 with torch.no_grad():
-                    found = known or find_classifier(backbone, imgs)
+                    if says_so:
+                        otherwise = otherwise_than_torchreid(backbone, imgs)
+                        self._torchreid = otherwise is None
+                    found = torchreid_forward if self._torchreid else forward
+                    found = found or find_classifier(backbone, imgs)
                 if found is None:
                     problem = None
                     break
@@ -229,10 +245,12 @@ class Reader:
                 return found, TryOut(backbone, partial(run, backbone), imgs)
             except Exception as error:
                 problem = problem or error  # the likeliest size's
-        if problem is None or (known is None and isinstance(problem, NotImplementedError)):
+        unknown = forward is None and not self._torchreid
+        if problem is None or (unknown and isinstance(problem, NotImplementedError)):
+            reason = otherwise or f"{kind} is no model of torchreid's factory"
             raise TypeError(
-                f"{kind} is no model of torchreid's factory and does not end in a classifier, one "
-                "linear layer: say how it gives logits and features, with "
+                f"{reason}, and it does not end in a classifier, one linear layer: say how it "
+                "gives logits and features, with "
                 "forward=function(backbone, imgs) -> (logits, features)"
             ) from problem
         listed = " or ".join(f"{rows}x{columns}" for rows, columns in sizes)
