@@ -96,7 +96,8 @@ class Reader:
 
     Raises:
         TypeError: a network that does not end in a classifier, and no `forward`.
-        ValueError: an image of this size does not go through; a target layer that does not exist,
+        ValueError: weights on the meta device or made in inference mode; an image of this size
+            does not go through; a target layer that does not exist,
             or gives no map that features and logits come from; no such map at all.
 
     Example:
@@ -117,6 +118,7 @@ class Reader:
         reshape: Reshape | None = None,
         input_size: tuple[int, int] | None = None,
     ) -> None:
+        _check_tensors(backbone)
         self._torchreid = forward is None and is_torchreid(backbone)
         sizes = _sizes_of(backbone)
         if input_size is not None:
@@ -259,6 +261,25 @@ class Reader:
             f"{problem}; another size can be given as input_size=(rows, columns), and how it gives "
             "them as forward=function(backbone, imgs) -> (logits, features)"
         ) from problem
+
+
+def _check_tensors(backbone: nn.Module) -> None:
+    """Raises ValueError for a network that can't be tried out, as its tensors are no numbers yet.
+
+    Or as no gradient can be computed with them.
+    """
+    for name, tensor in [*backbone.named_parameters(), *backbone.named_buffers()]:
+        if tensor.is_meta:
+            raise ValueError(
+                f"the backbone must have its weights, but {name!r} is on the meta device: "
+                "backbone.to_empty(device=...) and load_state_dict(...) before it is wrapped"
+            )
+    for name, parameter in backbone.named_parameters():
+        if parameter.is_inference():
+            raise ValueError(
+                "the backbone must be made outside of torch.inference_mode(), but "
+                f"{name!r} is an inference tensor, through which no gradient is computed"
+            )
 
 
 def _evaluated(backbone: nn.Module, imgs: Tensor) -> tuple[None, Tensor]:

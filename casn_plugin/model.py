@@ -151,8 +151,9 @@ class CASN(nn.Module):
         self.reader = Reader(backbone, target_layer, forward, reshape, input_size)
         self.preprocessing = preprocessing_of(backbone, self.reader.input_size)
         if pair_classifier is None:
-            pair_classifier = PairClassifier(self.reader.feature_dim, hidden_dim, seed=seed)
-            pair_classifier.to(*place_of(backbone))
+            with torch.inference_mode(False):
+                pair_classifier = PairClassifier(self.reader.feature_dim, hidden_dim, seed=seed)
+                pair_classifier.to(*place_of(backbone))
         self.pair_classifier = pair_classifier.train(backbone.training)
         self.training = backbone.training  # and its layers' modes are left as found
         self.register_state_dict_post_hook(_flatten_keys)  # type: ignore[no-untyped-call]
@@ -216,8 +217,10 @@ class CASN(nn.Module):
     ) -> CASNOutput:
         """Returns what :meth:`forward` gives in training mode."""
         check_lengths(imgs=imgs, pids=pids, camids=camids)
+        imgs = imgs.clone() if imgs.is_inference() else imgs
         if pids is not None:  # read once for all that looks at them
             pids = check_tensor("pids", pids, "batch", floating=False).cpu()
+            pids = pids.clone() if pids.is_inference() else pids
         if identification is not None and pids is None:
             raise ValueError("the identification attention loss needs pids")
         if siamese is not None and siamese.pairs != "rows" and pids is None:
