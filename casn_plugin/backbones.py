@@ -13,8 +13,14 @@ from torch import Tensor, nn
 
 from casn_plugin.doors import check_size
 from casn_plugin.encoding import part_embedding
-from casn_plugin.heads import Forward, find_classifier, is_torchreid, torchreid_forward
-from casn_plugin.hooks import Captured, capture, evaluating, place_of, twin
+from casn_plugin.heads import (
+    Forward,
+    find_classifier,
+    is_torchreid,
+    otherwise_than_torchreid,
+    torchreid_forward,
+)
+from casn_plugin.hooks import Captured, capture, evaluating, place_of
 from casn_plugin.layouts import Reshape
 from casn_plugin.preprocessing import Preprocessing
 from casn_plugin.scores import Logits, at_least_float32, parts_of
@@ -29,6 +35,8 @@ _LAST_MAP = {
     "ShuffleNet": "stage4",
 }
 _POOL_NAMES = ("global_avgpool", "parts_avgpool")
+# three add to their last map's features what goes round it
+_FUSED = ("hacnn.HACNN", "mlfn.MLFN", "resnetmid.ResNetMid")
 _INPUT_SIZE = {"HACNN": (160, 64)}
 _USUAL_SIZE = (256, 128)
 
@@ -73,8 +81,8 @@ class Reader:
         target_layer: the layer whose output is the map A, by name or as a module; by default the
             last map that the features come from is looked for.
         forward: how a backbone gives logits and features. By default a model of torchreid's
-            factory is asked as such, and of any other network the features are what its last
-            linear layer, the classifier, takes.
+            factory, or one that gives in both modes what these give, is asked as such, and of any
+            other network the features are what its last linear layer, the classifier, takes.
         reshape: how what the layer gives is a map (B, C, H, W), where that is not found.
         input_size: (rows, columns) of the images it is tried out with; by default what the
             network says that it is made for, else 256x128.
@@ -88,7 +96,8 @@ class Reader:
 
     Raises:
         TypeError: a network that does not end in a classifier, and no `forward`.
-        ValueError: an image of this size does not go through; a target layer that does not exist,
+        ValueError: weights on the meta device or made in inference mode; an image of this size
+            does not go through; a target layer that does not exist,
             or gives no map that features and logits come from; no such map at all.
 
     Example:
@@ -109,11 +118,18 @@ class Reader:
         reshape: Reshape | None = None,
         input_size: tuple[int, int] | None = None,
     ) -> None:
+        _check_tensors(backbone)
         self._torchreid = forward is None and is_torchreid(backbone)
         sizes = _sizes_of(backbone)
         if input_size is not None:
             sizes = [check_size("input_size", input_size)]
-        with evaluating(backbone), torch.random.fork_rng(devices=[]), torch.inference_mode(False):
+        device = place_of(backbone).device
+        devices = [device] if device.type == "cuda" else []
+        with (
+            evaluating(backbone),
+            torch.random.fork_rng(devices),
+            torch.inference_mode(False),
+        ):
             self._forward, tried = self._try(backbone, forward, sizes)
             maps = Maps(tried, reshape)
             self.tap = _find_tap(backbone, target_layer, maps, known=self._torchreid)
@@ -147,11 +163,10 @@ class Reader:
         Raises:
             ValueError: a network without classifier, or one whose logits are not (B, classes).
         """
-        other = twin(backbone).eval()
-        other.training = self._torchreid  # which says alone whether there are logits
         imgs = torch.zeros(2, 3, *self.input_size).to(*place_of(backbone))
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            logits = self.logits(other, imgs)
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluating(backbone):
+            backbone.training = self._torchreid  # which says alone whether there are logits
+            logits = self.logits(backbone, imgs)
         return parts_of(logits, torch.zeros(2, dtype=torch.long))[0].shape[1]
 
     def capture(
@@ -228,14 +243,18 @@ class Reader:
     ) -> tuple[Forward, TryOut]:
         """Returns what runs the backbone, tried out with the first size that goes through."""
         kind, place = type(backbone).__name__, place_of(backbone)
-        known: Forward | None = torchreid_forward if self._torchreid else forward
+        says_so, otherwise = self._torchreid, None
         problem: Exception | None = None
         for size in sizes:
             noise = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
             imgs = noise.to(*place)
             try:
                 with torch.no_grad():
-                    found = known or find_classifier(backbone, imgs)
+                    if says_so:
+                        otherwise = otherwise_than_torchreid(backbone, imgs)
+                        self._torchreid = otherwise is None
+                    found = torchreid_forward if self._torchreid else forward
+                    found = found or find_classifier(backbone, imgs)
                 if found is None:
                     problem = None
                     break
@@ -243,10 +262,12 @@ class Reader:
                 return found, TryOut(backbone, partial(run, backbone), imgs)
             except Exception as error:
                 problem = problem or error  # the likeliest size's
-        if problem is None or (known is None and isinstance(problem, NotImplementedError)):
+        unknown = forward is None and not self._torchreid
+        if problem is None or (unknown and isinstance(problem, NotImplementedError)):
+            reason = otherwise or f"{kind} is no model of torchreid's factory"
             raise TypeError(
-                f"{kind} is no model of torchreid's factory and does not end in a classifier, one "
-                "linear layer: say how it gives logits and features, with "
+                f"{reason}, and it does not end in a classifier, one linear layer: say how it "
+                "gives logits and features, with "
                 "forward=function(backbone, imgs) -> (logits, features)"
             ) from problem
         listed = " or ".join(f"{rows}x{columns}" for rows, columns in sizes)
@@ -255,6 +276,25 @@ class Reader:
             f"{problem}; another size can be given as input_size=(rows, columns), and how it gives "
             "them as forward=function(backbone, imgs) -> (logits, features)"
         ) from problem
+
+
+def _check_tensors(backbone: nn.Module) -> None:
+    """Raises ValueError for a network that can't be tried out, as its tensors are no numbers yet.
+
+    Or as no gradient can be computed with them.
+    """
+    for name, tensor in [*backbone.named_parameters(), *backbone.named_buffers()]:
+        if tensor.is_meta:
+            raise ValueError(
+                f"the backbone must have its weights, but {name!r} is on the meta device: "
+                "backbone.to_empty(device=...) and load_state_dict(...) before it is wrapped"
+            )
+    for name, parameter in backbone.named_parameters():
+        if parameter.is_inference():
+            raise ValueError(
+                "the backbone must be made outside of torch.inference_mode(), but "
+                f"{name!r} is an inference tensor, through which no gradient is computed"
+            )
 
 
 def _evaluated(backbone: nn.Module, imgs: Tensor) -> tuple[None, Tensor]:
@@ -317,11 +357,12 @@ def _find_tap(
         if target_layer not in layers or not target_layer:
             raise ValueError(f"the backbone has no layer {target_layer!r}; {maps.candidates()}")
         return maps.tap_of(target_layer)
-    kind = type(backbone).__name__
-    if known and kind in _LAST_MAP:
-        return Tap(_LAST_MAP[kind])
-    children = dict(backbone.named_children())
-    for name in _POOL_NAMES:
-        if known and name in children:
-            return Tap(name, "input")
+    kind, children = type(backbone), dict(backbone.named_children())
+    taps = [Tap(name, "input") for name in _POOL_NAMES if name in children]
+    if kind.__name__ in _LAST_MAP:
+        taps = [Tap(_LAST_MAP[kind.__name__])]
+    fused = f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}" in _FUSED
+    for tap in taps:
+        if known and (fused or maps.is_whole(tap)):
+            return tap
     return maps.last()

@@ -15,9 +15,10 @@ from casn_plugin.basis import encode_as, form_of
 from casn_plugin.doors import check_count, check_size
 from casn_plugin.encoding import Encoding, with_mirrored
 from casn_plugin.files import replacing
-from casn_plugin.hooks import place_of, twin
+from casn_plugin.hooks import place_of
 from casn_plugin.model import as_casn
 from casn_plugin.packages import needed
+from casn_plugin.twins import evaluated
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -75,17 +76,16 @@ def traced_encoder(
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     imgs = noise.to(*place)
-    backbone = twin(casn.backbone).eval()
-    form = form_of(*casn.reader.joined(backbone, imgs))
+    with evaluated(casn.backbone) as backbone, torch.inference_mode(False):
+        form = form_of(*casn.reader.joined(backbone, imgs))
 
-    def encode(imgs: Tensor) -> tuple[Tensor, Tensor]:
-        encoding = encode_as(form, *casn.reader.joined(backbone, imgs))
-        if casn.flip:
-            other = encode_as(form, *casn.reader.joined(backbone, imgs.flip(3)))
-            encoding = with_mirrored(encoding, other)
-        return encoding.features, encoding.maps
+        def encode(imgs: Tensor) -> tuple[Tensor, Tensor]:
+            encoding = encode_as(form, *casn.reader.joined(backbone, imgs))
+            if casn.flip:
+                other = encode_as(form, *casn.reader.joined(backbone, imgs.flip(3)))
+                encoding = with_mirrored(encoding, other)
+            return encoding.features, encoding.maps
 
-    with torch.inference_mode(False):
         graph = make_fx(encode)(imgs)
     return TracedEncoder(graph, imgs, "activations" if form.head == "parts" else "basis")
 

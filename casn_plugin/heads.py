@@ -5,7 +5,7 @@ imported.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from casn_plugin.hooks import watch
 from casn_plugin.scores import Logits
+from casn_plugin.twins import twin
 
 Forward = Callable[[nn.Module, Tensor], tuple[Logits | None, Tensor]]
 """Maps a backbone and its images to (logits, (B, D) features); without classifier, to (None, f)."""
@@ -23,7 +24,7 @@ _CLASSIFIERS = (nn.Linear, nn.Conv2d)  # a convolution of 1x1 on the pooled map
 
 
 def is_torchreid(backbone: nn.Module) -> bool:
-    """Returns whether a module is built as torchreid's factory builds them.
+    """Returns whether a module says it is built as torchreid's factory builds them.
 
     Example:
         >>> is_torchreid(nn.Linear(2, 2))
@@ -36,16 +37,75 @@ def torchreid_forward(backbone: nn.Module, imgs: Tensor) -> tuple[Logits, Tensor
     """Returns the logits and the features of a torchreid model in training mode.
 
     Built with loss="softmax" it would give logits only: it is asked as a "triplet" model.
+
+    Raises:
+        ValueError: it gives something else.
     """
     loss: Any = backbone.loss
     backbone.loss = "triplet"  # type: ignore[assignment]
     try:
-        logits, features = backbone(imgs)
+        given = backbone(imgs)
     finally:
         backbone.loss = loss
-    if isinstance(features, (tuple, list)):  # HACNN: its branches, each of unit length
-        features = torch.cat([F.normalize(branch, dim=1) for branch in features], dim=1)
-    return logits, features
+    if isinstance(given, (tuple, list)) and len(given) == 2:
+        logits, features = given
+        if isinstance(features, (tuple, list)):  # HACNN: its branches, each of unit length
+            features = torch.cat([F.normalize(branch, dim=1) for branch in features], dim=1)
+        if isinstance(features, Tensor) and features.ndim == 2:
+            return logits, features
+    raise _OtherwiseError(
+        f"{type(backbone).__name__} has loss={loss!r}, as torchreid's networks have, so in "
+        'training mode it must give (logits, (B, D) features) where loss is "triplet", but it '
+        f"gave {_said(given)}"
+    )
+
+
+class _OtherwiseError(ValueError):
+    """What a network gives is not what a torchreid model gives."""
+
+
+def otherwise_than_torchreid(backbone: nn.Module, imgs: Tensor) -> str | None:
+    """Returns what a network gives otherwise than torchreid's, or None where it gives as these do.
+
+    It is asked in training mode too, by a twin with buffers of its own.
+
+    Args:
+        backbone: in eval mode, which :func:`is_torchreid`.
+        imgs: with which it is tried out.
+
+    Example:
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(12, 5)).eval()
+        >>> net.loss = "softmax"
+        >>> otherwise_than_torchreid(net, torch.rand(2, 3, 2, 2))[-30:]
+        'but it gave a Tensor of (2, 5)'
+    """
+    evaluated = backbone(imgs)
+    with suppress(Exception), twin(backbone) as other:  # fails otherwise: nothing can be told
+        for layer in other.modules():
+            layer._buffers = {
+                name: value if value is None else value.clone()
+                for name, value in layer._buffers.items()
+            }
+        try:
+            _, features = torchreid_forward(other.train(), imgs)
+        except _OtherwiseError as error:
+            return str(error)
+        if isinstance(evaluated, Tensor) and evaluated.shape != features.shape:
+            return (
+                f"{type(backbone).__name__} has loss={backbone.loss!r}, as torchreid's networks "
+                "have, so it must give the same features in both modes, but it gave "
+                f"{_said(features)} in training mode and {_said(evaluated)} in eval mode"
+            )
+    return None
+
+
+def _said(given: Any) -> str:
+    """Returns in words what a network gave."""
+    if isinstance(given, Tensor):
+        return f"a Tensor of {tuple(given.shape)}"
+    if isinstance(given, (tuple, list)):
+        return f"a {type(given).__name__} of {len(given)}"
+    return f"a {type(given).__name__}"
 
 
 @dataclass(frozen=True)

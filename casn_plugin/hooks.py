@@ -2,13 +2,11 @@
 
 :func:`capture` taps a feature map, :func:`watch` looks at what a layer takes and gives,
 :func:`frozen_batchnorm` and :func:`constant_parameters` keep from a network what it must not learn,
-:func:`evaluating` puts it into eval mode for a while, and :func:`twin` makes one that stays as it
-is.
+and :func:`evaluating` puts it into eval mode for a while.
 """
 
 import threading
-import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -193,6 +191,36 @@ def watch(module: nn.Module) -> Iterator[Watched]:
 
 
 @contextmanager
+def before_calls(network: nn.Module, look: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Shows each layer of a network to a function before this thread calls it.
+
+    Example:
+        >>> net = nn.Sequential(nn.Flatten(), nn.ReLU())
+        >>> with before_calls(net, lambda layer: print(type(layer).__name__)):
+        ...     _ = net(torch.rand(1, 2))
+        Sequential
+        Flatten
+        ReLU
+    """
+    owner = [_thread()]
+
+    @uncompiled
+    def show(layer: nn.Module, _: tuple[Any, ...]) -> None:
+        if _thread() in owner:
+            look(layer)
+
+    with _HOOKS:
+        handles = [layer.register_forward_pre_hook(show) for layer in network.modules()]
+    try:
+        yield
+    finally:
+        owner.clear()  # a copy of the hooks may be left
+        with _HOOKS:
+            for handle in handles:
+                handle.remove()
+
+
+@contextmanager
 def frozen_batchnorm(
     module: nn.Module, statistics: Literal["batch", "running"] = "batch"
 ) -> Iterator[None]:
@@ -295,7 +323,8 @@ def never_computed_again(network: nn.Module) -> Iterator[None]:
     """Refuses gradient checkpointing of a network's layers inside of this context.
 
     What checkpointing computes again in the backward pass would not find the contexts of the
-    forward pass: where these keep something from the network, it has to be a :func:`twin`.
+    forward pass: where these keep something from the network, it has to be a
+    :func:`casn_plugin.twins.twin`.
 
     Raises:
         ValueError: a layer whose results are to be computed again.
@@ -303,10 +332,10 @@ def never_computed_again(network: nn.Module) -> Iterator[None]:
     message = (
         "gradient checkpointing computes the masked pass again when its BatchNorm statistics and "
         "parameters are no longer kept from it: give the network itself as classify, not a "
-        "function, or use no checkpointing"
+        "function, let it reach its layers by attributes, or use no checkpointing"
     )
 
-    def refuse(*_: Any) -> None:
+    def refuse(_: nn.Module) -> None:
         if not torch.is_grad_enabled():  # as reentrant checkpointing runs its layers
             raise ValueError(message)
 
@@ -314,42 +343,13 @@ def never_computed_again(network: nn.Module) -> Iterator[None]:
         with suppress(RuntimeError):  # somebody else's hooks around us: nothing can be told then
             stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(message))
         if torch.is_grad_enabled():
-            for layer in network.modules():
-                stack.callback(layer.register_forward_pre_hook(refuse).remove)
+            stack.enter_context(before_calls(network, refuse))
         try:
             yield
         except RuntimeError as error:
             if message in str(error):
                 raise ValueError(message) from None
             raise
-
-
-def twin(network: nn.Module) -> nn.Module:
-    """Returns a network of the same tensors whose layers stay as these are now.
-
-    Modes, flags and hooks of the twin's layers are its own: what is changed in the original later
-    does not reach them, and the other way round. So what a backward pass computes again (gradient
-    checkpointing) is computed as in the forward pass, after any context has ended.
-
-    Example:
-        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
-        >>> other = twin(net).eval()
-        >>> net.training, other.training, other[0].weight is net[0].weight
-        (True, False, True)
-    """
-    layers = {layer: layer.__new__(type(layer)) for layer in network.modules()}
-    for layer, other in layers.items():
-        state = vars(other)
-        state.update(vars(layer))
-        state.pop("_compiled_call_impl", None)  # it would run the original
-        for name, value in vars(layer).items():
-            if name == "_modules":
-                state[name] = {key: layers.get(child) for key, child in value.items()}
-            elif "_hooks" in name and isinstance(value, dict):
-                state[name] = value.copy()
-            elif isinstance(value, types.MethodType) and value.__self__ in layers:
-                state[name] = types.MethodType(value.__func__, layers[value.__self__])
-    return layers[network]
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

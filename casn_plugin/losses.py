@@ -25,9 +25,9 @@ from casn_plugin.hooks import (
     constant_parameters,
     frozen_batchnorm,
     never_computed_again,
-    twin,
 )
 from casn_plugin.scores import SCORES, Logits, Score, identity_scores, parts_of
+from casn_plugin.twins import OriginalCalledError, twin
 
 
 def identification_loss(
@@ -287,11 +287,16 @@ class IdentificationAttentionLoss(nn.Module):
         """Returns y_c of each masked image, where `run` gives the logits of a network and images.
 
         What is run is a twin of the network, which stays as the masked pass needs it: so gradient
-        checkpointing computes the same again.
+        checkpointing computes the same again. It is the network itself where that has no twin.
         """
         masked = self.mask(imgs, pids, logits, activations)
         with self._kept_from(network):
-            return identity_scores(run(twin(network), masked), pids, self.score)
+            try:
+                with twin(network) as other:
+                    return identity_scores(run(other, masked), pids, self.score)
+            except OriginalCalledError:
+                with never_computed_again(network):
+                    return identity_scores(run(network, masked), pids, self.score)
 
     @contextmanager
     def _kept_from(self, network: nn.Module) -> Iterator[None]:

@@ -13,7 +13,7 @@ from casn_plugin.doors import check_flag, check_images, check_kind, check_length
 from casn_plugin.encoding import Encoding, with_mirrored
 from casn_plugin.evidence import PairClassifier, check_pair_classifier
 from casn_plugin.heads import Forward
-from casn_plugin.hooks import place_of, twin, unwrapped
+from casn_plugin.hooks import place_of, unwrapped
 from casn_plugin.identities import same_identity
 from casn_plugin.kernels import uncompiled
 from casn_plugin.layouts import Reshape
@@ -21,6 +21,7 @@ from casn_plugin.losses import IdentificationAttentionLoss
 from casn_plugin.preprocessing import Preprocessing
 from casn_plugin.scores import Logits
 from casn_plugin.siamese import SiameseAttentionLoss
+from casn_plugin.twins import evaluated
 
 
 class CASNOutput(NamedTuple):
@@ -152,7 +153,8 @@ class CASN(nn.Module):
         self.preprocessing = preprocessing_of(backbone, self.reader.input_size)
         dim, place = self.reader.feature_dim, place_of(backbone)
         if pair_classifier is None:
-            pair_classifier = PairClassifier(dim, hidden_dim, seed=seed).to(*place)
+            with torch.inference_mode(False):
+                pair_classifier = PairClassifier(dim, hidden_dim, seed=seed).to(*place)
         own = place_of(check_pair_classifier(pair_classifier, dim), torch.empty(0).to(*place))
         if own != place:
             raise ValueError(
@@ -233,8 +235,10 @@ class CASN(nn.Module):
     ) -> CASNOutput:
         """Returns what :meth:`forward` gives in training mode."""
         check_lengths(imgs=imgs, pids=pids, camids=camids)
+        imgs = imgs.clone() if imgs.is_inference() else imgs
         if pids is not None:  # read once for all that looks at them
             pids = check_tensor("pids", pids, "batch", floating=False).cpu()
+            pids = pids.clone() if pids.is_inference() else pids
         if identification is not None and pids is None:
             raise ValueError("the identification attention loss needs pids")
         if siamese is not None and siamese.pairs != "rows" and pids is None:
@@ -291,10 +295,11 @@ class CASN(nn.Module):
 
     def _encode(self, imgs: Tensor) -> Encoding:
         """Returns the encoding of images as they are."""
-        backbone = self.backbone
-        if any(layer.training for layer in backbone.modules()):
-            backbone = twin(backbone).eval()  # so that other threads may use the model
-        with torch.inference_mode(False), torch.no_grad():
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            evaluated(self.backbone) as backbone,
+        ):
             if imgs.is_inference():
                 imgs = imgs.clone()
             joined = self.reader.joined(backbone, imgs)

@@ -81,7 +81,7 @@ class Maps:
         Raises:
             ValueError: it was not called, or can't be read as a map.
         """
-        values = self._tried.given_by(layer)
+        values = self._tried.passed(layer)
         if not values:
             raise ValueError(
                 f"the tapped layer was not called in the forward pass: target_layer is {layer!r}; "
@@ -100,6 +100,14 @@ class Maps:
                 f"reshape=function(tokens) -> (B, C, H, W); {self.candidates()}"
             )
         return Tap(layer, "output", layout)
+
+    def is_whole(self, tap: Tap) -> bool:
+        """Returns whether one map passes a tap, and the features come from it alone."""
+        values = self._tried.passed(tap.layer, tap.at)
+        if not values or values[0].ndim != 4 or any(each is not values[0] for each in values):
+            return False
+        _, _, features, imgs = self._tried.tapped(tap)
+        return gradient(features, imgs) is None
 
     def prove(self, tap: Tap) -> None:
         """Raises ValueError unless features and logits come from the map, at several positions."""

@@ -139,9 +139,9 @@ class TryOut:
                 return [None]
             return [self.gradients([value])[0] for value in values]
 
-    def given_by(self, layer: str) -> list[Tensor]:
-        """Returns what a layer gave, call by call."""
-        return [seen.value for seen in self._seen if seen[:2] == (layer, "output")]
+    def passed(self, layer: str, at: Literal["input", "output"] = "output") -> list[Tensor]:
+        """Returns what a layer took or gave, call by call."""
+        return [seen.value for seen in self._seen if seen[:2] == (layer, at)]
 
     def layers_of(self, value: Tensor) -> list[nn.Module]:
         """Returns the layers that took or gave a tensor."""
@@ -171,7 +171,7 @@ class TryOut:
 
     def _pools(self, seen: Seen) -> bool:
         """Returns whether a layer without parameters makes one position of a tensor."""
-        given = self.given_by(seen.layer)
+        given = self.passed(seen.layer)
         if any(True for _ in self._layers[seen.layer].parameters()) or not given:
             return False
         return seen.value.ndim == 4 and all(side == 1 for side in given[-1].shape[2:])

@@ -1,5 +1,7 @@
 """Every backbone of torchreid, and plain modules: what is tapped, and what is made of it."""
 
+import copy
+
 import pytest
 import reference
 import torch
@@ -221,3 +223,82 @@ def test_timms_networks_say_their_colours():
     grey = timm.create_model("resnet10t", num_classes=4)
     grey.pretrained_cfg = {**grey.pretrained_cfg, "mean": (0.5,), "std": (0.5,)}
     assert CASN(grey, hidden_dim=4, input_size=(64, 32)).preprocessing == Preprocessing((64, 32))
+
+
+class Torchreidlike(nn.Module):
+    """A network of one's own that is built as torchreid builds its own; `two` joins two maps.
+
+    It gives logits "in training", beside features, or "alone" there; others also in eval mode:
+    "always" alone, or in training beside features, "in both".
+    """
+
+    loss = "softmax"
+
+    def __init__(self, two=False, logits="in training"):
+        super().__init__()
+        self.when, self.calls, self.norm = logits, 0, nn.BatchNorm1d(16 if two else 8)
+        self.drop = nn.Dropout()
+        self.first, self.second = nn.Conv2d(3, 8, 3, 8), nn.Conv2d(8, 8, 3, 2, 1)
+        self.global_avgpool, self.two = nn.AdaptiveAvgPool2d(1), two
+        self.classifier = nn.Linear(16 if two else 8, 5)
+
+    def forward(self, imgs):
+        first = self.first(imgs).tanh()
+        pooled = [self.global_avgpool(first)] if self.two else []
+        pooled.append(self.global_avgpool(self.second(first).tanh()))
+        features = self.norm(torch.cat(pooled, 1).flatten(1))
+        self.calls += self.training
+        logits = self.classifier(self.drop(features) if self.training else features)
+        if not self.training:
+            return features if self.when in ("in training", "alone") else logits
+        both = self.loss == "triplet" and self.when in ("in training", "in both")
+        return (logits, features) if both else logits
+
+
+@pytest.mark.parametrize(
+    ("two", "tap"), [(False, ("global_avgpool", "input")), (True, ("first", "output"))]
+)
+def test_the_pooling_of_one_of_two_maps_is_not_taken_for_the_whole(two, tap):
+    model = CASN(Torchreidlike(two), input_size=(64, 32)).eval()
+    assert (model.reader.target_layer, model.reader.at) == tap
+    assert model.encode(torch.rand(2, 3, 64, 32)).basis.abs().amax((0, 2, 3)).all()
+
+
+def test_what_is_known_not_to_be_whole_is_read_as_known(monkeypatch):
+    backbone = build_backbone("resnet50mid")
+    assert CASN(backbone, input_size=(64, 64)).reader.target_layer == "global_avgpool"
+    monkeypatch.setattr("casn_plugin.backbones._FUSED", ())
+    assert CASN(backbone, input_size=(64, 64)).reader.target_layer == "layer4.0"
+
+
+@pytest.mark.parametrize("when", ["always", "in both"])
+def test_a_network_that_gives_logits_in_eval_mode_is_not_asked_as_torchreids(when):
+    torch.manual_seed(0)
+    backbone, imgs = Torchreidlike(logits=when), torch.rand(4, 3, 64, 32)
+    model = CASN(backbone, input_size=(64, 32))
+    assert model.reader.feature_dim == 8
+    output = model(imgs, PIDS, **LOSSES)
+    assert output.logits.shape == (4, 5) and output.features.shape == (4, 8)
+    assert model.eval()(imgs).shape == (4, 8)
+
+
+def test_a_network_that_gives_no_features_in_training_mode_is_refused():
+    message = (
+        r"Torchreidlike has loss='softmax', as torchreid's .* must give \(logits, .* gave "
+        r"a Tensor of \(2, 5\), and it does not end in a classifier.*forward="
+    )
+    with pytest.raises(TypeError, match=message):
+        CASN(Torchreidlike(logits="alone"), input_size=(64, 32))
+    model = CASN(Torchreidlike(), input_size=(64, 32))
+    model.backbone.when = "alone"  # since
+    with pytest.raises(ValueError, match=r"but it gave a Tensor of \(4, 5\)"):
+        model(torch.rand(4, 3, 64, 32))
+
+
+def test_the_training_pass_of_the_try_out_leaves_nothing():
+    backbone = Torchreidlike()
+    before, random = copy.deepcopy(backbone.state_dict()), torch.get_rng_state()
+    model = CASN(backbone, input_size=(64, 32), hidden_dim=4)
+    assert backbone.calls == 0 and backbone.loss == "softmax" and model.reader.at == "input"
+    torch.testing.assert_close(dict(backbone.state_dict()), dict(before), rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), random)

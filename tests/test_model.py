@@ -458,6 +458,30 @@ def test_flip_is_true_or_false(unchecked):
     assert model.flip is True
 
 
+def test_a_training_step_of_what_was_made_in_inference_mode():
+    backbone = TinyBackbone()
+    with torch.inference_mode():
+        model = CASN(backbone, forward=tiny_forward, input_size=(48, 24), hidden_dim=16)
+        imgs, pids = torch.rand(4, 3, 48, 24), PIDS.clone()
+    output = model(imgs, pids, **LOSSES)
+    (output.masked_scores.sum() + output.pair_scores.sum() + output.distances.sum()).backward()
+    assert all(parameter.grad is not None for parameter in model.pair_classifier.parameters())
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (torch.inference_mode, r"outside of torch\.inference_mode.*'features\.0\.weight'"),
+        (lambda: torch.device("meta"), r"'features\.0\.weight' is on the meta device: .*to_empty"),
+    ],
+)
+def test_a_backbone_that_computes_no_gradient_is_refused(place, message):
+    with place():
+        backbone = TinyBackbone()
+    with pytest.raises(ValueError, match=message):
+        CASN(backbone, forward=tiny_forward)
+
+
 def test_encode_in_inference_mode_and_half_precision():
     model = tiny()
     with torch.inference_mode():

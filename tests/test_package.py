@@ -16,7 +16,7 @@ ROOT = Path(casn_plugin.__file__).parent
 # from the bottom; a wing's own files likewise, its face above them
 ROOMS = (
     "packages", "files", "picturefiles", "doors", "preprocessing", "loaders", "randomness", "heap",
-    "processes", "identities", "scores", "kernels", "layouts", "hooks", "attention",
+    "processes", "identities", "scores", "kernels", "layouts", "hooks", "twins", "attention",
     "batch_pairs", "losses", "siamese",
     "sampler", "shares", "encoding", "basis", "evidence", "positions", "evaluation",
     "ranked", "calibration", "quality", "heads", "tryout", "taps", "backbones", "model",
