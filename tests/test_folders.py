@@ -258,7 +258,8 @@ def test_where_nothing_has_changed_nothing_is_written(folder, tmp_path, monkeypa
     first = index_folder(place, MODEL, folder)
 
     def contents():
-        return {each.name: each.stat() for each in (place, *place.iterdir())}
+        every = {each: each.stat() for each in (place, *place.iterdir())}
+        return {each: (its.st_ino, its.st_mtime_ns) for each, its in every.items()}
 
     before = contents()
     again = index_folder(place, MODEL, folder)
