@@ -81,13 +81,15 @@ def otherwise_than_torchreid(backbone: nn.Module, imgs: Tensor) -> str | None:
     """
     evaluated = backbone(imgs)
     with suppress(Exception), twin(backbone) as other:  # fails otherwise: nothing can be told
-        for layer in other.modules():
+        for layer in other.train().modules():
             layer._buffers = {
                 name: value if value is None else value.clone()
                 for name, value in layer._buffers.items()
             }
+            if isinstance(layer, nn.modules.batchnorm._NormBase):
+                layer.eval()  # SyncBatchNorm would wait for other processes
         try:
-            _, features = torchreid_forward(other.train(), imgs)
+            _, features = torchreid_forward(other, imgs)
         except _OtherwiseError as error:
             return str(error)
         if isinstance(evaluated, Tensor) and evaluated.shape != features.shape:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from casn_plugin.heads import ByClassifier, find_classifier
+from casn_plugin.heads import ByClassifier, find_classifier, otherwise_than_torchreid
 
 IMGS = torch.rand(2, 3, 8, 8)
 
@@ -111,3 +111,15 @@ def test_a_classifier_that_is_named_must_give_what_the_network_gives():
     assert find_classifier(net, IMGS) is None
     net[4] = nn.Identity()
     assert find_classifier(net, IMGS) == ByClassifier(("3",))
+
+
+def test_a_training_mode_that_is_tried_out_waits_for_no_other_process():
+    class Norm(nn.SyncBatchNorm):
+        def forward(self, vector):
+            if self.training:
+                raise RuntimeError("waits")
+            return super().forward(vector)
+
+    net = network(Norm(6), nn.Linear(6, 5))
+    net.loss = "triplet"
+    assert "it gave a Tensor of (2, 5)" in otherwise_than_torchreid(net, IMGS)
