@@ -124,7 +124,6 @@ def test_by_range_is_an_option_that_results_tell(lab, market_root):
 def test_the_report_of_several_seeds(lab):
     protocols, results = lab("protocols"), lab("results")
     settings = protocols.settings_of(protocols.parse_args(["--device", "cpu"]))
-    fusion = {"unit": {"0.0": [0.5, 0.4]}, "query": {"0.0": [0.5, 0.4]}}
 
     def write(study, file, name, value, seed, mean_ap, **changes):
         run = {
@@ -133,7 +132,8 @@ def test_the_report_of_several_seeds(lab):
             "history": [{"acc": 50.0}, {"acc": None}], "versions": {"torch": "2"},
             "results": {
                 "features": {"mAP": mean_ap}, "fused": {"mAP": 0.4}, "attention": {"mAP": 0.1},
-                "fusion": fusion,
+                "fusion": {"unit": {"0.0": [0.5, mean_ap]}, "query": {"0.0": [0.5, 0.4]}},
+                "robustness": {"none": {"features": {"ap": [mean_ap, None, mean_ap]}}},
             },
         }  # fmt: skip
         results.Study(Path("results", f"{file}.jsonl")).add(run | changes)
@@ -148,9 +148,9 @@ def test_the_report_of_several_seeds(lab):
     text = report(lab)
     rows = cells(text)
     casn = next(row for row in rows if row[:2] == ["CASN(PCB)", "2"])
-    assert casn[2] == "– / 57.0 ± 8.5" and casn[4] == "+2.0 ± 1.4 (2 of 2 higher)"
+    assert casn[2] == "50.0 ± 0.0 / 57.0 ± 8.5" and casn[4] == "+2.0 [+1.0, +3.0]"
     means = next(row for row in rows if row[:2] == ["PCB", "2"])
-    assert means[2] == "– / 55.0 ± 7.1"
+    assert means[2] == "50.0 ± 0.0 / 55.0 ± 7.1" and means[4] == "–"
     paired = [row for row in rows if row[:2] == ["CASN(PCB)", "2"]][2]
     assert paired[3] == "+2.0 ± 1.4" and paired[-1] == "2 of 2"
     (choice,) = (row for row in rows if row[:2] == ["PCB+SA", "λ2"])
