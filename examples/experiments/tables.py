@@ -170,8 +170,8 @@ def summary(groups: Mapping[str, list[Run]]) -> str:
         for (family, name), cells in zip(named, rows, strict=True):
             row, base = of_row(group, name), of_row(group, family)
             found = None if name == family else difference(row, base, NONE, "features")
-            cells += [str(len(row)), rank1_and_map(row, "unit"), rank1_and_map(row, "fused")]
-            cells += ["–" if found is None else found.points()]
+            rankings = [rank1_and_map(row, kind) if row else "–" for kind in ("unit", "fused")]
+            cells += [str(len(row)), *rankings, "–" if found is None else found.points()]
     return markdown(head, rows)
 
 
