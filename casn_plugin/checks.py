@@ -303,8 +303,9 @@ class CheckedData:
                 rows[:] = [(_as_text(row[0]), *row[1:]) for row in rows]
         with processes.together():
             if processes.leads:
-                new = {_as_text(row[0]) for rows in listed for row in rows} - self._paths
-                check_pictures(sorted(each for each in new if isinstance(each, str)), progress=True)
+                paths = [_as_text(row[0]) for rows in listed for row in rows]
+                new = {each for each in paths if isinstance(each, str)} - self._paths
+                check_pictures(sorted(new), progress=True)
                 self._paths |= new
                 for name, (query, gallery) in tests.items():
                     check_test_set(name, query, gallery, **counting)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import TinyBackbone, tiny_forward
@@ -134,6 +135,13 @@ def test_paths_are_text_and_their_pictures_are_looked_at(tmp_path):
     with pytest.raises(ValueError, match=r"3 of 3 pictures can't be read: .*a\.png .*b\.png"):
         CheckedData().check(train, {"set": (query, gallery)}, {})
     assert query.data == [(str(tmp_path / "a.png"), 7, 0)] and isinstance(train.train[0][0], str)
+
+
+def test_pictures_in_memory_have_no_path_to_look_at(tmp_path):
+    picture = np.zeros((4, 4, 3), np.uint8)
+    CheckedData().check(Rows([(picture, 7, 0), (torch.rand(3, 4, 4), 8, 0)]), {}, {})
+    with pytest.raises(ValueError, match=r"1 of 1 pictures can't be read: .*no\.png"):
+        CheckedData().check(Rows([(picture, 7, 0), (tmp_path / "no.png", 7, 0)]), {}, {})
 
 
 def test_queries_have_a_match_in_the_gallery():
